@@ -1,0 +1,42 @@
+"""Where and in what precision to compute: the one place that tells CUDA, MPS and the CPU apart."""
+
+import contextlib
+
+import torch
+
+from cli import UserError
+
+# Dense bf16 peak in FLOP/s from NVIDIA's datasheets, by a part of the device's name.
+_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+
+
+def choose_device(name: str) -> torch.device:
+    """Returns the named device; "auto" is CUDA, else MPS, else the CPU. Raises UserError where it does not exist."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"no device {name!r} here: try --device auto") from None
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Returns the named precision; "auto" is bf16 on CUDA, fp16 on cards without bf16, fp32 elsewhere."""
+    if name == "auto":
+        name = "float32" if device.type != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """Returns the context in which a forward pass computes in `dtype`."""
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Returns the datasheet's dense bf16 FLOP/s of a CUDA device, or None for one that is not listed."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for part, peak in _PEAK_FLOPS.items() if part in name), None)

@@ -1,0 +1,216 @@
+"""Token files → batches. Batch `k` is a pure function of (seed, k), whatever ran before and on how many processes."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cli import UserError
+
+_SHARD_MAGIC, _SHARD_HEADER_BYTES = 20240520, 1024
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch on its way to the model."""
+
+    tokens: Tensor
+    """int64 (B, T)"""
+    targets: Tensor
+    """int64 (B, T): the token that follows each position."""
+    counted: Tensor | None
+    """int64: flat indices into B·T of the positions whose loss counts; None for all."""
+
+    @property
+    def n_counted(self) -> int:
+        """Number of positions whose loss counts."""
+        return self.targets.numel() if self.counted is None else self.counted.numel()
+
+    def to(self, device: torch.device) -> "Batch":
+        """Moves the batch to a device, asynchronously on CUDA."""
+        def move(tensor):
+            if tensor is None or device.type != "cuda":
+                return tensor if tensor is None else tensor.to(device)
+            return tensor.pin_memory().to(device, non_blocking=True)
+        return Batch(move(self.tokens), move(self.targets), move(self.counted))
+
+
+class Windows:
+    """Random windows of `block_size` tokens out of one or more token files; none crosses a file's end."""
+
+    def __init__(self, paths: list[Path], block_size: int, batch_size: int, seed: int):
+        """Raises UserError for files that are missing, damaged or altogether too short."""
+        self.shards = [read_tokens(path) for path in paths]
+        self.block_size, self.batch_size, self.seed = block_size, batch_size, seed
+        starts = [max(0, len(shard) - block_size) for shard in self.shards]  # first positions a window can have
+        self.first = np.concatenate([[0], np.cumsum(starts)])
+        self.paths = paths
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in all files."""
+        return sum(map(len, self.shards))
+
+    def batch(self, step: int) -> list[Batch]:
+        """Returns the global batch of a step, one Batch of one row per sequence."""
+        if self.first[-1] == 0:
+            raise UserError(f"{self.paths[0]} has {self.n_tokens} tokens, too few for windows of {self.block_size}: "
+                            "use more text or a smaller --block-size")
+        random = np.random.Generator(np.random.Philox(key=[self.seed, step]))
+        windows = random.integers(self.first[-1], size=self.batch_size)
+        shards = np.searchsorted(self.first, windows, side="right") - 1
+        return [self._row(self.shards[i][start : start + self.block_size + 1])
+                for i, start in zip(shards, windows - self.first[shards], strict=True)]
+
+    def in_order(self, max_tokens: int | None = None) -> Iterator[Batch]:
+        """Yields the files from end to end as windows that score every token once (but for each file's first).
+
+        With `max_tokens`, evenly spaced windows with about that many tokens. The last window of a file may be short.
+        """
+        windows = [(shard, start) for shard in self.shards for start in range(0, len(shard) - 1, self.block_size)]
+        if max_tokens and len(windows) * self.block_size > max_tokens:
+            windows = windows[:: -(-len(windows) * self.block_size // max_tokens)]
+        for shard, start in windows:
+            yield self._row(shard[start : start + self.block_size + 1])
+
+    @staticmethod
+    def _row(window):
+        row = torch.from_numpy(window.astype(np.int64))
+        return Batch(row[None, :-1], row[None, 1:], None)
+
+
+class Conversations:
+    """Whole conversations, each from position 0, in epochs that visit every one once, grouped by length."""
+
+    def __init__(self, folder: Path, split: str, block_size: int, batch_size: int, seed: int):
+        """Reads `sft_{split}.bin`, its mask and its index. Raises UserError where they are missing or do not match."""
+        self.tokens = read_tokens(folder / f"sft_{split}.bin")
+        self.mask = _memmap(folder / f"sft_{split}_mask.bin", np.uint8)
+        self.offsets = np.array(_memmap(folder / f"sft_{split}_index.bin", np.uint64), dtype=np.int64)
+        if len(self.mask) != len(self.tokens) or len(self.offsets) == 0 or self.offsets[-1] != len(self.tokens):
+            raise UserError(f"{folder}/sft_{split}*.bin do not belong together: run prepare_sft_data.py again")
+        self.block_size, self.batch_size, self.seed = block_size, batch_size, seed
+        self.lengths = np.diff(self.offsets)
+        if len(self) and self.lengths.max() > block_size + 1:
+            raise UserError(f"{folder} has conversations of {self.lengths.max()} tokens, longer than the model's context "
+                            f"of {block_size}: run prepare_sft_data.py with --block-size {block_size}")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in all conversations."""
+        return len(self.tokens)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Optimizer steps in an epoch, the last perhaps on a smaller batch."""
+        return -(-len(self) // self.batch_size)
+
+    def batch(self, step: int) -> list[Batch]:
+        """Returns the global batch of a step, one Batch of one row per conversation."""
+        epoch, index = divmod(step, self.batches_per_epoch)
+        random = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+        order = random.permutation(len(self))
+        pool = 50 * self.batch_size  # sorting within pools keeps the order random and the padding low
+        order = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")]
+                                for part in np.split(order, range(pool, len(order), pool))])
+        batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
+        return [self._row(i) for i in batches[random.permutation(len(batches))[index]]]
+
+    def in_order(self, max_tokens: int | None = None) -> Iterator[Batch]:
+        """Yields every conversation once, in the file's order; with `max_tokens`, the first that have about as many."""
+        for i in range(len(self)):
+            if max_tokens and self.offsets[i] >= max_tokens:
+                return
+            yield self._row(i)
+
+    def conversation(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the tokens (uint16) and the loss mask (uint8) of conversation `i`."""
+        span = slice(self.offsets[i], self.offsets[i + 1])
+        return self.tokens[span], self.mask[span]
+
+    def _row(self, i):
+        tokens, mask = self.conversation(i)
+        row = torch.from_numpy(tokens.astype(np.int64))
+        return Batch(row[None, :-1], row[None, 1:], torch.from_numpy(np.flatnonzero(mask[1:])))
+
+
+def stack(rows: list[Batch], multiple: int = 64, longest: int | None = None) -> Batch:
+    """Stacks one-row batches into one; shorter rows are padded at the end, to a multiple of `multiple` positions.
+
+    Padding comes after every real token and is not among `counted`, so it changes no loss. `longest` caps the length
+    (the model's context).
+    """
+    lengths = [row.tokens.size(1) for row in rows]
+    if all(row.counted is None for row in rows) and len(set(lengths)) == 1:
+        return Batch(torch.cat([row.tokens for row in rows]), torch.cat([row.targets for row in rows]), None)
+    T = min(-(-max(lengths) // multiple) * multiple, longest or 1 << 62)
+    tokens, targets = (torch.zeros(len(rows), T, dtype=torch.int64) for _ in range(2))
+    counted = []
+    for i, row in enumerate(rows):
+        tokens[i, : lengths[i]], targets[i, : lengths[i]] = row.tokens[0], row.targets[0]
+        counted.append(i * T + (torch.arange(lengths[i]) if row.counted is None else row.counted))
+    return Batch(tokens, targets, torch.cat(counted))
+
+
+def micro_batches(rows: list[Batch], n: int, rank: int = 0, world_size: int = 1, longest: int | None = None) -> list[Batch]:
+    """Returns this rank's share of a global batch in at most `n` micro-batches."""
+    share = rows[rank::world_size]
+    size = -(-len(share) // n) or 1
+    return [stack(share[i : i + size], longest=longest) for i in range(0, len(share), size)]
+
+
+class Prefetcher:
+    """Calls `load(step)` for one step ahead of the consumer, in a thread."""
+
+    def __init__(self, load, step: int):
+        self.load, self.step = load, step
+        self.thread = ThreadPoolExecutor(1)
+        self.next = self.thread.submit(load, step)
+
+    def __call__(self, step: int):
+        """Returns `load(step)`; asking for the steps in order is what makes it fast."""
+        result = self.next.result() if step == self.step else self.load(step)
+        self.step = step + 1
+        self.next = self.thread.submit(self.load, self.step)
+        return result
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self.thread.shutdown(cancel_futures=True)
+
+
+def read_tokens(path: Path) -> np.ndarray:
+    """Opens a token file as a read-only uint16 memory map; a llm.c / modded-nanogpt shard loses its header.
+
+    Raises UserError where it is missing or its size does not fit its kind.
+    """
+    header = np.frombuffer(_first_bytes(path, _SHARD_HEADER_BYTES), dtype="<i4")
+    if len(header) == 256 and header[0] == _SHARD_MAGIC and header[1] == 1:
+        tokens = _memmap(path, np.uint16)[_SHARD_HEADER_BYTES // 2:]
+        if len(tokens) != header[2]:
+            raise UserError(f"{path} is damaged: its header promises {header[2]:,} tokens, it holds {len(tokens):,}")
+        return tokens
+    return _memmap(path, np.uint16)
+
+
+def _first_bytes(path, n):
+    try:
+        with open(path, "rb") as file:
+            data = file.read(n)
+            return data[: len(data) // 4 * 4]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _memmap(path, dtype):
+    size, item = (path.stat().st_size if path.exists() else -1), np.dtype(dtype).itemsize
+    if size < 0 or size % item:
+        raise UserError(f"{path} is {'missing' if size < 0 else 'damaged'}: prepare the data again")
+    return np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r") if size else np.zeros(0, dtype)

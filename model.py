@@ -1,0 +1,269 @@
+"""GPT-2 (Radford et al. 2019): the network, its loss, its KV cache and the choice of the next token.
+
+Names and shapes are those of OpenAI's release, so that its weights load by name. In the margins: B sequences,
+T positions, C = n_embd, nh heads of hs = C / nh, V = vocab_size.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of the network; the defaults are GPT-2 small with 124M parameters."""
+
+    block_size: int = 1024
+    """Longest context in tokens."""
+    vocab_size: int = 50304
+    """Rows of the embedding: the tokens in use, padded to a multiple of 64."""
+    n_tokens: int = 50259
+    """Tokens in use: ids from here to `vocab_size` are padding and never sampled."""
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True
+    """Biases in the linear layers and LayerNorms, as in GPT-2."""
+    tie_weights: bool = True
+    """The head shares the token embedding's matrix, as in GPT-2."""
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention to this and earlier positions (Vaswani et al. 2017)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor, cache: "LayerCache | None" = None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+                   for part in self.c_attn(x).split(C, dim=2))
+        past = 0
+        if cache is not None:
+            past = cache.length
+            k, v = cache.append(k, v)  # (B, nh, past + T, hs)
+        mask = None
+        if past and T > 1:  # a block of new positions, each of which sees the whole past
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=past == 0 and T > 1,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Two layers with GPT-2's tanh approximation of the GELU (Hendrycks & Gimpel 2016) between them."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each normalised at its input and added to the residual stream."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: "LayerCache | None" = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """The language model: `model(tokens)` gives logits, `model(tokens, targets)` the loss, `model.generate` text."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.lm_head.weight = self.wte.weight
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # two additions a layer to the residual stream keep its variance
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def n_parameters(self, positions: bool = True) -> int:
+        """Number of parameters, the tied matrix counted once; `positions=False` leaves the position embedding out."""
+        return sum(p.numel() for p in self.parameters()) - (0 if positions else self.wpe.weight.numel())
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations of one training step per token (appendix B of Chowdhery et al. 2022, PaLM)."""
+        c = self.config
+        return 6 * self.n_parameters(positions=False) + 12 * c.n_layer * c.n_embd * c.block_size
+
+    def hidden(self, tokens: Tensor, cache: "KVCache | None" = None) -> Tensor:
+        """Final hidden states (B, T, C) of int64 tokens (B, T), which continue what `cache` holds, if given."""
+        T, past = tokens.size(1), cache.length if cache else 0
+        assert past + T <= self.config.block_size, "longer than the context"
+        x = self.wte(tokens) + self.wpe.weight[past : past + T]  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for i, block in enumerate(self.h):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, cache.layers[i] if cache else None)
+        return self.ln_f(x)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, counted: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) of int64 tokens (B, T); with targets (B, T), the sum of the cross-entropies in nats.
+
+        `counted` (int64, flat indices into B·T) names the positions whose loss counts, all where it is None. It is a
+        sum, so that micro-batches and processes add up before they are divided by all that was counted.
+        """
+        x = self.hidden(tokens)
+        if targets is None:
+            return self.lm_head(x)
+        x, targets = x.flatten(0, 1), targets.flatten()  # (B·T, C), (B·T,)
+        if counted is not None:
+            x, targets = x[counted], targets[counted]
+        return linear_cross_entropy(x, self.lm_head.weight, targets)
+
+    @torch.inference_mode()
+    def generate(self, tokens: Tensor, max_new_tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
+                 top_p: float | None = None, generator: torch.Generator | None = None,
+                 use_cache: bool = True) -> Iterator[Tensor]:
+        """Continues int64 tokens (B, T ≥ 1): yields one (B,) tensor of token ids at a time.
+
+        `temperature` 0 is greedy. Past the context, the window slides: the newer half of it is read again and goes on.
+        `use_cache=False` recomputes every position for every token, as a reference.
+        """
+        block_size = self.config.block_size
+        tokens = tokens[:, -block_size:]
+        cache = KVCache(self.config, tokens.size(0), self.wte.weight)
+        new = tokens
+        for _ in range(max_new_tokens):
+            if tokens.size(1) > block_size:
+                tokens = new = tokens[:, -(block_size // 2 or 1):]
+                cache.clear()
+            x = self.hidden(new, cache) if use_cache else self.hidden(tokens)
+            logits = self.lm_head(x[:, -1, :])[:, : self.config.n_tokens]  # (B, n_tokens)
+            new = sample(logits, temperature, top_k, top_p, generator)[:, None]  # (B, 1)
+            tokens = torch.cat((tokens, new), dim=1)
+            yield new[:, 0]
+
+
+class LayerCache:
+    """Keys and values of one layer's past positions, in buffers allocated once."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        self.keys, self.values, self.length = keys, values, 0  # each (B, nh, block_size, hs)
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores k and v (B, nh, T, hs) behind the past; returns views of all that is stored."""
+        end = self.length + k.size(2)
+        self.keys[:, :, self.length : end] = k
+        self.values[:, :, self.length : end] = v
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class KVCache:
+    """The keys and values of every layer for B sequences of up to `block_size` tokens."""
+
+    def __init__(self, config: GPTConfig, batch_size: int, like: Tensor):
+        """`like` gives the dtype and the device."""
+        shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.layers = [LayerCache(like.new_empty(shape), like.new_empty(shape)) for _ in range(config.n_layer)]
+
+    @property
+    def length(self) -> int:
+        """Number of positions held."""
+        return self.layers[0].length
+
+    def clear(self) -> None:
+        """Forgets all positions."""
+        for layer in self.layers:
+            layer.length = 0
+
+
+def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+           generator: torch.Generator | None = None) -> Tensor:
+    """Draws one token id (B,) from logits (B, n) over the tokens in use; temperature 0 takes the likeliest.
+
+    In this order: temperature, the `top_k` likeliest tokens (Fan et al. 2018), of these the smallest set that holds
+    the probability `top_p` (nucleus sampling, Holtzman et al. 2019).
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits, ids = logits.float() / temperature, None
+    if top_k is not None and top_k < logits.size(-1):
+        logits, ids = logits.topk(top_k, dim=-1)
+    elif top_p is not None and top_p < 1:
+        logits, ids = logits.sort(dim=-1, descending=True)
+    probabilities = logits.softmax(dim=-1)
+    if top_p is not None and top_p < 1:
+        mass_before = probabilities.cumsum(dim=-1) - probabilities
+        probabilities = probabilities.masked_fill(mass_before >= top_p, 0.0)  # the first token always stays
+    choice = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1)
+    return (choice if ids is None else ids.gather(-1, choice))[:, 0]
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
+    """Sum over positions of the cross-entropy of `hidden @ weight.T`, without ever holding all logits.
+
+    hidden (N, C), weight (V, C), targets int64 (N,); returns a float32 scalar in nats. Logits exist for `chunk`
+    positions at a time, and the gradient is formed in the same pass, so the head's product is computed once.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, chunk, needs_gradient)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, chunk, needs_gradient):
+        head = weight.to(hidden.dtype)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        if needs_gradient:
+            grad_hidden = torch.empty_like(hidden)
+            grad_weight = torch.zeros_like(weight)
+        for x, y, rows in ((hidden[i : i + chunk], targets[i : i + chunk, None], slice(i, i + chunk))
+                           for i in range(0, hidden.size(0), chunk)):
+            logits = (x @ head.t()).float()  # (chunk, V)
+            log_normalizer = logits.logsumexp(dim=-1, keepdim=True)
+            loss += (log_normalizer - logits.gather(-1, y)).sum()
+            if needs_gradient:  # of the sum: softmax minus one-hot
+                grad_logits = logits.sub_(log_normalizer).exp_()
+                grad_logits.scatter_add_(-1, y, -torch.ones_like(log_normalizer))
+                grad_logits = grad_logits.to(hidden.dtype)
+                grad_hidden[rows] = grad_logits @ head
+                grad_weight += grad_logits.t() @ x
+        if needs_gradient:
+            ctx.save_for_backward(grad_hidden, grad_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad_loss, grad_weight * grad_loss, None, None, None

