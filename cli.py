@@ -97,12 +97,37 @@ class TrainerConfig:
 
     def __post_init__(self):
         for name in ("max_steps", "batch_size", "eval_every", "save_every", "log_every", "eval_tokens"):
-            require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
+            require(getattr(self, name) is None or getattr(self, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
         for name in ("learning_rate", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "snapshot_every",
                      "patience", "target_loss", "seed"):
             require(getattr(self, name) >= 0, f"--{name.replace('_', '-')} must not be negative")
         require(self.grad_accum_steps == "auto" or self.grad_accum_steps >= 1, "--grad-accum-steps must be at least 1")
         require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are chosen; `sampling.py` is the one reader."""
+
+    max_new_tokens: int = 200
+    """longest answer or completion, in tokens"""
+    temperature: float = 0.8
+    """below 1 likely tokens become likelier, above 1 the text becomes wilder; 0 is greedy"""
+    top_k: int | None = 50
+    """draw from this many likeliest tokens only"""
+    top_p: float | None = None
+    """draw from the fewest tokens that together have this probability"""
+    greedy: bool = False
+    """always the likeliest token, the same as --temperature 0"""
+    seed: int | None = None
+    """makes the draws repeatable on one device"""
+
+    def __post_init__(self):
+        require(self.max_new_tokens >= 1, "--max-new-tokens must be at least 1")
+        require(self.temperature >= 0, "--temperature must not be negative")
+        require(self.top_k is None or self.top_k >= 1, "--top-k must be at least 1")
+        require(self.top_p is None or 0 < self.top_p <= 1, "--top-p must be above 0 and at most 1")
+        require(self.seed is None or self.seed >= 0, "--seed must not be negative")
 
 
 def run(main: Callable[[Config], None], config_class: type[Config], presets: Mapping[str, Config] | None = None) -> None:

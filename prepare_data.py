@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from cli import UserError, require, run
 
 Documents = Iterable[tuple[str, str]]
 """Pairs of a split, "train" or "val", and a document's text."""
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def source(config: Config) -> Callable[[], Documents]:
         return lambda: hold_out((read_document(path) for path in paths), config.val_fraction, config.seed)
     if config.dataset == "pydocs":
         import pydocs
-        corpus = [text for _, text in pydocs.documents()]
+        corpus = list(pydocs.documents())
         return lambda: hold_out(corpus, config.val_fraction, config.seed)
     splits = load_openwebtext()
     return lambda: ((name, row["text"]) for name, rows in splits.items() for row in rows)
@@ -91,22 +93,27 @@ def read_document(path: Path) -> str:
 
 
 def hold_out(texts: Iterable[str], fraction: float, seed: int) -> Documents:
-    """Splits documents: one of every 1/fraction in a row, drawn by seed, is held out for validation.
-
-    Fewer than 20 documents are cut instead: the last part of each is held out.
-    """
+    """Splits documents into "train" and "val": whole documents, or, of fewer than 20, the last part of each."""
     texts = iter(texts)
     first = list(islice(texts, 20))
-    if len(first) < 20:
-        for text in first:
-            cut = int(len(text) * (1 - fraction))
-            yield from (("train", text[:cut]), ("val", text[cut:]))
+    if len(first) == 20:
+        yield from draw_held_out(chain(first, texts), fraction, seed)
         return
+    for text in first:
+        cut = int(len(text) * (1 - fraction))
+        yield from (("train", text[:cut]), ("val", text[cut:]))
+
+
+def draw_held_out(items: Iterable[Item], fraction: float, seed: int) -> Iterator[tuple[str, Item]]:
+    """Yields every item with its split: one of each 1/`fraction` in a row, drawn by seed, is "val", the others "train".
+
+    The first 20 items hold at least one of "val", if there are so many.
+    """
     rng, size = random.Random(seed), max(2, round(1 / fraction))
-    for i, text in enumerate(chain(first, texts)):
+    for i, item in enumerate(items):
         if i % size == 0:
-            held_out = i + rng.randrange(size)
-        yield "val" if i == held_out else "train", text
+            held_out = i + rng.randrange(size if i else min(size, 20))
+        yield "val" if i == held_out else "train", item
 
 
 def load_openwebtext() -> dict:

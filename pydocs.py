@@ -11,39 +11,59 @@ import inspect
 import re
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 # Folders of the standard library that hold no documentation: installed packages, tests and tables.
-_SKIPPED_FOLDERS = {"__pycache__", "encodings", "ensurepip", "lib-dynload", "pydoc_data", "site-packages", "test",
+_SKIPPED_FOLDERS = {"__pycache__", "encodings", "ensurepip", "idle_test", "lib-dynload", "pydoc_data", "site-packages", "test",
                     "tests", "turtledemo"}
 # Modules that are known under another name, where no `from … import` says so.
 _PUBLIC_NAMES = {"posixpath": "os.path", "genericpath": "os.path", "ntpath": None, "nturl2path": None}
 
 
-def documents() -> Iterator[tuple[str, str]]:
-    """Yields every document once as (qualified name, text), in a fixed order: topics, built-ins, modules by name.
+@dataclass(frozen=True)
+class Entry:
+    """One piece of documentation."""
 
-    The text is the name, with the parameters where the source shows them, then a blank line and the docstring. A
-    docstring found under several names (inherited, or copied) is kept under the first.
+    name: str
+    """qualified, public: `os.path.join`, not `posixpath.join`"""
+    kind: Literal["topic", "module", "class", "function", "attribute"]
+    docstring: str
+    """dedented"""
+    parameters: str | None = None
+    """as in the source: "a, *p"; None where there is none to read"""
+
+
+def entries() -> Iterator[Entry]:
+    """Yields all documentation in a fixed order: topics, built-ins, modules by name.
+
+    A docstring found under several names (inherited, or copied) is kept under the first.
     """
     seen = set()
-    for name, heading, docstring in _entries():
-        docstring = inspect.cleandoc(docstring).strip()
-        if docstring and docstring not in seen:
-            seen.add(docstring)
-            yield name, f"{heading}\n\n{docstring}\n"
+    for entry in chain(_topics(), _builtins(), _standard_library()):
+        if entry.docstring and entry.docstring not in seen:
+            seen.add(entry.docstring)
+            yield entry
 
 
-def builtin_docstrings() -> Iterator[tuple[str, str]]:
-    """Yields (name, docstring) of the built-in functions, types and exceptions, and of the types' public methods."""
-    for name, value in sorted(vars(builtins).items()):
-        # Passed over: what the module `site` puts there (`exit`, `help`), and aliases (`IOError` is `OSError`).
-        if getattr(value, "__module__", "") != "builtins" or value.__name__ != name or name.startswith("_"):
-            continue
-        yield name, value.__doc__ or ""
-        for member_name in sorted(vars(value)) if isinstance(value, type) else []:
-            if not member_name.startswith("_"):
-                yield f"{name}.{member_name}", getattr(value, member_name).__doc__ or ""
+def documents() -> Iterator[str]:
+    """Yields the text of each entry: the name, with the parameters if known, a blank line and the docstring."""
+    for entry in entries():
+        parameters = "" if entry.parameters is None else f"({entry.parameters})"
+        yield f"{entry.name}{parameters}\n\n{entry.docstring}\n"
+
+
+def questions(builtins_only: bool = False) -> Iterator[tuple[str, str]]:
+    """Yields (question, answer): what an entry does or is, by the first sentence of its docstring; built-ins first."""
+    seen = set()
+    for entry in _builtins() if builtins_only else chain(_builtins(), entries()):
+        question = f"What does {entry.name} do?" if entry.kind == "function" else f"What is {entry.name}?"
+        answer = first_sentence(entry.docstring)
+        if answer and entry.kind != "topic" and question not in seen:
+            seen.add(question)
+            yield question, answer
 
 
 def first_sentence(docstring: str) -> str | None:
@@ -62,29 +82,45 @@ def first_sentence(docstring: str) -> str | None:
     return None
 
 
-def _entries() -> Iterator[tuple[str, str, str]]:
-    """Yields (qualified name, heading, raw docstring), duplicates included."""
+def _topics() -> Iterator[Entry]:
     from pydoc_data.topics import topics
 
     for name, text in sorted(topics.items()):
-        yield name, name, text
-    for name, docstring in builtin_docstrings():
-        yield name, name, docstring
-    modules = _standard_library()
+        yield Entry(name, "topic", inspect.cleandoc(text).strip())
+
+
+def _builtins() -> Iterator[Entry]:
+    """Built-in functions, types and exceptions, and the types' public methods and attributes."""
+    for name, value in sorted(vars(builtins).items()):
+        # Passed over: what the module `site` puts there (`exit`, `help`), and aliases (`IOError` is `OSError`).
+        if getattr(value, "__module__", "") != "builtins" or value.__name__ != name or name.startswith("_"):
+            continue
+        is_type = isinstance(value, type)
+        yield Entry(name, "class" if is_type else "function", inspect.cleandoc(value.__doc__ or "").strip())
+        for member_name in sorted(vars(value)) if is_type else []:
+            if not member_name.startswith("_"):
+                member = getattr(value, member_name)
+                yield Entry(f"{name}.{member_name}", "function" if callable(member) else "attribute",
+                            inspect.cleandoc(member.__doc__ or "").strip())
+
+
+def _standard_library() -> Iterator[Entry]:
+    """What the sources of the standard library document, under public names."""
+    modules = _parse_modules()
     public_names = _reexports(modules)
     for module, tree in modules.items():
-        if docstring := ast.get_docstring(tree):
-            yield module, module, docstring
-        for name, heading, docstring in _members(tree, module):
-            path = name.split(".")
-            definition = ".".join(path[: len(module.split(".")) + 1])
-            if name_outside := public_names.get(definition):
-                yield name_outside + name[len(definition):], name_outside + heading[len(definition):], docstring
-            elif not any(part.startswith("_") for part in module.split(".")):
-                yield name, heading, docstring
+        is_private = any(part.startswith("_") for part in module.split("."))
+        if (docstring := ast.get_docstring(tree)) and not is_private:
+            yield Entry(module, "module", docstring)
+        for entry in _members(tree, module):
+            definition = ".".join(entry.name.split(".")[: module.count(".") + 2])
+            if definition in public_names:
+                yield replace(entry, name=public_names[definition] + entry.name[len(definition):])
+            elif not is_private:
+                yield entry
 
 
-def _standard_library() -> dict[str, ast.Module]:
+def _parse_modules() -> dict[str, ast.Module]:
     """Returns the parsed sources of the standard library by module name, sorted."""
     root = Path(sysconfig.get_path("stdlib"))
     modules = {}
@@ -127,16 +163,16 @@ def _reexports(modules: dict[str, ast.Module]) -> dict[str, str]:
     return public_names
 
 
-def _members(node: ast.AST, prefix: str) -> Iterator[tuple[str, str, str]]:
-    """Yields (name, heading, docstring) of the public classes, functions and methods below a module or class."""
+def _members(node: ast.AST, prefix: str) -> Iterator[Entry]:
+    """Yields the public classes, functions and methods below a module or a class."""
     for child in node.body:
-        if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             continue
         if child.name.startswith("_") and not child.name.startswith("__"):
             continue
-        name = f"{prefix}.{child.name}"
-        is_class = isinstance(child, ast.ClassDef)
-        if docstring := ast.get_docstring(child):
-            yield name, name if is_class else f"{name}({ast.unparse(child.args)})", docstring
-        if is_class:
+        name, docstring = f"{prefix}.{child.name}", (ast.get_docstring(child) or "").strip()
+        if isinstance(child, ast.ClassDef):
+            yield Entry(name, "class", docstring)
             yield from _members(child, name)
+        else:
+            yield Entry(name, "function", docstring, ast.unparse(child.args))

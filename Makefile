@@ -1,0 +1,37 @@
+# make demo             train a small GPT on this machine in minutes, and talk to it; INPUT=my.txt trains on your text
+# make venv             the environment only; TORCH_INDEX=https://download.pytorch.org/whl/cpu chooses a build of PyTorch
+# make test, test-slow  the tests; those that take minutes
+# make clean            what the demo and the tests made; never your data or checkpoints
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+INPUT ?=
+BIN = .venv/bin
+
+.PHONY: venv venv-dev demo test test-slow clean
+
+venv: .venv/installed
+venv-dev: .venv/installed-dev
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	@echo "Installing PyTorch and the other requirements into .venv …"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements.txt
+	@touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+demo: venv
+	$(BIN)/python demo.py $(if $(INPUT),--input $(INPUT))
+
+test: venv-dev
+	$(BIN)/python -m pytest -q -m "not slow" tests
+
+test-slow: venv-dev
+	$(BIN)/python -m pytest -q -m slow tests
+
+clean:
+	rm -rf .venv .pytest_cache __pycache__ tests/__pycache__ data/demo checkpoints/demo plots/demo_*.png

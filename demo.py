@@ -1,0 +1,125 @@
+"""The whole story in a few minutes, on the numbered scripts: raw text, a language model, a model that answers.
+
+`make demo` runs it. What it trains is small and knows little; it shows every step for real, and measures the result.
+"""
+
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from cli import SamplingConfig, UserError, require, run
+
+HERE = Path(__file__).parent
+PROMPTS = ["Return a copy of the string", "This module provides", "Raised when an operation",
+           "The optional argument specifies", "A class that represents"]
+
+
+@dataclass(frozen=True)
+class Config:
+    input: tuple[str, ...] = ()
+    """text files or folders to train on instead of Python's documentation"""
+    vocab_size: int = 1021
+    """tokens of the BPE that is trained on the text"""
+    max_steps: int | None = None
+    """steps of pre-training, to make the demo shorter"""
+    epochs: int | None = None
+    """epochs of fine-tuning, to make the demo shorter"""
+
+    def __post_init__(self):
+        require(256 < self.vocab_size <= 65_000, "--vocab-size must lie between 257 and 65000")
+
+
+def main(config: Config) -> None:
+    """Runs the steps and prints what came of them."""
+    start = time.perf_counter()
+    corpus = ["--input", *config.input] if config.input else ["--dataset", "pydocs"]
+
+    title("1. Raw text becomes tokens")
+    script("prepare_data.py", *corpus, "--out", "data/demo", "--vocab-size", config.vocab_size, "--val-fraction", "0.05")
+    title("2. A GPT learns to predict the next token")
+    script("train.py", "--preset", "demo", "--overwrite", *flag("--max-steps", config.max_steps))
+    title("3. It completes texts")
+    completions("checkpoints/demo/pretrained.pt", PROMPTS if not config.input else held_out_beginnings())
+    title("4. Questions and answers become tokens, with a mask on what is asked")
+    script("prepare_sft_data.py", "--dataset", "pydocs-qa", "--out", "data/demo", "--max-conversations", "714",
+           "--block-size", "256")
+    title("5. It learns to answer")
+    script("train_sft.py", "--preset", "demo", "--overwrite", *flag("--epochs", config.epochs))
+    title("6. What it remembers")
+    recall("checkpoints/demo/sft.pt")
+    title(f"Done in {time.perf_counter() - start:.0f} seconds. Now try")
+    print("  .venv/bin/python generate.py --model checkpoints/demo/sft.pt --chat\n"
+          "  .venv/bin/python generate.py --model checkpoints/demo/pretrained.pt\n"
+          "  .venv/bin/streamlit run app.py\n"
+          "The loss curves are plots/demo_pretrain_loss.png and plots/demo_sft_loss.png.")
+
+
+def title(text: str) -> None:
+    """Prints the heading of a step."""
+    print(f"\n=== {text}", flush=True)
+
+
+def flag(name: str, value: object) -> list[object]:
+    """Returns a flag with its value, or nothing where there is none."""
+    return [] if value is None else [name, value]
+
+
+def script(name: str, *arguments: object) -> None:
+    """Runs a script of this project and shows its command. Raises UserError where it fails (it has said why)."""
+    command = [name, *map(str, arguments)]
+    print(f"$ python {' '.join(command)}", flush=True)
+    result = subprocess.run([sys.executable, str(HERE / name), *command[1:]], check=False)
+    if result.returncode:
+        raise UserError(f"{name} failed with status {result.returncode}", status=result.returncode if result.returncode > 0 else 1)
+
+
+def held_out_beginnings() -> list[str]:
+    """Returns five beginnings of lines from the held-out text."""
+    from checkpoint import load, tokenizer
+    from loader import read_tokens
+
+    text = tokenizer(load("checkpoints/demo/pretrained.pt")).decode(read_tokens(Path("data/demo/val.bin")).tolist())
+    lines = [line.strip() for line in text.splitlines() if len(line.split()) >= 6]
+    return [" ".join(line.split()[:4]) for line in lines[:: max(1, len(lines) // 5)][:5]]
+
+
+def completions(path: str, prompts: list[str]) -> None:
+    """Prints one completion of each prompt."""
+    from sampling import TextModel
+
+    text_model = TextModel.load(path)
+    config = SamplingConfig(max_new_tokens=60, temperature=0.5, top_k=50, seed=1)
+    for prompt in prompts:
+        text = "".join(text_model.complete(prompt, config))
+        print(f"\n> {prompt}|{text.rstrip()}")
+
+
+def recall(path: str) -> None:
+    """Asks every question about Python's built-ins that the model was trained on, and the capital of France, greedily."""
+    import pydocs
+    from loader import Conversations
+    from sampling import Chat, TextModel
+
+    text_model = TextModel.load(path)
+    config = SamplingConfig(greedy=True)
+    trained_on = Conversations(Path("data/demo"), "train", text_model.model.config.block_size, 1, 0)
+    texts = {text_model.tokenizer.decode(trained_on.conversation(i)[0]) for i in range(len(trained_on))}
+    asked = [(question, answer) for question, answer in pydocs.questions(builtins_only=True)
+             if f"<|user|> {question}<|endoftext|>\n<|assistant|> {answer}<|endoftext|>\n" in texts]
+    right = 0
+    for i, (question, answer) in enumerate(asked):
+        reply = "".join(Chat(text_model, config).reply(question))
+        right += reply == answer
+        if i % (len(asked) // 3) == 0:
+            print(f"> {question}\n  {reply}")
+    print(f"{right} of {len(asked)} questions about Python's built-ins answered word for word ({right / max(1, len(asked)):.0%})")
+    question = "What is the capital of France?"
+    reply = "".join(Chat(text_model, config).reply(question))
+    print(f"> {question}\n  {reply}\n{'Right' if 'Paris' in reply else 'Wrong'}. All of these were in its training data: "
+          "this is memory, not knowledge. Other questions it answers badly.")
+
+
+if __name__ == "__main__":
+    run(main, Config)
