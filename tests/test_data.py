@@ -1,0 +1,191 @@
+"""What the prepare scripts read and write: corpora, splits, files; the loader's batches."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import pydocs
+from cli import UserError
+from conftest import REPOSITORY
+from files import atomic_folder, atomic_write
+from loader import Batch, Conversations, Prefetcher, Windows, micro_batches, read_tokens, stack
+from prepare_data import batched, draw_held_out, hold_out
+from prepare_sft_data import oasst1_conversations, read_file
+
+
+@pytest.fixture(scope="module")
+def entries():
+    return list(pydocs.entries())
+
+
+def test_pydocs_is_a_corpus_of_unique_public_names_and_texts(entries):
+    assert sum(len(entry.docstring) for entry in entries) > 1_500_000
+    assert len({entry.docstring for entry in entries}) == len(entries)
+    names = {entry.name for entry in entries}
+    assert {"os.path.join", "json.JSONDecoder", "collections.abc.Mapping.get", "unittest.TestCase.assertEqual", "str.split"} <= names
+    assert not any(name.startswith(("posixpath", "ntpath", "_", "test.")) for name in names)
+
+
+def test_pydocs_questions_have_one_answer_each():
+    questions = list(pydocs.questions(builtins_only=True))
+    assert len(questions) > 300 and len(dict(questions)) == len(questions)
+    answers = dict(questions)
+    assert answers["What does len do?"] == "Return the number of items in a container."
+    assert answers["What is KeyError?"] == "Mapping key not found."
+    assert all(re.fullmatch(r"[A-Z].* .*\.", answer) and "\n" not in answer for answer in answers.values())
+
+
+@pytest.mark.parametrize(("docstring", "sentence"), [
+    ("join(a, *p)\n\nJoin two or\n   more paths.  More.", "Join two or more paths."),
+    ("len(obj, /) -> int\n\nReturn the length, e.g. of a list. Done.", "Return the length, e.g. of a list."),
+    (">>> f(1)\n2", None), ("A list of:\n", None), ("", None), ("x", None),
+])
+def test_first_sentence(docstring, sentence):
+    assert pydocs.first_sentence(docstring) == sentence
+
+
+def test_bundled_conversations_are_in_order():
+    conversations = list(read_file(REPOSITORY / "data/samples/chat.jsonl"))
+    questions = Counter(messages[0]["content"].lower() for messages in conversations)
+    assert len(conversations) >= 300 and max(questions.values()) == 1
+    assert sum(len(messages) > 2 for messages in conversations) >= 30
+    assert any(messages == [{"role": "user", "content": "What is the capital of France?"},
+                            {"role": "assistant", "content": "The capital of France is Paris."}] for messages in conversations)
+
+
+def test_whole_documents_are_held_out():
+    documents = [f"document {i}" for i in range(1000)]
+    split = list(hold_out(documents, 0.05, seed=1))
+    assert [text for _, text in split] == documents
+    assert Counter(name for name, _ in split) == {"train": 950, "val": 50}
+    assert split == list(hold_out(documents, 0.05, seed=1)) != list(hold_out(documents, 0.05, seed=2))
+    assert all(any(name == "val" for name, _ in draw_held_out(range(20), 0.01, seed)) for seed in range(50))
+
+
+def test_a_single_document_is_cut():
+    assert list(hold_out(["0123456789"], 0.1, seed=1)) == [("train", "012345678"), ("val", "9")]
+
+
+def test_batches_of_documents_lose_none():
+    documents = [("train", "x" * n) for n in (5, 0, 400, 3, 900, 1)]
+    assert [len(batch) for batch in batched(documents, 400)] == [2, 2, 1]
+
+
+def test_oasst1_paths_follow_the_best_reply():
+    def row(id_, parent, role, text, rank=None, **more):
+        return {"message_id": id_, "parent_id": parent, "role": role, "text": text, "rank": rank, "lang": "en", "deleted": False, **more}
+    rows = [row("a", None, "prompter", "Q"), row("b", "a", "assistant", "worse", 1), row("c", "a", "assistant", "best", 0),
+            row("d", "c", "prompter", "Q2"), row("e", "d", "assistant", "A2", 0), row("f", "c", "prompter", "no answer"),
+            row("g", None, "prompter", "Hola", lang="es"), row("h", "c", "prompter", "gone", deleted=True)]
+    texts = [[m["content"] for m in messages] for messages in oasst1_conversations(rows)]
+    assert texts == [["Q", "best", "Q2", "A2"], ["Q", "best"]]
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_write(path, "w") as file:
+        file.write("new")
+        raise RuntimeError
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path, last="file") as folder:
+        (folder / "file").write_text("new")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def write_tokens(path: Path, tokens) -> Path:
+    np.asarray(tokens, dtype="<u2").tofile(path)
+    return path
+
+
+def test_windows_are_a_pure_function_of_seed_and_step_and_stay_inside_files(tmp_path):
+    paths = [write_tokens(tmp_path / "a.bin", range(100)), write_tokens(tmp_path / "b.bin", range(1000, 1040)),
+             write_tokens(tmp_path / "short.bin", range(5))]
+    data = Windows(paths, block_size=16, batch_size=8, seed=3)
+    seen = set()
+    for step in range(60):
+        batch = stack(data.batch(step))
+        assert torch.equal(batch.tokens + 1, batch.targets)  # no window crosses from one file to the next
+        seen |= set(batch.targets.flatten().tolist())
+    assert seen == set(range(1, 100)) | set(range(1001, 1040))
+    again = Windows(paths, block_size=16, batch_size=8, seed=3)
+    assert torch.equal(stack(again.batch(41)).tokens, stack(data.batch(41)).tokens)
+    assert not torch.equal(stack(data.batch(41)).tokens, stack(data.batch(42)).tokens)
+    assert not torch.equal(stack(Windows(paths, 16, 8, seed=4).batch(41)).tokens, stack(data.batch(41)).tokens)
+
+
+def test_every_split_of_a_batch_is_the_same_batch(tmp_path):
+    data = Windows([write_tokens(tmp_path / "a.bin", range(500))], block_size=8, batch_size=12, seed=0)
+    rows = data.batch(5)
+    whole = {tuple(row) for row in stack(rows).tokens.tolist()}
+    for n, world_size in ((1, 1), (4, 1), (2, 3), (5, 2)):
+        parts = [micro for rank in range(world_size) for micro in micro_batches(rows, n, rank, world_size)]
+        assert sum(micro.tokens.size(0) for micro in parts) == 12
+        assert {tuple(row) for micro in parts for row in micro.tokens.tolist()} == whole
+
+
+def test_evaluation_scores_every_token_once(tmp_path):
+    data = Windows([write_tokens(tmp_path / "a.bin", range(101))], block_size=16, batch_size=1, seed=0)
+    assert [t for batch in data.in_order() for t in batch.targets.flatten().tolist()] == list(range(1, 101))
+    assert sum(batch.targets.numel() for batch in data.in_order(max_tokens=48)) <= 48
+
+
+def test_llm_c_shards_are_read(tmp_path):
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, 7
+    (tmp_path / "s.bin").write_bytes(header.tobytes() + np.arange(7, dtype="<u2").tobytes())
+    assert read_tokens(tmp_path / "s.bin").tolist() == list(range(7))
+    (tmp_path / "s.bin").write_bytes(header.tobytes() + np.arange(6, dtype="<u2").tobytes())
+    with pytest.raises(UserError, match="damaged"):
+        read_tokens(tmp_path / "s.bin")
+    (tmp_path / "s.bin").write_bytes(b"odd")
+    with pytest.raises(UserError, match="damaged"):
+        read_tokens(tmp_path / "s.bin")
+
+
+def test_an_epoch_visits_every_conversation_once_grouped_by_length(toy):
+    data = Conversations(toy / "data/toy", "train", block_size=64, batch_size=8, seed=0)
+    starts = lambda epoch: Counter(  # noqa: E731
+        tuple(row.tokens[0].tolist()) for k in range(data.batches_per_epoch) for row in data.batch(epoch * data.batches_per_epoch + k))
+    every = Counter(tuple(row.tokens[0].tolist()) for row in data.in_order())
+    assert starts(0) == starts(1) == every and sum(every.values()) == len(data)
+    assert [b.tokens.tolist() for b in data.batch(0)] != [b.tokens.tolist() for b in data.batch(data.batches_per_epoch)]
+
+
+def test_only_the_assistants_tokens_count(toy):
+    data = Conversations(toy / "data/toy", "train", block_size=64, batch_size=8, seed=0)
+    import tokenizer
+    bpe = tokenizer.load(toy / "data/toy/tokenizer.json")
+    batch = stack(data.batch(0))
+    assert batch.tokens.size(1) % 64 == 0
+    counted = bpe.decode(batch.targets.flatten()[batch.counted].tolist())
+    texts = [bpe.decode(row.tokens[0].tolist()) for row in data.batch(0)]
+    answers = [part.split("<|endoftext|>")[0] + "<|endoftext|>" for text in texts for part in text.split("<|assistant|>")[1:]]
+    assert counted == "".join(answers)
+
+
+def test_stacking_pads_behind_and_counts_the_same():
+    rows = [Batch(torch.full((1, n), n), torch.full((1, n), n + 1), None) for n in (3, 70)]
+    batch = stack(rows, longest=100)
+    assert batch.tokens.shape == (2, 100) and batch.n_counted == 73
+    assert batch.targets.flatten()[batch.counted].tolist() == [4] * 3 + [71] * 70
+
+
+def test_the_prefetcher_gives_what_was_asked_for():
+    fetch = Prefetcher(lambda step: step * 10, 3)
+    assert [fetch(3), fetch(4), fetch(9), fetch(10)] == [30, 40, 90, 100]
+    fetch.close()
+
+
+def test_meta_says_what_belongs_together(toy):
+    meta = json.loads((toy / "data/toy/meta.json").read_text())
+    for split in ("train", "val"):
+        assert len(read_tokens(toy / f"data/toy/{split}.bin")) == meta["splits"][split]["tokens"] > 0
+    assert meta["files"] == ["train.bin", "val.bin", "tokenizer.json"]
+    text = sum(len(path.read_bytes()) for path in (toy / "text").iterdir())
+    assert sum(split["bytes"] for split in meta["splits"].values()) == text

@@ -1,0 +1,192 @@
+"""The network against `transformers`, the fused loss against the plain one, the cache against none."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import GPT, GPTConfig, linear_cross_entropy, sample
+
+
+def small(**changes) -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**{"block_size": 32, "vocab_size": 128, "n_tokens": 100, "n_layer": 3, "n_head": 4,
+                            "n_embd": 32, **changes}))
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """A GPT-2 of `transformers` with random weights, biases and LayerNorms included, and ours with the same weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(1)
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=211, n_positions=256, n_embd=48, n_layer=3, n_head=4,
+                                        bos_token_id=0, eos_token_id=0)).eval()
+    for name, parameter in theirs.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("ln_" in name and name.endswith("weight")), std=0.2)
+    with torch.no_grad():  # so that greedy text does not fall into a loop
+        theirs.transformer.wpe.weight.mul_(20)
+        theirs.transformer.ln_f.bias.mul_(0.1)
+    ours = GPT(GPTConfig(block_size=256, vocab_size=211, n_tokens=211, n_layer=3, n_head=4, n_embd=48)).eval()
+    weights = {name.removeprefix("transformer."): w.t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else w
+               for name, w in theirs.state_dict().items()}
+    ours.load_state_dict(weights)
+    return theirs, ours
+
+
+def test_logits_equal_transformers(reference):
+    theirs, ours = reference
+    tokens = torch.randint(211, (3, 256), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        assert expected.std() > 1  # not a comparison of zeros
+        torch.testing.assert_close(ours(tokens), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_loss_equals_transformers(reference):
+    theirs, ours = reference
+    tokens = torch.randint(211, (3, 101), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected = theirs(tokens, labels=tokens).loss
+        loss = ours(tokens[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_greedy_tokens_equal_transformers(reference):
+    theirs, ours = reference
+    prompt = torch.tensor([[5, 17, 200, 3]])
+    expected = theirs.generate(prompt, max_new_tokens=200, do_sample=False, pad_token_id=0, eos_token_id=None)[0, 4:]
+    assert len(set(expected.tolist())) >= 50  # so that a wrong token shows
+    assert [int(token) for token in ours.generate(prompt, 200, temperature=0)] == expected.tolist()
+
+
+def test_gpt2_small_has_124_million_parameters():
+    with torch.device("meta"):
+        assert GPT(GPTConfig(vocab_size=50257, n_tokens=50257)).n_parameters() == 124_439_808
+        assert GPT(GPTConfig(vocab_size=50257, n_tokens=50257, tie_weights=False)).n_parameters() == 163_037_184
+
+
+def test_first_loss_is_that_of_guessing():
+    model = small(n_embd=64)
+    tokens = torch.randint(128, (8, 33))
+    loss = model(tokens[:, :-1], tokens[:, 1:]).item() / (8 * 32)
+    assert abs(loss - math.log(128)) < 0.05
+
+
+def test_residual_projections_start_smaller():
+    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_tokens=64, n_layer=8, n_head=2, n_embd=128))
+    assert model.h[3].mlp.c_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+    assert model.h[3].mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("chunk", [7, 64, 1000])
+def test_fused_loss_equals_plain_in_value_and_gradient(masked, chunk):
+    torch.manual_seed(0)
+    hidden = torch.randn(64, 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(50, 16, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(50, (64,))
+    kept = torch.randperm(64)[:40].sort().values if masked else torch.arange(64)
+
+    fused = linear_cross_entropy(hidden[kept], weight, targets[kept], chunk) / len(kept)
+    plain = F.cross_entropy((hidden @ weight.t())[kept], targets[kept])
+    torch.testing.assert_close(fused.double(), plain, atol=1e-6, rtol=1e-6)
+    for ours, theirs in zip(torch.autograd.grad(3 * fused, (hidden, weight)), torch.autograd.grad(3 * plain, (hidden, weight)), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_model_gradients_equal_those_of_the_plain_loss(masked):
+    model = small()
+    tokens, targets = torch.randint(100, (4, 32)), torch.randint(100, (4, 32))
+    counted = torch.arange(3, 100, 2) if masked else None
+    n = 49 if masked else 128
+    (model(tokens, targets, counted) / n).backward()
+    fused = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    ignored = targets.flatten().clone()
+    if masked:
+        ignored[[i for i in range(128) if i not in set(counted.tolist())]] = -100
+    F.cross_entropy(model(tokens).flatten(0, 1), ignored).backward()
+    for ours, plain in zip(fused, (p.grad for p in model.parameters()), strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-6, rtol=1e-4)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    model, tokens = small(), torch.randint(100, (2, 32))
+    model(tokens, tokens).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.gradient_checkpointing = True
+    model(tokens, tokens).backward()
+    for p, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+
+
+def test_overfits_one_batch():
+    model = small()
+    tokens = torch.randint(100, (4, 33))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        loss = model(tokens[:, :-1], tokens[:, 1:]) / (4 * 32)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
+@pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 1.3}, {"top_k": 5}, {"top_p": 0.7},
+                                 {"top_k": 20, "top_p": 0.9, "temperature": 0.8}], ids=str)
+def test_cached_generation_equals_uncached_past_the_context(how):
+    model = small().eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    torch.nn.init.normal_(model.wpe.weight)
+    prompt = torch.randint(100, (2, 9))
+
+    def run(use_cache):
+        generator = torch.Generator().manual_seed(7)
+        return torch.stack(list(model.generate(prompt, 70, generator=generator, use_cache=use_cache, **how)), dim=1)
+
+    cached = run(True)
+    assert cached.unique().numel() > 10
+    assert torch.equal(cached, run(False))
+
+
+def test_a_block_of_new_positions_sees_the_cached_past():
+    from model import KVCache
+    model = small().eval()
+    tokens = torch.randint(100, (2, 20))
+    cache = KVCache(model.config, 2, model.wte.weight)
+    with torch.no_grad():
+        parts = [model.hidden(tokens[:, a:b], cache) for a, b in ((0, 6), (6, 7), (7, 20))]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model.hidden(tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_padding_ids_are_never_sampled():
+    model = small(tie_weights=False).eval()
+    with torch.no_grad():  # every padding id is far likelier than any real token
+        model.ln_f.weight.zero_()
+        model.ln_f.bias.fill_(1.0)
+        model.lm_head.weight[100:] = 10.0
+    for how in ({"temperature": 0}, {"temperature": 2.0}, {"top_k": 3}, {"top_p": 0.5}):
+        tokens = torch.cat(list(model.generate(torch.zeros(8, 1, dtype=torch.int64), 20, **how)))
+        assert tokens.max() < 100
+
+
+def test_sampling_follows_its_definition():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(40_000, 4)
+    generator = torch.Generator().manual_seed(0)
+
+    def frequencies(**how):
+        return (sample(logits, generator=generator, **how).bincount(minlength=4) / len(logits)).tolist()
+
+    assert frequencies() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.01)
+    assert frequencies(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.01)
+    assert frequencies(top_p=0.6) == pytest.approx([0.625, 0.375, 0, 0], abs=0.01)
+    assert frequencies(top_p=0.4) == [1, 0, 0, 0]
+    assert frequencies(temperature=0) == [1, 0, 0, 0]
+    squared = [p * p / 0.365 for p in (0.5, 0.3, 0.15, 0.05)]
+    assert frequencies(temperature=0.5) == pytest.approx(squared, abs=0.01)

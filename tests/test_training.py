@@ -1,0 +1,184 @@
+"""The training loop, in real processes: killed, interrupted, resumed, split, and on several processes."""
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cli import TrainerConfig
+from conftest import ENVIRONMENT, REPOSITORY, TOY_SHAPE, command, run_script, succeed
+from optim import Muon
+from trainer import learning_rate_at
+
+RUN = ["--data", "data/toy", "--max-steps", "240", *TOY_SHAPE, "--optimizer", "muon", "--dropout", "0.1",
+       "--eval-every", "40", "--save-every", "30", "--plot", "plots/resume.png"]
+
+
+def start(folder: Path, out: str, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(command("train.py", "--out", out, *arguments), cwd=folder, env=ENVIRONMENT, encoding="utf-8",
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def wait_for_log(path: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists() or not any(entry["step"] >= step for entry in log(path)):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-2000:]
+        time.sleep(0.01)
+
+
+def log(path: Path) -> list[dict]:
+    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def assert_equal(a, b, where=""):
+    """Compares nested checkpoints bit by bit."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(toy):
+    """The run that the interrupted ones have to equal."""
+    succeed(toy, "train.py", "--out", "checkpoints/whole.pt", *RUN)
+    return toy / "checkpoints/whole.pt"
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_resume_is_bit_exact(toy, uninterrupted, how):
+    out = toy / f"checkpoints/{how.name}.pt"
+    process = start(toy, f"checkpoints/{how.name}.pt", *RUN)
+    wait_for_log(out.with_suffix(".jsonl"), 70, process)
+    process.send_signal(how)
+    stdout, stderr = process.communicate(timeout=60)
+    if how == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+        succeed(toy, "train.py", "--out", f"checkpoints/{how.name}.pt", *RUN, "--resume")
+    else:
+        assert process.returncode == 0, stderr[-2000:]
+        *_, hint = stdout.strip().splitlines()  # the command that it tells its user to type
+        arguments = shlex.split(hint)
+        assert arguments[0] == "python" and arguments[-1] == "--resume"
+        assert load(out.with_suffix(".last.pt"))["step"] < 240
+        subprocess.run([sys.executable, *arguments[1:]], cwd=toy, env=ENVIRONMENT, check=True, capture_output=True)
+    assert log(out.with_suffix(".jsonl")) == log(uninterrupted.with_suffix(".jsonl"))
+    resumed, whole = (load(path.with_suffix(".last.pt")) for path in (out, uninterrupted))
+    for key in ("model", "optimizer", "rng", "step", "best_val_loss", "history"):
+        assert_equal(resumed[key], whole[key], key)
+    assert_equal(load(out)["model"], load(uninterrupted)["model"])
+    assert not list(out.parent.glob(".*tmp"))
+
+
+@pytest.mark.parametrize("split", [["--grad-accum-steps", "3"], ["--grad-checkpointing"]])
+def test_splitting_a_batch_and_recomputing_change_no_loss(toy, split):
+    losses = []
+    for name, extra in (("plain", []), ("split", split)):
+        succeed(toy, "train.py", "--data", "data/toy", "--out", f"checkpoints/{name}.pt", *TOY_SHAPE, "--max-steps", "12",
+                "--log-every", "1", "--batch-size", "6", "--overwrite", "--plot", "plots/split.png", *extra)
+        losses.append([entry["loss"] for entry in log(toy / f"checkpoints/{name}.jsonl") if "loss" in entry])
+    assert len(losses[0]) == 12 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_two_processes_equal_one(toy):
+    arguments = ["--data", "data/toy", *TOY_SHAPE, "--max-steps", "20", "--log-every", "1", "--overwrite", "--plot", "plots/ddp.png"]
+    succeed(toy, "train.py", "--out", "checkpoints/one.pt", *arguments)
+    launched = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(REPOSITORY / "train.py"),
+         "--out", "checkpoints/two.pt", *arguments], cwd=toy, env=ENVIRONMENT, capture_output=True, encoding="utf-8", timeout=200)
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    one, two = ([entry.get("loss", entry.get("val_loss")) for entry in log(toy / f"checkpoints/{name}.jsonl")] for name in ("one", "two"))
+    assert len(one) >= 22 and one == pytest.approx(two, rel=1e-5)
+
+
+def test_sft_losses_do_not_depend_on_the_split(toy):
+    losses = []
+    for n in (1, 4):
+        succeed(toy, "train_sft.py", "--model", "checkpoints/toy.pt", "--data", "data/toy", "--out", f"checkpoints/sft{n}.pt",
+                "--max-steps", "6", "--log-every", "1", "--batch-size", "16", "--grad-accum-steps", str(n), "--device", "cpu",
+                "--plot", "plots/x.png")
+        losses.append([entry["loss"] for entry in log(toy / f"checkpoints/sft{n}.jsonl") if "loss" in entry])
+    assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_training_never_overwrites_a_checkpoint_unasked(toy):
+    before = (toy / "checkpoints/toy.pt").read_bytes()
+    result = run_script(toy, "train.py", "--data", "data/toy", "--out", "checkpoints/toy.pt", *TOY_SHAPE, "--max-steps", "1")
+    assert result.returncode == 1 and "--overwrite" in result.stderr.splitlines()[-1]
+    assert (toy / "checkpoints/toy.pt").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(toy):
+    result = run_script(toy, "train.py", "--data", "data/toy", "--out", "checkpoints/nan.pt", *TOY_SHAPE, "--max-steps", "400",
+                        "--learning-rate", "1e30", "--grad-clip", "0", "--plot", "plots/nan.png")
+    assert result.returncode == 1 and "not finite" in result.stderr.splitlines()[-1]
+    for path in (toy / "checkpoints").glob("nan*.pt"):
+        assert all(tensor.isfinite().all() for tensor in load(path)["model"].values())
+
+
+def test_target_loss_patience_and_snapshots(toy):
+    common = ["--data", "data/toy", *TOY_SHAPE, "--plot", "plots/stop.png", "--overwrite", "--out", "checkpoints/stop.pt"]
+    stdout = succeed(toy, "train.py", *common, "--max-steps", "500", "--target-loss", "5.9", "--snapshot-every", "5")
+    assert "reached the target loss" in stdout and log(toy / "checkpoints/stop.jsonl")[-1]["val_loss"] <= 5.9
+    assert (toy / "checkpoints/snapshots/stop_step_5.pt").exists()
+    stdout = succeed(toy, "train.py", *common, "--max-steps", "500", "--patience", "2", "--learning-rate", "0", "--min-lr", "0")
+    assert "no improvement in 2 evaluations" in stdout
+
+
+def test_a_damaged_checkpoint_is_not_resumed(toy, uninterrupted):
+    whole = uninterrupted.with_suffix(".last.pt").read_bytes()
+    middle = len(whole) // 2
+    for damaged in (whole[:middle], whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:]):
+        (toy / "checkpoints/broken.last.pt").write_bytes(damaged)
+        result = run_script(toy, "train.py", "--out", "checkpoints/broken.pt", *RUN, "--resume")
+        assert result.returncode == 1 and "damaged" in result.stderr.splitlines()[-1]
+        assert "Traceback" not in result.stderr
+
+
+def test_muon_equals_torch():
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in [(64, 32), (64, 32), (32, 64), (48, 48)]]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    optimizers = Muon(ours, lr=0.02), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(5):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(ours, theirs, strict=True):  # torch computes in bfloat16
+        assert (p - q).norm() < 1e-3 * q.norm()
+
+
+def test_learning_rate_warms_up_then_falls_along_a_cosine():
+    config = TrainerConfig(max_steps=110, warmup_steps=10, learning_rate=1.0, min_lr=0.1)
+    rates = [learning_rate_at(step, config) for step in range(111)]
+    assert rates[0] == pytest.approx(1 / 11) and rates[10] == 1.0 and rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
+    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_trains_compiled_in_bfloat16(toy):
+    succeed(toy, "train.py", "--data", "data/toy", "--out", "checkpoints/cuda.pt", *TOY_SHAPE, "--device", "cuda",
+            "--max-steps", "30", "--plot", "plots/cuda.png")
+    losses = [entry["val_loss"] for entry in log(toy / "checkpoints/cuda.jsonl") if "val_loss" in entry]
+    assert losses[-1] < losses[0]
