@@ -103,20 +103,24 @@ def recall(path: str) -> None:
     from sampling import Chat, TextModel
 
     text_model = TextModel.load(path)
-    config = SamplingConfig(greedy=True)
     trained_on = Conversations(Path("data/demo"), "train", text_model.model.config.block_size, 1, 0)
     texts = {text_model.tokenizer.decode(trained_on.conversation(i)[0]) for i in range(len(trained_on))}
     asked = [(question, answer) for question, answer in pydocs.questions(builtins_only=True)
              if f"<|user|> {question}<|endoftext|>\n<|assistant|> {answer}<|endoftext|>\n" in texts]
+
+    def ask(question, answer):
+        enough = len(text_model.tokenizer.encode(answer)) + 10
+        return "".join(Chat(text_model, SamplingConfig(greedy=True, max_new_tokens=enough)).reply(question))
+
     right = 0
     for i, (question, answer) in enumerate(asked):
-        reply = "".join(Chat(text_model, config).reply(question))
+        reply = ask(question, answer)
         right += reply == answer
         if i % (len(asked) // 3) == 0:
             print(f"> {question}\n  {reply}")
     print(f"{right} of {len(asked)} questions about Python's built-ins answered word for word ({right / max(1, len(asked)):.0%})")
     question = "What is the capital of France?"
-    reply = "".join(Chat(text_model, config).reply(question))
+    reply = ask(question, "The capital of France is Paris.")
     print(f"> {question}\n  {reply}\n{'Right' if 'Paris' in reply else 'Wrong'}. All of these were in its training data: "
           "this is memory, not knowledge. Other questions it answers badly.")
 

@@ -39,6 +39,7 @@ class Trainer:
         """
         self.config, self.facts, self.bytes_per_token = config, facts, bytes_per_token
         self.train_data, self.val_data = train_data, val_data
+        train_data.batch(0)  # unusable data fails here, before anything is computed or written
         self.rank, self.world_size, local_rank = (int(os.environ.get(name, default)) for name, default in
                                                   (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         on_cuda = config.device == "auto" and torch.cuda.is_available()

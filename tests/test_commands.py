@@ -1,0 +1,218 @@
+"""The commands as their users type them: the whole chain at toy size, and bad input of every kind to every one."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from conftest import ENVIRONMENT, REPOSITORY, command, run_script, succeed
+
+
+def test_the_chain_leaves_models_logs_and_plots(toy):
+    for name in ("toy", "sft"):
+        assert {f"{name}.pt", f"{name}.last.pt", f"{name}.jsonl"} <= {path.name for path in (toy / "checkpoints").iterdir()}
+        assert (toy / f"plots/{name}.png").read_bytes().startswith(b"\x89PNG")
+        log = [json.loads(line) for line in (toy / f"checkpoints/{name}.jsonl").read_text().splitlines()]
+        losses = [entry["val_loss"] for entry in log if "val_loss" in entry]
+        assert losses[-1] < losses[0]
+    assert "bits_per_byte" in (toy / "checkpoints/toy.jsonl").read_text()
+    assert not [path for path in toy.rglob(".*") if path.name.endswith(".tmp") or path.name.startswith(".prepare")]
+
+
+def test_a_completion_begins_with_its_prompt_and_repeats_under_a_seed(toy):
+    arguments = ["--model", "checkpoints/toy.pt", "--prompt", "What is 日本", "--max-new-tokens", "20", "--device", "cpu"]
+    first = succeed(toy, "generate.py", *arguments, "--seed", "1")
+    assert first.startswith("What is 日本") and len(first) > 12
+    assert succeed(toy, "generate.py", *arguments, "--seed", "1") == first
+    several = succeed(toy, "generate.py", *arguments, "--seed", "1", "--num-samples", "2")
+    assert several.startswith(first + "---\nWhat is 日本") and several != first + "---\n" + first
+    piped = ["--model", "checkpoints/toy.pt", "--max-new-tokens", "20", "--device", "cpu", "--seed", "1"]
+    assert succeed(toy, "generate.py", *piped, stdin="What is 日本") == first
+
+
+def test_chat_answers_line_by_line_and_knows_its_commands(toy):
+    result = run_script(toy, "generate.py", "--model", "checkpoints/sft.pt", "--chat", "--greedy", "--max-new-tokens", "10",
+                        stdin="Hello\n/help\n/unknown\n\nHello\n/reset\nHello\n/quit\nnever reached\n")
+    assert result.returncode == 0, result.stderr
+    answers = result.stdout.splitlines()
+    assert len(answers) == 3 and answers[0] == answers[2]  # after /reset the conversation begins anew
+    assert "/reset" in result.stderr and "/unknown" in result.stderr
+
+
+def test_chat_goes_on_past_the_context(toy):
+    stdin = "".join(f"Question number {i}, which is rather long to fill the context?\n" for i in range(12)) + "x" * 5000 + "\n"
+    result = run_script(toy, "generate.py", "--model", "checkpoints/sft.pt", "--chat", "--max-new-tokens", "40", stdin=stdin)
+    assert result.returncode == 0, result.stderr
+    assert run_script(toy, "generate.py", "--model", "checkpoints/toy.pt", "--prompt", "x" * 5000,
+                      "--max-new-tokens", "150").returncode == 0
+
+
+def test_training_takes_a_text_file_as_data(toy):
+    (toy / "story.txt").write_text("Once upon a time there was a test. " * 200, encoding="utf-8")
+    succeed(toy, "train.py", "--data", "story.txt", "--vocab-size", "270", "--out", "checkpoints/story.pt", "--max-steps", "2",
+            "--n-layer", "1", "--n-head", "1", "--n-embd", "16", "--block-size", "32", "--batch-size", "2", "--plot", "plots/s.png")
+    assert json.loads((toy / "data/story/meta.json").read_text())["tokenizer"].startswith("bpe-")
+    succeed(toy, "train.py", "--data", "data/story", "--init-from", "checkpoints/story.pt", "--out", "checkpoints/more.pt",
+            "--max-steps", "1", "--batch-size", "2", "--plot", "plots/s.png")
+
+
+def test_alpaca_instructions_end_to_end(toy):
+    entries = [{"instruction": f"Add {i} and 1.", "input": "" if i % 2 else "numbers", "output": str(i + 1)} for i in range(30)]
+    (toy / "alpaca.json").write_text(json.dumps(entries))
+    succeed(toy, "prepare_sft_data.py", "--input", "alpaca.json", "--template", "alpaca", "--out", "data/alpaca",
+            "--tokenizer", "data/toy/tokenizer.json", "--block-size", "64")
+    succeed(toy, "train_sft.py", "--model", "checkpoints/toy.pt", "--data", "data/alpaca", "--out", "checkpoints/alpaca.pt",
+            "--max-steps", "2", "--device", "cpu", "--plot", "plots/a.png")
+    succeed(toy, "generate.py", "--model", "checkpoints/alpaca.pt", "--instruction", "Add 2 and 1.", "--context", "numbers",
+            "--max-new-tokens", "5")
+
+
+def test_the_demo_runs_through(tmp_path):
+    (tmp_path / "my.txt").write_text((REPOSITORY / "data/samples/chat.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
+    stdout = succeed(tmp_path, "demo.py", "--input", "my.txt", "--vocab-size", "400", "--max-steps", "3", "--epochs", "1")
+    assert "bits per byte" in stdout and "questions about Python's built-ins answered word for word" in stdout
+    assert "memory, not knowledge" in stdout and "generate.py --model checkpoints/demo/sft.pt --chat" in stdout
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["demo_pretrain_loss.png", "demo_sft_loss.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "data", "my.txt", "plots"]
+
+
+def test_help_is_quick_and_names_every_flag():
+    for script, flag in (("prepare_data.py", "--vocab-size"), ("train.py", "--grad-accum-steps"), ("generate.py", "--top-p"),
+                         ("prepare_sft_data.py", "--template"), ("train_sft.py", "--epochs"), ("demo.py", "--input")):
+        code = f"import runpy, sys; sys.argv = ['x', '--help']\ntry: runpy.run_path({str(REPOSITORY / script)!r}, run_name='__main__')\n" \
+               "except SystemExit as e: assert not e.code\nassert 'torch' not in sys.modules and 'datasets' not in sys.modules"
+        result = subprocess.run([command(script)[0], "-c", code], env={**ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)},
+                                capture_output=True, encoding="utf-8")
+        assert result.returncode == 0, result.stderr
+        assert flag in result.stdout
+
+
+def test_underscores_are_accepted_in_flags(toy):
+    assert succeed(toy, "generate.py", "--model", "checkpoints/toy.pt", "--prompt", "x", "--max_new_tokens", "1")
+
+
+TRAIN = ["train.py", "--data", "data/toy", "--out", "checkpoints/new.pt"]
+SFT = ["train_sft.py", "--data", "data/toy", "--out", "checkpoints/new.pt", "--model", "checkpoints/toy.pt"]
+PREPARE, PREPARE_SFT = ["prepare_data.py", "--out", "data/new"], ["prepare_sft_data.py", "--out", "data/new"]
+BAD_INPUT = [
+    (2, "--no-such-flag", ["train.py", "--no-such-flag"]),
+    (2, "sixty", ["train.py", "--batch-size", "sixty"]),
+    (2, "no preset", ["train.py", "--preset", "gpt5"]),
+    (2, "multiple of --n-head", ["train.py", "--n-head", "5"]),
+    (2, "at least 1", ["train.py", "--max-steps", "0"]),
+    (2, "exclude", ["train.py", "--resume", "--overwrite"]),
+    (2, "must end in .pt", ["train.py", "--data", "data/toy", "--out", "checkpoints/new"]),
+    (1, "run prepare_data.py first", ["train.py", "--data", "data/none", "--out", "checkpoints/new.pt"]),
+    (1, "cannot read", ["train.py", "--data", "none.txt", "--out", "checkpoints/new.pt"]),
+    (1, "nothing to resume", [*TRAIN, "--resume"]),
+    (1, "no checkpoint", [*TRAIN, "--init-from", "checkpoints/none.pt"]),
+    (1, "not a checkpoint", [*TRAIN, "--init-from", "bad/notes.pt"]),
+    (1, "too few", [*TRAIN, "--block-size", "100000", "--n-layer", "1", "--n-embd", "12", "--max-steps", "1"]),
+    (1, "no device", [*TRAIN, "--device", "cuda:77", "--n-layer", "1", "--n-embd", "12"]),
+    (1, "no device", [*TRAIN, "--device", "toaster", "--n-layer", "1", "--n-embd", "12"]),
+    (1, "is damaged", ["train.py", "--data", "bad/meta", "--out", "checkpoints/new.pt"]),
+    (1, "tokenizer", ["train.py", "--data", "data/other", "--init-from", "checkpoints/toy.pt", "--out", "checkpoints/new.pt"]),
+    (1, "no checkpoint", [*SFT, "--model", "checkpoints/none.pt"]),
+    (1, "run prepare_sft_data.py first", [*SFT, "--data", "data/other"]),
+    (2, "at least 1", [*SFT, "--epochs", "0"]),
+    (1, "no text in", [*PREPARE, "--input", "none.txt"]),
+    (1, "no text in", [*PREPARE, "--input", "bad/empty"]),
+    (1, "not UTF-8", [*PREPARE, "--input", "bad/latin1.txt"]),
+    (1, "not a text file", [*PREPARE, "--input", "bad/zeros.txt"]),
+    (1, "no text to train on", [*PREPARE, "--input", "bad/blank.txt"]),
+    (2, "--vocab-size", [*PREPARE, "--input", "my.txt", "--vocab-size", "100"]),
+    (2, "--val-fraction", [*PREPARE, "--input", "my.txt", "--val-fraction", "1.5"]),
+    (1, "Hub", [*PREPARE, "--dataset", "openwebtext"]),
+    (2, "invalid choice", [*PREPARE, "--dataset", "everything"]),
+    (1, "Hub", [*PREPARE_SFT, "--dataset", "oasst1"]),
+    (1, "cannot read", [*PREPARE_SFT, "--input", "none.jsonl"]),
+    (1, "not JSON", [*PREPARE_SFT, "--input", "bad/latin1.txt".replace("latin1", "text")]),
+    (1, "take turns", [*PREPARE_SFT, "--input", "bad/turns.jsonl"]),
+    (1, "wanted an object", [*PREPARE_SFT, "--input", "bad/other.json"]),
+    (1, "wanted a list of messages", [*PREPARE_SFT, "--input", "bad/number.json"]),
+    (1, "fewer than two", [*PREPARE_SFT, "--input", "bad/one.jsonl"]),
+    (1, "cannot read the tokenizer", [*PREPARE_SFT, "--dataset", "pydocs-qa", "--tokenizer", "none.json"]),
+    (1, "not a byte-level BPE", [*PREPARE_SFT, "--dataset", "pydocs-qa", "--tokenizer", "bad/other.json"]),
+    (1, "no checkpoint", ["generate.py", "--model", "checkpoints/none.pt", "--prompt", "x"]),
+    (1, "not a checkpoint", ["generate.py", "--model", "bad/pickle.pt", "--prompt", "x"]),
+    (1, "do not fit its config", ["generate.py", "--model", "bad/misfit.pt", "--prompt", "x"]),
+    (1, "newer version", ["generate.py", "--model", "bad/newer.pt", "--prompt", "x"]),
+    (1, "only completes text", ["generate.py", "--model", "checkpoints/toy.pt", "--chat"]),
+    (1, "only completes text", ["generate.py", "--model", "checkpoints/toy.pt", "--instruction", "x"]),
+    (2, "--temperature", ["generate.py", "--temperature", "-1"]),
+    (2, "--top-p", ["generate.py", "--top-p", "0"]),
+    (2, "exclude", ["generate.py", "--chat", "--prompt", "x"]),
+    (1, "prepare_data.py failed", ["demo.py", "--input", "none.txt"]),
+]
+
+
+@pytest.fixture(scope="module")
+def bad(toy):
+    """Adds damaged and foreign files to the toy's folder."""
+    import torch
+    folder = toy / "bad"
+    for name in ("empty", "meta"):
+        (folder / name).mkdir(parents=True)
+    turn = {"role": "user", "content": "x"}
+    for name, content in {
+            "notes.pt": b"hello", "latin1.txt": "caf\xe9 caf\xe9".encode("latin-1"), "zeros.txt": b"a\0b", "blank.txt": b"",
+            "text.txt": b"not json", "meta/meta.json": b"{", "other.json": b'[{"a": 1}]', "number.json": b'[{"messages": 3}]',
+            "turns.jsonl": json.dumps({"messages": [turn, turn, {"role": "assistant", "content": "y"}]}).encode(),
+            "one.jsonl": json.dumps({"messages": [turn, {"role": "assistant", "content": "y"}]}).encode()}.items():
+        (folder / name).write_bytes(content)
+    (toy / "my.txt").write_text("some text")
+    good = torch.load(toy / "checkpoints/toy.pt", weights_only=True)
+    torch.save({**good, "config": {**good["config"], "n_embd": 64}}, folder / "misfit.pt")
+    torch.save({**good, "format_version": 99}, folder / "newer.pt")
+    torch.save({"model": os.system}, folder / "pickle.pt")  # would be executed by an unsafe loader
+    succeed(toy, "prepare_data.py", "--input", "text", "--vocab-size", "300", "--out", "data/other")
+    return toy
+
+
+@pytest.fixture(scope="module")
+def bad_results(bad):
+    """What each line of BAD_INPUT did, two processes at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(range(len(BAD_INPUT)), pool.map(lambda case: run_script(bad, *case[2]), BAD_INPUT), strict=True))
+
+
+@pytest.mark.parametrize("i", range(len(BAD_INPUT)), ids=lambda i: " ".join(BAD_INPUT[i][2])[:70])
+def test_bad_input_gets_one_line_and_the_right_status(bad_results, i):
+    status, message, _ = BAD_INPUT[i]
+    result = bad_results[i]
+    assert result.returncode == status, result.stderr
+    assert "Traceback" not in result.stderr and message in result.stderr.splitlines()[-1]
+    assert result.stderr.splitlines()[-1].startswith("error: ") and result.stderr.count("error: ") <= 2
+
+
+def test_bad_input_leaves_nothing_half_written(bad_results, bad):
+    assert not (bad / "checkpoints/new.pt").exists() and not (bad / "checkpoints/new.last.pt").exists()
+    assert not (bad / "data/new").exists() or not list((bad / "data/new").iterdir())
+
+
+def test_a_killed_preparation_leaves_the_old_files(toy):
+    succeed(toy, "prepare_data.py", "--input", "text", "--vocab-size", "300", "--out", "data/kill")
+    before = {path.name: path.read_bytes() for path in (toy / "data/kill").iterdir()}
+    process = subprocess.Popen(command("prepare_data.py", "--dataset", "pydocs", "--vocab-size", "300", "--out", "data/kill"),
+                               cwd=toy, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    while not list((toy / "data/kill").glob(".prepare-*/train.bin")):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert {path.name: path.read_bytes() for path in (toy / "data/kill").iterdir() if path.is_file()} == before
+    succeed(toy, "prepare_data.py", "--input", "text", "--vocab-size", "300", "--out", "data/kill")
+
+
+def test_output_into_a_closed_pipe_is_no_error(toy):
+    process = subprocess.Popen(command("generate.py", "--model", "checkpoints/toy.pt", "--prompt", "x", "--max-new-tokens", "3000",
+                                       "--num-samples", "50", "--device", "cpu"), cwd=toy, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(5)
+    process.stdout.close()
+    stderr = process.stderr.read().decode()
+    process.wait(60)
+    assert "Traceback" not in stderr and "Exception" not in stderr
