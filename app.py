@@ -54,13 +54,22 @@ def load(path: str, modified: float) -> TextModel:
 def pick_sampling() -> SamplingConfig:
     """Draws the controls of how tokens are chosen."""
     with st.sidebar:
-        temperature = st.slider("Temperature", 0.0, 2.0, 0.8, 0.05,
-                                help="Below 1 likely tokens become likelier, above 1 the text becomes wilder; 0 is greedy.")
+        temperature = st.slider(
+            "Temperature",
+            0.0,
+            2.0,
+            0.8,
+            0.05,
+            help="Below 1 likely tokens become likelier, above 1 the text becomes wilder; 0 is greedy.",
+        )
         top_k = st.slider("Top k", 1, 200, 50, help="Draw from this many likeliest tokens only.")
-        top_p = st.slider("Top p", 0.05, 1.0, 1.0, 0.05,
-                          help="Draw from the fewest tokens that together have this probability.")
+        top_p = st.slider(
+            "Top p", 0.05, 1.0, 1.0, 0.05, help="Draw from the fewest tokens that together have this probability."
+        )
         max_new_tokens = st.slider("Length", 1, 500, 100, help="Longest answer or completion, in tokens.")
-        seed = st.number_input("Seed", 0, None, None, help="The same seed gives the same text; empty for another each time.")
+        seed = st.number_input(
+            "Seed", 0, None, None, help="The same seed gives the same text; empty for another each time."
+        )
     return SamplingConfig(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
 
 

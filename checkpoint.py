@@ -41,7 +41,7 @@ def load(path: str | Path, verify: bool = False) -> dict:
         checkpoint["model"], checkpoint["tokenizer"], checkpoint["kind"]  # noqa: B018
     except UserError:
         raise
-    except Exception as error:  # noqa: BLE001  whatever a damaged or foreign file makes the readers raise
+    except Exception as error:  # whatever a damaged or foreign file makes the readers raise
         newer = isinstance(error, TypeError) and "unexpected keyword" in str(error)
         what = "is from a newer version of this project" if newer else "is not a checkpoint of this project, or damaged"
         raise UserError(f"{path} {what} ({type(error).__name__})") from None
@@ -51,7 +51,7 @@ def load(path: str | Path, verify: bool = False) -> dict:
 
 
 def build(checkpoint: dict, path: str | Path, device: torch.device | str = "cpu") -> GPT:
-    """Builds the model of a loaded checkpoint on a device, in evaluation mode. Raises UserError where weights misfit."""
+    """Builds the model of a loaded checkpoint, in evaluation mode. Raises UserError where the weights misfit."""
     with torch.device("meta"):
         model = GPT(checkpoint["config"])
     model = model.to_empty(device=device)
@@ -70,7 +70,9 @@ def build(checkpoint: dict, path: str | Path, device: torch.device | str = "cpu"
 def describe(checkpoint: dict) -> str:
     """Returns the facts of a checkpoint in a few words, for people."""
     loss = checkpoint.get("best_val_loss")
-    return f"{checkpoint['kind']}, step {checkpoint.get('step', 0):,}" + ("" if loss is None else f", validation loss {loss:.3f}")
+    return f"{checkpoint['kind']}, step {checkpoint.get('step', 0):,}" + (
+        "" if loss is None else f", validation loss {loss:.3f}"
+    )
 
 
 def tokenizer(checkpoint: dict) -> tokenizers.Tokenizer:

@@ -97,9 +97,21 @@ class TrainerConfig:
 
     def __post_init__(self):
         for name in ("max_steps", "batch_size", "eval_every", "save_every", "log_every", "eval_tokens"):
-            require(getattr(self, name) is None or getattr(self, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
-        for name in ("learning_rate", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "snapshot_every",
-                     "patience", "target_loss", "seed"):
+            require(
+                getattr(self, name) is None or getattr(self, name) >= 1,
+                f"--{name.replace('_', '-')} must be at least 1",
+            )
+        for name in (
+            "learning_rate",
+            "min_lr",
+            "warmup_steps",
+            "weight_decay",
+            "grad_clip",
+            "snapshot_every",
+            "patience",
+            "target_loss",
+            "seed",
+        ):
             require(getattr(self, name) >= 0, f"--{name.replace('_', '-')} must not be negative")
         require(self.grad_accum_steps == "auto" or self.grad_accum_steps >= 1, "--grad-accum-steps must be at least 1")
         require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
@@ -130,7 +142,9 @@ class SamplingConfig:
         require(self.seed is None or self.seed >= 0, "--seed must not be negative")
 
 
-def run(main: Callable[[Config], None], config_class: type[Config], presets: Mapping[str, Config] | None = None) -> None:
+def run(
+    main: Callable[[Config], None], config_class: type[Config], presets: Mapping[str, Config] | None = None
+) -> None:
     """Runs a script: parses `sys.argv` into its config, prints the config, calls `main(config)` and exits.
 
     What its user can mend ends in one line on standard error and exit status 1 (2 for bad usage); Ctrl-C in 130.
@@ -170,8 +184,12 @@ def parse(config_class: type[Config], arguments: list[str], presets: Mapping[str
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(config_class, args=arguments, description=sys.modules[config_class.__module__].__doc__,
-                            **({} if default is dataclasses.MISSING else {"default": default}))
+            return tyro.cli(
+                config_class,
+                args=arguments,
+                description=sys.modules[config_class.__module__].__doc__,
+                **({} if default is dataclasses.MISSING else {"default": default}),
+            )
     except SystemExit as exit_:
         if not exit_.code:
             raise
@@ -185,8 +203,14 @@ def describe(config: object) -> str:
 
 def plain(config: object) -> dict:
     """Returns a config dataclass as a dict of numbers, strings and lists, fit for JSON and for a checkpoint."""
-    return {name: list(value) if isinstance(value, tuple) else value if isinstance(value, int | float | None) else str(value)
-            for name, value in dataclasses.asdict(config).items()}
+    return {
+        name: list(value)
+        if isinstance(value, tuple)
+        else value
+        if isinstance(value, int | float | None)
+        else str(value)
+        for name, value in dataclasses.asdict(config).items()
+    }
 
 
 def command_line(add: str, drop: tuple[str, ...] = ()) -> str:

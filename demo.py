@@ -12,8 +12,13 @@ from pathlib import Path
 from cli import SamplingConfig, UserError, require, run
 
 HERE = Path(__file__).parent
-PROMPTS = ["Return a copy of the string", "This module provides", "Raised when an operation",
-           "The optional argument specifies", "A class that represents"]
+PROMPTS = [
+    "Return a copy of the string",
+    "This module provides",
+    "Raised when an operation",
+    "The optional argument specifies",
+    "A class that represents",
+]
 
 
 @dataclass(frozen=True)
@@ -37,23 +42,36 @@ def main(config: Config) -> None:
     corpus = ["--input", *config.input] if config.input else ["--dataset", "pydocs"]
 
     title("1. Raw text becomes tokens")
-    script("prepare_data.py", *corpus, "--out", "data/demo", "--vocab-size", config.vocab_size, "--val-fraction", "0.05")
+    script(
+        "prepare_data.py", *corpus, "--out", "data/demo", "--vocab-size", config.vocab_size, "--val-fraction", "0.05"
+    )
     title("2. A GPT learns to predict the next token")
     script("train.py", "--preset", "demo", "--overwrite", *flag("--max-steps", config.max_steps))
     title("3. It completes texts")
     completions("checkpoints/demo/pretrained.pt", PROMPTS if not config.input else held_out_beginnings())
     title("4. Questions and answers become tokens, with a mask on what is asked")
-    script("prepare_sft_data.py", "--dataset", "pydocs-qa", "--out", "data/demo", "--max-conversations", "714",
-           "--block-size", "256")
+    script(
+        "prepare_sft_data.py",
+        "--dataset",
+        "pydocs-qa",
+        "--out",
+        "data/demo",
+        "--max-conversations",
+        "714",
+        "--block-size",
+        "256",
+    )
     title("5. It learns to answer")
     script("train_sft.py", "--preset", "demo", "--overwrite", *flag("--epochs", config.epochs))
     title("6. What it remembers")
     recall("checkpoints/demo/sft.pt")
     title(f"Done in {time.perf_counter() - start:.0f} seconds. Now try")
-    print("  .venv/bin/python generate.py --model checkpoints/demo/sft.pt --chat\n"
-          "  .venv/bin/python generate.py --model checkpoints/demo/pretrained.pt\n"
-          "  .venv/bin/streamlit run app.py\n"
-          "The loss curves are plots/demo_pretrain_loss.png and plots/demo_sft_loss.png.")
+    print(
+        "  .venv/bin/python generate.py --model checkpoints/demo/sft.pt --chat\n"
+        "  .venv/bin/python generate.py --model checkpoints/demo/pretrained.pt\n"
+        "  .venv/bin/streamlit run app.py\n"
+        "The loss curves are plots/demo_pretrain_loss.png and plots/demo_sft_loss.png."
+    )
 
 
 def title(text: str) -> None:
@@ -72,7 +90,9 @@ def script(name: str, *arguments: object) -> None:
     print(f"$ python {' '.join(command)}", flush=True)
     result = subprocess.run([sys.executable, str(HERE / name), *command[1:]], check=False)
     if result.returncode:
-        raise UserError(f"{name} failed with status {result.returncode}", status=result.returncode if result.returncode > 0 else 1)
+        raise UserError(
+            f"{name} failed with status {result.returncode}", status=result.returncode if result.returncode > 0 else 1
+        )
 
 
 def held_out_beginnings() -> list[str]:
@@ -97,7 +117,7 @@ def completions(path: str, prompts: list[str]) -> None:
 
 
 def recall(path: str) -> None:
-    """Asks every question about Python's built-ins that the model was trained on, and the capital of France, greedily."""
+    """Asks, greedily, all questions about Python's built-ins that it was trained on, and the capital of France."""
     import pydocs
     from loader import Conversations
     from sampling import Chat, TextModel
@@ -105,8 +125,11 @@ def recall(path: str) -> None:
     text_model = TextModel.load(path)
     trained_on = Conversations(Path("data/demo"), "train", text_model.model.config.block_size, 1, 0)
     texts = {text_model.tokenizer.decode(trained_on.conversation(i)[0]) for i in range(len(trained_on))}
-    asked = [(question, answer) for question, answer in pydocs.questions(builtins_only=True)
-             if f"<|user|> {question}<|endoftext|>\n<|assistant|> {answer}<|endoftext|>\n" in texts]
+    asked = [
+        (question, answer)
+        for question, answer in pydocs.questions(builtins_only=True)
+        if f"<|user|> {question}<|endoftext|>\n<|assistant|> {answer}<|endoftext|>\n" in texts
+    ]
 
     def ask(question, answer):
         enough = len(text_model.tokenizer.encode(answer)) + 10
@@ -116,13 +139,16 @@ def recall(path: str) -> None:
     for i, (question, answer) in enumerate(asked):
         reply = ask(question, answer)
         right += reply == answer
-        if i % (len(asked) // 3) == 0:
+        if i % (len(asked) // 3 or 1) == 0:
             print(f"> {question}\n  {reply}")
-    print(f"{right} of {len(asked)} questions about Python's built-ins answered word for word ({right / max(1, len(asked)):.0%})")
+    share = right / max(1, len(asked))
+    print(f"{right} of {len(asked)} questions about Python's built-ins answered word for word ({share:.0%})")
     question = "What is the capital of France?"
     reply = ask(question, "The capital of France is Paris.")
-    print(f"> {question}\n  {reply}\n{'Right' if 'Paris' in reply else 'Wrong'}. All of these were in its training data: "
-          "this is memory, not knowledge. Other questions it answers badly.")
+    print(
+        f"> {question}\n  {reply}\n{'Right' if 'Paris' in reply else 'Wrong'}. All of these were in its training data: "
+        "this is memory, not knowledge. Other questions it answers badly."
+    )
 
 
 if __name__ == "__main__":

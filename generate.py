@@ -34,8 +34,10 @@ class Config(SamplingConfig):
     def __post_init__(self):
         super().__post_init__()
         require(self.num_samples >= 1, "--num-samples must be at least 1")
-        require(sum((self.chat, self.prompt is not None, self.instruction is not None)) <= 1,
-                "--prompt, --chat and --instruction exclude each other")
+        require(
+            sum((self.chat, self.prompt is not None, self.instruction is not None)) <= 1,
+            "--prompt, --chat and --instruction exclude each other",
+        )
 
 
 def main(config: Config) -> None:
@@ -66,6 +68,7 @@ def main(config: Config) -> None:
 def with_seed(config: Config, i: int) -> Config:
     """Returns the config of sample `i`, whose draws differ from those of the others."""
     import dataclasses
+
     return config if config.seed is None else dataclasses.replace(config, seed=config.seed + i)
 
 

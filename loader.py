@@ -32,10 +32,12 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Moves the batch to a device, asynchronously on CUDA."""
+
         def move(tensor):
             if tensor is None or device.type != "cuda":
                 return tensor if tensor is None else tensor.to(device)
             return tensor.pin_memory().to(device, non_blocking=True)
+
         return Batch(move(self.tokens), move(self.targets), move(self.counted))
 
 
@@ -58,13 +60,17 @@ class Windows:
     def batch(self, step: int) -> list[Batch]:
         """Returns the global batch of a step, one Batch of one row per sequence."""
         if self.first[-1] == 0:
-            raise UserError(f"{self.paths[0]} has {self.n_tokens} tokens, too few for windows of {self.block_size}: "
-                            "use more text or a smaller --block-size")
+            raise UserError(
+                f"{self.paths[0]} has {self.n_tokens} tokens, too few for windows of {self.block_size}: "
+                "use more text or a smaller --block-size"
+            )
         random = np.random.Generator(np.random.Philox(key=[self.seed, step]))
         windows = random.integers(self.first[-1], size=self.batch_size)
         shards = np.searchsorted(self.first, windows, side="right") - 1
-        return [self._row(self.shards[i][start : start + self.block_size + 1])
-                for i, start in zip(shards, windows - self.first[shards], strict=True)]
+        return [
+            self._row(self.shards[i][start : start + self.block_size + 1])
+            for i, start in zip(shards, windows - self.first[shards], strict=True)
+        ]
 
     def in_order(self, max_tokens: int | None = None) -> Iterator[Batch]:
         """Yields the files from end to end as windows that score every token once (but for each file's first).
@@ -96,8 +102,10 @@ class Conversations:
         self.block_size, self.batch_size, self.seed = block_size, batch_size, seed
         self.lengths = np.diff(self.offsets)
         if len(self) and self.lengths.max() > block_size + 1:
-            raise UserError(f"{folder} has conversations of {self.lengths.max()} tokens, longer than the model's context "
-                            f"of {block_size}: run prepare_sft_data.py with --block-size {block_size}")
+            raise UserError(
+                f"{folder} has conversations of {self.lengths.max()} tokens, longer than the model's context "
+                f"of {block_size}: run prepare_sft_data.py with --block-size {block_size}"
+            )
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -118,8 +126,12 @@ class Conversations:
         random = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
         order = random.permutation(len(self))
         pool = 50 * self.batch_size  # sorting within pools keeps the order random and the padding low
-        order = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")]
-                                for part in np.split(order, range(pool, len(order), pool))])
+        order = np.concatenate(
+            [
+                part[np.argsort(self.lengths[part], kind="stable")]
+                for part in np.split(order, range(pool, len(order), pool))
+            ]
+        )
         batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
         return [self._row(i) for i in batches[random.permutation(len(batches))[index]]]
 
@@ -159,7 +171,9 @@ def stack(rows: list[Batch], multiple: int = 64, longest: int | None = None) -> 
     return Batch(tokens, targets, torch.cat(counted))
 
 
-def micro_batches(rows: list[Batch], n: int, rank: int = 0, world_size: int = 1, longest: int | None = None) -> list[Batch]:
+def micro_batches(
+    rows: list[Batch], n: int, rank: int = 0, world_size: int = 1, longest: int | None = None
+) -> list[Batch]:
     """Returns this rank's share of a global batch in at most `n` micro-batches."""
     share = rows[rank::world_size]
     size = -(-len(share) // n) or 1
@@ -193,7 +207,7 @@ def read_tokens(path: Path) -> np.ndarray:
     """
     header = np.frombuffer(_first_bytes(path, _SHARD_HEADER_BYTES), dtype="<i4")
     if len(header) == 256 and header[0] == _SHARD_MAGIC and header[1] == 1:
-        tokens = _memmap(path, np.uint16)[_SHARD_HEADER_BYTES // 2:]
+        tokens = _memmap(path, np.uint16)[_SHARD_HEADER_BYTES // 2 :]
         if len(tokens) != header[2]:
             raise UserError(f"{path} is damaged: its header promises {header[2]:,} tokens, it holds {len(tokens):,}")
         return tokens

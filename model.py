@@ -46,8 +46,10 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: "LayerCache | None" = None) -> Tensor:
         B, T, C = x.shape
-        q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-                   for part in self.c_attn(x).split(C, dim=2))
+        q, k, v = (
+            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+            for part in self.c_attn(x).split(C, dim=2)
+        )
         past = 0
         if cache is not None:
             past = cache.length
@@ -55,8 +57,9 @@ class CausalSelfAttention(nn.Module):
         mask = None
         if past and T > 1:  # a block of new positions, each of which sees the whole past
             mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=past == 0 and T > 1,
-                                           dropout_p=self.dropout if self.training else 0.0)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=past == 0 and T > 1, dropout_p=self.dropout if self.training else 0.0
+        )
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
@@ -149,9 +152,17 @@ class GPT(nn.Module):
         return linear_cross_entropy(x, self.lm_head.weight, targets)
 
     @torch.inference_mode()
-    def generate(self, tokens: Tensor, max_new_tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
-                 top_p: float | None = None, generator: torch.Generator | None = None,
-                 use_cache: bool = True) -> Iterator[Tensor]:
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+        use_cache: bool = True,
+    ) -> Iterator[Tensor]:
         """Continues int64 tokens (B, T ≥ 1): yields one (B,) tensor of token ids at a time.
 
         `temperature` 0 is greedy. Past the context, the window slides: the newer half of it is read again and goes on.
@@ -163,7 +174,7 @@ class GPT(nn.Module):
         new = tokens
         for _ in range(max_new_tokens):
             if tokens.size(1) > block_size:
-                tokens = new = tokens[:, -(block_size // 2 or 1):]
+                tokens = new = tokens[:, -(block_size // 2 or 1) :]
                 cache.clear()
             x = self.hidden(new, cache) if use_cache else self.hidden(tokens)
             logits = self.lm_head(x[:, -1, :])[:, : self.config.n_tokens]  # (B, n_tokens)
@@ -206,8 +217,13 @@ class KVCache:
             layer.length = 0
 
 
-def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-           generator: torch.Generator | None = None) -> Tensor:
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """Draws one token id (B,) from logits (B, n) over the tokens in use; temperature 0 takes the likeliest.
 
     In this order: temperature, the `top_k` likeliest tokens (Fan et al. 2018), of these the smallest set that holds
@@ -248,8 +264,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if needs_gradient:
             grad_hidden = torch.empty_like(hidden)
             grad_weight = torch.zeros_like(weight)
-        for x, y, rows in ((hidden[i : i + chunk], targets[i : i + chunk, None], slice(i, i + chunk))
-                           for i in range(0, hidden.size(0), chunk)):
+        for x, y, rows in (
+            (hidden[i : i + chunk], targets[i : i + chunk, None], slice(i, i + chunk))
+            for i in range(0, hidden.size(0), chunk)
+        ):
             logits = (x @ head.t()).float()  # (chunk, V)
             log_normalizer = logits.logsumexp(dim=-1, keepdim=True)
             loss += (log_normalizer - logits.gather(-1, y)).sum()

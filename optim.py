@@ -8,8 +8,9 @@ from torch import Tensor
 from model import GPT
 
 
-def build_optimizers(model: GPT, name: str, learning_rate: float, betas: tuple[float, float],
-                     weight_decay: float) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    model: GPT, name: str, learning_rate: float, betas: tuple[float, float], weight_decay: float
+) -> list[torch.optim.Optimizer]:
     """Returns [AdamW], or with `name` "muon" [Muon for the matrices inside the blocks, AdamW for the rest].
 
     Weight decay falls on matrices and embeddings, not on biases and LayerNorms.
@@ -17,14 +18,16 @@ def build_optimizers(model: GPT, name: str, learning_rate: float, betas: tuple[f
     parameters = [p for p in model.parameters() if p.requires_grad]
     hidden = {p for p in model.h.parameters() if p.dim() == 2 and p.requires_grad} if name == "muon" else set()
     rest = [p for p in parameters if p not in hidden]
-    groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
-              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+    ]
     adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=rest[0].device.type != "mps")
     return [Muon([p for p in parameters if p in hidden], learning_rate, weight_decay), adamw] if hidden else [adamw]
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum orthogonalised by Newton–Schulz (Jordan et al. 2024), matched in size to AdamW's steps (Liu et al. 2025).
+    """Momentum orthogonalised by Newton–Schulz (Jordan et al. 2024), in steps as large as AdamW's (Liu et al. 2025).
 
     The same update as `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`, with two differences that make it fast
     everywhere: matrices of one shape are orthogonalised as one batch, and on the CPU in float32, since bfloat16 is

@@ -30,14 +30,16 @@ class Config:
     vocab_size: int | None = None
     """train a byte-level BPE of this many tokens on the training text; without it, GPT-2's tokenizer"""
     val_fraction: float = 0.1
-    """share of the documents held out (openwebtext has its own split); of fewer than 20 documents, the last part of each"""
+    """share of documents held out (openwebtext has its own split); of fewer than 20 documents, the last part of each"""
     seed: int = 1337
     """of the choice of held-out documents"""
 
     def __post_init__(self):
         require(0 < self.val_fraction < 1, "--val-fraction must lie between 0 and 1")
-        require(self.vocab_size is None or 256 < self.vocab_size <= 65_000,
-                "--vocab-size must lie between 257 and 65000: 256 bytes and what is merged from them")
+        require(
+            self.vocab_size is None or 256 < self.vocab_size <= 65_000,
+            "--vocab-size must lie between 257 and 65000: 256 bytes and what is merged from them",
+        )
 
 
 def main(config: Config) -> None:
@@ -49,8 +51,9 @@ def main(config: Config) -> None:
         tokenizer = tokenizers.train_bpe((text for split, text in documents() if split == "train"), config.vocab_size)
     else:
         tokenizer = tokenizers.gpt2()
-    meta = write_tokens(documents(), tokenizer, config.out,
-                        {"source": config.dataset if not config.input else list(config.input)})
+    meta = write_tokens(
+        documents(), tokenizer, config.out, {"source": config.dataset if not config.input else list(config.input)}
+    )
     for split, counts in meta["splits"].items():
         print(f"{split}: {counts['documents']:,} documents, {counts['bytes']:,} bytes, {counts['tokens']:,} tokens")
     print(f"wrote {config.out}, tokenizer {tokenizer.name}")
@@ -63,6 +66,7 @@ def source(config: Config) -> Callable[[], Documents]:
         return lambda: hold_out((read_document(path) for path in paths), config.val_fraction, config.seed)
     if config.dataset == "pydocs":
         import pydocs
+
         corpus = list(pydocs.documents())
         return lambda: hold_out(corpus, config.val_fraction, config.seed)
     splits = load_openwebtext()
@@ -78,7 +82,9 @@ def find_files(patterns: Iterable[str]) -> list[Path]:
             inside = (p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".py") and p.is_file())
             files = set(inside) if path.is_dir() else {path} if path.is_file() else set()
             if not files:
-                raise UserError(f"no text in {pattern}: wanted a text file, a folder of .txt, .md or .py files, or a glob")
+                raise UserError(
+                    f"no text in {pattern}: wanted a text file, a folder of .txt, .md or .py files, or a glob"
+                )
             found |= files
     return sorted(found)
 
@@ -86,6 +92,7 @@ def find_files(patterns: Iterable[str]) -> list[Path]:
 def read_document(path: Path) -> str:
     """Reads one text file. Raises UserError for one that is not UTF-8 or holds binary data."""
     from files import read_text
+
     text = read_text(path)
     if "\0" in text:
         raise UserError(f"{path} is not a text file (it has zero bytes)")
@@ -119,11 +126,14 @@ def draw_held_out(items: Iterable[Item], fraction: float, seed: int) -> Iterator
 def load_openwebtext() -> dict:
     """Loads Skylion007/openwebtext from the Hub, split as nanoGPT does, so that validation losses compare."""
     from datasets import load_dataset
+
     try:
         rows = load_dataset("Skylion007/openwebtext", revision="refs/convert/parquet", split="train")
-    except Exception as error:  # noqa: BLE001  whatever the Hub's client raises without a network
-        raise UserError(f"cannot load openwebtext from the Hugging Face Hub ({type(error).__name__}); without a network, "
-                        "--dataset pydocs and --input FILE work") from None
+    except Exception as error:  # whatever the Hub's client raises without a network
+        raise UserError(
+            f"cannot load openwebtext from the Hugging Face Hub ({type(error).__name__}); without a network, "
+            "--dataset pydocs and --input FILE work"
+        ) from None
     splits = rows.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     return {"train": splits["train"], "val": splits["test"]}
 
@@ -154,8 +164,15 @@ def write_tokens(documents: Documents, tokenizer, out: Path, facts: dict) -> dic
         if tokenizer.spec != "gpt2":
             (folder / "tokenizer.json").write_text(tokenizer.spec, encoding="utf-8")
             files.append("tokenizer.json")
-        meta = {"files": files, "tokenizer": tokenizer.name, "n_tokens": tokenizer.n_tokens, "splits": splits, **facts,
-                "command": shlex.join(["python", *sys.argv]), "format_version": 1}
+        meta = {
+            "files": files,
+            "tokenizer": tokenizer.name,
+            "n_tokens": tokenizer.n_tokens,
+            "splits": splits,
+            **facts,
+            "command": shlex.join(["python", *sys.argv]),
+            "format_version": 1,
+        }
         write_json(folder / "meta.json", meta)
     return meta
 

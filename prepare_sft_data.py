@@ -1,20 +1,18 @@
 """Step 4: conversations → tokens with loss masks. Writes sft_*.bin and sft_meta.json, which train_sft.py reads."""
 
-import json
 import shlex
 import sys
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 from cli import UserError, require, run
 
-Message = dict[str, str]
-Conversations = Iterable[tuple[str, list[Message]]]
-"""Pairs of a split, "train" or "val", and a conversation."""
+Conversations = Iterable[tuple[str, list[dict]]]
+"""Pairs of a split, "train" or "val", and a conversation: a list of messages."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +48,15 @@ def main(config: Config) -> None:
     conversations = source(config)
     meta = write_conversations(conversations, tokenizer, config)
     for split, counts in meta["splits"].items():
-        print(f"{split}: {counts['conversations']:,} conversations, {counts['tokens']:,} tokens, "
-              f"{counts['counted']:,} of them the assistant's")
+        print(
+            f"{split}: {counts['conversations']:,} conversations, {counts['tokens']:,} tokens, "
+            f"{counts['counted']:,} of them the assistant's"
+        )
     if meta["shortened"] or meta["dropped"]:
-        print(f"longer than {config.block_size} tokens: {meta['shortened']:,} lost their oldest turns, "
-              f"{meta['dropped']:,} were left out")
+        print(
+            f"longer than {config.block_size} tokens: {meta['shortened']:,} lost their oldest turns, "
+            f"{meta['dropped']:,} were left out"
+        )
     print(f"wrote {config.out}, tokenizer {tokenizer.name}, template {config.template}")
 
 
@@ -63,101 +65,24 @@ def choose_tokenizer(config: Config):
     import tokenizer as tokenizers
     from files import read_meta
 
-    path = config.tokenizer
-    if path is None and (config.out / "meta.json").exists():
-        if "tokenizer.json" in read_meta(config.out / "meta.json", "prepare_data.py")["files"]:
-            path = config.out / "tokenizer.json"
+    path, meta_path = config.tokenizer, config.out / "meta.json"
+    if path is None and meta_path.exists() and "tokenizer.json" in read_meta(meta_path, "prepare_data.py")["files"]:
+        path = config.out / "tokenizer.json"
     return tokenizers.load(path) if path else tokenizers.gpt2()
 
 
 def source(config: Config) -> Conversations:
     """Returns the conversations of a dataset or a file, with their splits."""
-    if config.input is None and config.dataset == "oasst1":
-        return islice(load_oasst1(), config.max_conversations)
+    import conversations
     from prepare_data import draw_held_out
-    conversations = list(islice(pydocs_qa() if config.input is None else read_file(config.input), config.max_conversations))
-    if len(conversations) < 2:
+
+    if config.input is None and config.dataset == "oasst1":
+        return islice(conversations.load_oasst1(), config.max_conversations)
+    found = conversations.pydocs_qa() if config.input is None else conversations.read_file(config.input)
+    found = list(islice(found, config.max_conversations))
+    if len(found) < 2:
         raise UserError(f"{config.input} holds fewer than two conversations: one to train on, one to validate with")
-    return draw_held_out(conversations, max(config.val_fraction, 1 / len(conversations)), config.seed)
-
-
-def pydocs_qa() -> Iterator[list[Message]]:
-    """Yields the bundled conversations and questions about Python's built-ins, then about the standard library."""
-    import pydocs
-
-    def ask(pairs):
-        return ([{"role": "user", "content": question}, {"role": "assistant", "content": answer}] for question, answer in pairs)
-
-    samples = Path(__file__).parent / "data" / "samples" / "chat.jsonl"
-    built_in = dict(pydocs.questions(builtins_only=True))
-    others = ((question, answer) for question, answer in pydocs.questions() if question not in built_in)
-    return chain(read_file(samples), ask(built_in.items()), ask(others))
-
-
-def read_file(path: Path) -> Iterator[list[Message]]:
-    """Yields the conversations of a .json (a list) or .jsonl file (one object a line).
-
-    An object holds `messages` as OpenAI and the Hub write them, or Alpaca's `instruction`, `input` and `output`.
-    Raises UserError, naming the place, for anything else.
-    """
-    from files import read_text
-    from tokenizer import check_messages
-
-    text = read_text(path)
-    try:
-        if text.lstrip().startswith("["):
-            numbered = enumerate(json.loads(text), 1)
-        else:
-            numbered = ((i, json.loads(line)) for i, line in enumerate(text.splitlines(), 1) if line.strip())
-        for i, record in numbered:
-            where = f"{path}, record {i}"
-            if isinstance(record, dict) and "instruction" in record:
-                record = {"messages": [
-                    {"role": "user", "content": record["instruction"], "input": record.get("input") or ""},
-                    {"role": "assistant", "content": record.get("output")}]}
-            if not isinstance(record, dict) or "messages" not in record:
-                raise UserError(f"{where}: wanted an object with `messages`, or with `instruction` and `output`")
-            yield check_messages(record["messages"], where)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON or JSON lines: {error}") from None
-
-
-def load_oasst1() -> Conversations:
-    """Yields OpenAssistant's English conversations with the Hub's own split."""
-    from datasets import load_dataset
-    try:
-        splits = load_dataset("OpenAssistant/oasst1")
-    except Exception as error:  # noqa: BLE001  whatever the Hub's client raises without a network
-        raise UserError(f"cannot load oasst1 from the Hugging Face Hub ({type(error).__name__}); without a network, "
-                        "--dataset pydocs-qa and --input FILE work") from None
-    for split, name in (("train", "train"), ("validation", "val")):
-        for conversation in oasst1_conversations(splits[split]):
-            yield name, conversation
-
-
-def oasst1_conversations(rows: Iterable[dict]) -> Iterator[list[Message]]:
-    """Yields every path from a root question down the top-ranked replies of OpenAssistant's message trees.
-
-    Kept are English messages that were not deleted (Köpf et al. 2023).
-    """
-    children = defaultdict(list)
-    for row in rows:
-        if row["lang"] == "en" and not row["deleted"]:
-            children[row["parent_id"]].append(row)
-
-    def paths(row, before):
-        role = "user" if row["role"] == "prompter" else "assistant"
-        path = [*before, {"role": role, "content": row["text"]}]
-        replies = children[row["message_id"]]
-        if role == "user":  # rank 0 is the reply that people liked best
-            replies = sorted(replies, key=lambda reply: 1 << 30 if reply["rank"] is None else reply["rank"])[:1]
-        onward = [path_ for reply in replies for path_ in paths(reply, path)]
-        return onward or ([path] if role == "assistant" else [path[:-1]] if len(path) > 2 else [])
-
-    for root in children[None]:
-        if root["role"] == "prompter":
-            unique = {json.dumps(path): path for path in paths(root, [])}
-            yield from unique.values()
+    return draw_held_out(found, max(config.val_fraction, 1 / len(found)), config.seed)
 
 
 def write_conversations(conversations: Conversations, tokenizer, config: Config) -> dict:
@@ -173,9 +98,9 @@ def write_conversations(conversations: Conversations, tokenizer, config: Config)
 
     splits = {name: {"conversations": 0, "tokens": 0, "counted": 0} for name in ("train", "val")}
     shortened = dropped = 0
-    with atomic_folder(config.out, last="sft_meta.json") as folder:
+    with atomic_folder(config.out, last="sft_meta.json") as folder, ExitStack() as stack:
         names = {split: [f"sft_{split}{part}.bin" for part in ("", "_mask", "_index")] for split in splits}
-        files = {split: [open(folder / name, "wb") for name in names[split]] for split in splits}
+        files = {split: [stack.enter_context(open(folder / name, "wb")) for name in names[split]] for split in splits}
         for split, messages in tqdm(conversations, unit=" conversations", desc="tokenizing"):
             ids, mask = encode_conversation(messages, tokenizer, config.template)
             if len(ids) > config.block_size:
@@ -190,14 +115,21 @@ def write_conversations(conversations: Conversations, tokenizer, config: Config)
                     counts[key] += count
         for split, counts in splits.items():
             files[split][2].write(np.array([counts["tokens"]], "<u8").tobytes())
-            for file in files[split]:
-                file.close()
+        stack.close()
         if not splits["train"]["conversations"]:
             raise UserError("there is no conversation to train on")
-        meta = {"files": sum(names.values(), []), "tokenizer": tokenizer.name, "template": config.template,
-                "block_size": config.block_size, "splits": splits, "shortened": shortened, "dropped": dropped,
-                "source": str(config.input or config.dataset), "command": shlex.join(["python", *sys.argv]),
-                "format_version": 1}
+        meta = {
+            "files": sum(names.values(), []),
+            "tokenizer": tokenizer.name,
+            "template": config.template,
+            "block_size": config.block_size,
+            "splits": splits,
+            "shortened": shortened,
+            "dropped": dropped,
+            "source": str(config.input or config.dataset),
+            "command": shlex.join(["python", *sys.argv]),
+            "format_version": 1,
+        }
         write_json(folder / "sft_meta.json", meta)
     return meta
 

@@ -17,8 +17,18 @@ from pathlib import Path
 from typing import Literal
 
 # Folders of the standard library that hold no documentation: installed packages, tests and tables.
-_SKIPPED_FOLDERS = {"__pycache__", "encodings", "ensurepip", "idle_test", "lib-dynload", "pydoc_data", "site-packages", "test",
-                    "tests", "turtledemo"}
+_SKIPPED_FOLDERS = {
+    "__pycache__",
+    "encodings",
+    "ensurepip",
+    "idle_test",
+    "lib-dynload",
+    "pydoc_data",
+    "site-packages",
+    "test",
+    "tests",
+    "turtledemo",
+}
 # Modules that are known under another name, where no `from … import` says so.
 _PUBLIC_NAMES = {"posixpath": "os.path", "genericpath": "os.path", "ntpath": None, "nturl2path": None}
 
@@ -100,8 +110,11 @@ def _builtins() -> Iterator[Entry]:
         for member_name in sorted(vars(value)) if is_type else []:
             if not member_name.startswith("_"):
                 member = getattr(value, member_name)
-                yield Entry(f"{name}.{member_name}", "function" if callable(member) else "attribute",
-                            inspect.cleandoc(member.__doc__ or "").strip())
+                yield Entry(
+                    f"{name}.{member_name}",
+                    "function" if callable(member) else "attribute",
+                    inspect.cleandoc(member.__doc__ or "").strip(),
+                )
 
 
 def _standard_library() -> Iterator[Entry]:
@@ -115,7 +128,7 @@ def _standard_library() -> Iterator[Entry]:
         for entry in _members(tree, module):
             definition = ".".join(entry.name.split(".")[: module.count(".") + 2])
             if definition in public_names:
-                yield replace(entry, name=public_names[definition] + entry.name[len(definition):])
+                yield replace(entry, name=public_names[definition] + entry.name[len(definition) :])
             elif not is_private:
                 yield entry
 
@@ -156,7 +169,9 @@ def _reexports(modules: dict[str, ast.Module]) -> dict[str, str]:
             if source not in modules or not (source.startswith(module + ".") or source.startswith("_")):
                 continue
             defined = {n.name for n in modules[source].body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
-            imported = defined if node.names[0].name == "*" else {alias.name for alias in node.names if not alias.asname}
+            imported = (
+                defined if node.names[0].name == "*" else {alias.name for alias in node.names if not alias.asname}
+            )
             for name in imported & defined:
                 if not name.startswith("_"):
                     public_names.setdefault(f"{source}.{name}", f"{module}.{name}")

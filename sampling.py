@@ -45,7 +45,9 @@ class TextModel:
         Raises UserError where the model was not fine-tuned to answer.
         """
         if not self.template:
-            raise UserError("this model only completes text: fine-tune it first with train_sft.py, or leave --chat away")
+            raise UserError(
+                "this model only completes text: fine-tune it first with train_sft.py, or leave --chat away"
+            )
         block_size = self.model.config.block_size
         room = block_size - min(config.max_new_tokens, block_size // 2)
         ids = encode_prompt(messages, self.tokenizer, self.template, max_tokens=room)
@@ -70,8 +72,13 @@ class TextModel:
         generator.seed() if config.seed is None else generator.manual_seed(config.seed)
         tokens = torch.tensor([ids], dtype=torch.int64, device=self.device)
         stream = self.model.generate(
-            tokens, config.max_new_tokens, temperature=0.0 if config.greedy else config.temperature,
-            top_k=config.top_k, top_p=config.top_p, generator=generator)
+            tokens,
+            config.max_new_tokens,
+            temperature=0.0 if config.greedy else config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            generator=generator,
+        )
         while True:
             with autocast(self.device, self.dtype):
                 token = next(stream, None)
@@ -81,19 +88,26 @@ class TextModel:
 
     @torch.inference_mode()
     def token_probabilities(self, text: str, top: int = 5) -> list[dict]:
-        """Returns, for each token of a text (its end, where it is longer than the context), what the model thought of it.
+        """Returns what the model thought of each token of a text (of its end, where it is longer than the context).
 
         Keys: `token`, its `probability` after the tokens before it, and the `top` likeliest `candidates` there.
         """
-        ids = [self.tokenizer.end_of_text, *self.tokenizer.encode(text)][-self.model.config.block_size:]
+        ids = [self.tokenizer.end_of_text, *self.tokenizer.encode(text)][-self.model.config.block_size :]
         with autocast(self.device, self.dtype):
             logits = self.model(torch.tensor([ids], device=self.device))[0, :-1, : self.tokenizer.n_tokens]
         probabilities = logits.float().softmax(dim=-1)  # (T - 1, n_tokens)
         likeliest = probabilities.topk(top, dim=-1)
-        return [{"token": repr(self.tokenizer.decode([token]))[1:-1], "probability": probabilities[i, token].item(),
-                 "candidates": ", ".join(f"{self.tokenizer.decode([other])!r} {p:.0%}" for p, other in
-                                         zip(likeliest.values[i].tolist(), likeliest.indices[i].tolist(), strict=True))}
-                for i, token in enumerate(ids[1:])]
+        return [
+            {
+                "token": repr(self.tokenizer.decode([token]))[1:-1],
+                "probability": probabilities[i, token].item(),
+                "candidates": ", ".join(
+                    f"{self.tokenizer.decode([other])!r} {p:.0%}"
+                    for p, other in zip(likeliest.values[i].tolist(), likeliest.indices[i].tolist(), strict=True)
+                ),
+            }
+            for i, token in enumerate(ids[1:])
+        ]
 
 
 @dataclass

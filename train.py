@@ -31,9 +31,14 @@ class Config(TrainerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require(min(self.block_size, self.n_layer, self.n_head) >= 1, "--block-size, --n-layer and --n-head must be at least 1")
-        require(self.n_embd >= self.n_head and self.n_embd % self.n_head == 0,
-                f"--n-embd {self.n_embd} must be a multiple of --n-head {self.n_head}")
+        require(
+            min(self.block_size, self.n_layer, self.n_head) >= 1,
+            "--block-size, --n-layer and --n-head must be at least 1",
+        )
+        require(
+            self.n_embd >= self.n_head and self.n_embd % self.n_head == 0,
+            f"--n-embd {self.n_embd} must be a multiple of --n-head {self.n_head}",
+        )
         require(0 <= self.dropout < 1, "--dropout must be at least 0 and below 1")
 
 
@@ -43,10 +48,26 @@ PRESETS = {
     "gpt2-large": Config(preset="gpt2-large", n_layer=36, n_head=20, n_embd=1280, learning_rate=2.5e-4, min_lr=2.5e-5),
     "gpt2-xl": Config(preset="gpt2-xl", n_layer=48, n_head=25, n_embd=1600, learning_rate=2e-4, min_lr=2e-5),
     "demo": Config(
-        preset="demo", data=Path("data/demo"), out=Path("checkpoints/demo/pretrained.pt"),
-        plot=Path("plots/demo_pretrain_loss.png"), block_size=256, n_layer=4, n_head=4, n_embd=192, vocab_size=1021,
-        max_steps=1000, batch_size=16, optimizer="muon", learning_rate=5e-3, min_lr=0.0, warmup_steps=50,
-        weight_decay=0.1, beta2=0.99, eval_every=200, save_every=200),
+        preset="demo",
+        data=Path("data/demo"),
+        out=Path("checkpoints/demo/pretrained.pt"),
+        plot=Path("plots/demo_pretrain_loss.png"),
+        block_size=256,
+        n_layer=4,
+        n_head=4,
+        n_embd=192,
+        vocab_size=1021,
+        max_steps=1000,
+        batch_size=16,
+        optimizer="muon",
+        learning_rate=5e-3,
+        min_lr=0.0,
+        warmup_steps=50,
+        weight_decay=0.1,
+        beta2=0.99,
+        eval_every=200,
+        save_every=200,
+    ),
 }
 
 
@@ -64,26 +85,52 @@ def main(config: Config) -> None:
     resumed = claim_output(config)
     config = prepare_text_file(config)
     meta = read_meta(config.data / "meta.json", "prepare_data.py")
-    tokenizer = tokenizers.load(config.data / "tokenizer.json") if "tokenizer.json" in meta["files"] else tokenizers.gpt2()
+    tokenizer = (
+        tokenizers.load(config.data / "tokenizer.json") if "tokenizer.json" in meta["files"] else tokenizers.gpt2()
+    )
 
     torch.manual_seed(config.seed)
     start = resumed or (None if config.init_from == "scratch" else checkpoint.load(config.init_from))
     if start:
         if checkpoint.tokenizer(start).name != tokenizer.name:
-            raise UserError(f"{config.data} was prepared with the tokenizer {tokenizer.name}, the checkpoint was trained "
-                            f"with {checkpoint.tokenizer(start).name}: prepare the data with that one")
+            raise UserError(
+                f"{config.data} was prepared with the tokenizer {tokenizer.name}, the checkpoint was trained "
+                f"with {checkpoint.tokenizer(start).name}: prepare the data with that one"
+            )
         model = checkpoint.build(start, config.out if resumed else config.init_from)
     else:
-        model = GPT(GPTConfig(block_size=config.block_size, vocab_size=tokenizer.padded_vocab_size,
-                              n_tokens=tokenizer.n_tokens, n_layer=config.n_layer, n_head=config.n_head,
-                              n_embd=config.n_embd, dropout=config.dropout))
+        model = GPT(
+            GPTConfig(
+                block_size=config.block_size,
+                vocab_size=tokenizer.padded_vocab_size,
+                n_tokens=tokenizer.n_tokens,
+                n_layer=config.n_layer,
+                n_head=config.n_head,
+                n_embd=config.n_embd,
+                dropout=config.dropout,
+            )
+        )
     print(f"{model.n_parameters():,} parameters, {meta['splits']['train']['tokens']:,} training tokens")
 
-    train_data, val_data = (Windows([config.data / name for name in meta["files"] if name.startswith(split)],
-                                    model.config.block_size, config.batch_size, config.seed) for split in ("train", "val"))
+    train_data, val_data = (
+        Windows(
+            [config.data / name for name in meta["files"] if name.startswith(split)],
+            model.config.block_size,
+            config.batch_size,
+            config.seed,
+        )
+        for split in ("train", "val")
+    )
     val = meta["splits"]["val"]
-    Trainer(model.train(), train_data, val_data, config, {"kind": "base", "tokenizer": tokenizer.spec, "template": None},
-            bytes_per_token=val["bytes"] / max(1, val["tokens"]), resumed=resumed).run()
+    Trainer(
+        model.train(),
+        train_data,
+        val_data,
+        config,
+        {"kind": "base", "tokenizer": tokenizer.spec, "template": None},
+        bytes_per_token=val["bytes"] / max(1, val["tokens"]),
+        resumed=resumed,
+    ).run()
 
 
 def prepare_text_file(config: Config) -> Config:
@@ -93,6 +140,7 @@ def prepare_text_file(config: Config) -> Config:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError(f"several processes cannot prepare {config.data} together: run prepare_data.py --input first")
     import prepare_data
+
     folder = Path("data") / config.data.stem
     prepare_data.main(prepare_data.Config(input=(str(config.data),), out=folder, vocab_size=config.vocab_size))
     return dataclasses.replace(config, data=folder)

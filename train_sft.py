@@ -1,4 +1,4 @@
-"""Step 5: a language model → one that answers. Fine-tunes on conversations, with loss on the assistant's tokens only."""
+"""Step 5: a language model → one that answers. Fine-tunes on conversations; loss on the assistant's tokens only."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -47,10 +47,22 @@ class Config(TrainerConfig):
 PRESETS = {
     "gpt2": Config(),
     "demo": Config(
-        preset="demo", data=Path("data/demo"), model=Path("checkpoints/demo/pretrained.pt"),
-        out=Path("checkpoints/demo/sft.pt"), plot=Path("plots/demo_sft_loss.png"), epochs=20, batch_size=32,
-        optimizer="muon", learning_rate=5e-3, min_lr=0.0, warmup_steps=10, beta2=0.99, eval_every=100, save_every=100,
-        keep="last"),
+        preset="demo",
+        data=Path("data/demo"),
+        model=Path("checkpoints/demo/pretrained.pt"),
+        out=Path("checkpoints/demo/sft.pt"),
+        plot=Path("plots/demo_sft_loss.png"),
+        epochs=20,
+        batch_size=32,
+        optimizer="muon",
+        learning_rate=5e-3,
+        min_lr=0.0,
+        warmup_steps=10,
+        beta2=0.99,
+        eval_every=100,
+        save_every=100,
+        keep="last",
+    ),
 }
 
 
@@ -68,18 +80,28 @@ def main(config: Config) -> None:
     meta = read_meta(config.data / "sft_meta.json", "prepare_sft_data.py")
     tokenizer = checkpoint.tokenizer(start)
     if meta["tokenizer"] != tokenizer.name:
-        raise UserError(f"{config.data} was prepared with the tokenizer {meta['tokenizer']}, {path} was trained with "
-                        f"{tokenizer.name}: prepare the conversations with that one (--tokenizer)")
+        raise UserError(
+            f"{config.data} was prepared with the tokenizer {meta['tokenizer']}, {path} was trained with "
+            f"{tokenizer.name}: prepare the conversations with that one (--tokenizer)"
+        )
 
     torch.manual_seed(config.seed)
     start["config"] = dataclasses.replace(start["config"], dropout=config.dropout)
     model = checkpoint.build(start, path)
-    train_data, val_data = (Conversations(config.data, split, model.config.block_size, config.batch_size, config.seed)
-                            for split in ("train", "val"))
+    train_data, val_data = (
+        Conversations(config.data, split, model.config.block_size, config.batch_size, config.seed)
+        for split in ("train", "val")
+    )
     config = dataclasses.replace(config, max_steps=config.max_steps or config.epochs * train_data.batches_per_epoch)
     print(f"{model.n_parameters():,} parameters, {len(train_data):,} conversations, {config.max_steps:,} steps")
-    Trainer(model.train(), train_data, val_data, config,
-            {"kind": "sft", "tokenizer": tokenizer.spec, "template": meta["template"]}, resumed=resumed).run()
+    Trainer(
+        model.train(),
+        train_data,
+        val_data,
+        config,
+        {"kind": "sft", "tokenizer": tokenizer.spec, "template": meta["template"]},
+        resumed=resumed,
+    ).run()
 
 
 if __name__ == "__main__":

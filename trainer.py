@@ -31,8 +31,16 @@ class Trainer:
     with the log, `snapshots/`, and the plot. On the CPU a resumed run equals an uninterrupted one bit for bit.
     """
 
-    def __init__(self, model: GPT, train_data: Windows | Conversations, val_data: Windows | Conversations,
-                 config: TrainerConfig, facts: dict, bytes_per_token: float | None = None, resumed: dict | None = None):
+    def __init__(
+        self,
+        model: GPT,
+        train_data: Windows | Conversations,
+        val_data: Windows | Conversations,
+        config: TrainerConfig,
+        facts: dict,
+        bytes_per_token: float | None = None,
+        resumed: dict | None = None,
+    ):
         """`facts` go into the checkpoint (kind, tokenizer, template); `resumed` is a loaded `.last.pt`.
 
         With `bytes_per_token`, UTF-8 bytes per token of the validation text, bits per byte are reported too.
@@ -40,8 +48,9 @@ class Trainer:
         self.config, self.facts, self.bytes_per_token = config, facts, bytes_per_token
         self.train_data, self.val_data = train_data, val_data
         train_data.batch(0)  # unusable data fails here, before anything is computed or written
-        self.rank, self.world_size, local_rank = (int(os.environ.get(name, default)) for name, default in
-                                                  (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        self.rank, self.world_size, local_rank = (
+            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        )
         on_cuda = config.device == "auto" and torch.cuda.is_available()
         self.device = choose_device(f"cuda:{local_rank}" if on_cuda and self.world_size > 1 else config.device)
         self.dtype = choose_dtype(config.dtype, self.device)
@@ -51,8 +60,9 @@ class Trainer:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.model = model.to(self.device)
         self.model.gradient_checkpointing = config.grad_checkpointing
-        self.optimizers = build_optimizers(self.model, config.optimizer, config.learning_rate,
-                                           (config.beta1, config.beta2), config.weight_decay)
+        self.optimizers = build_optimizers(
+            self.model, config.optimizer, config.learning_rate, (config.beta1, config.beta2), config.weight_decay
+        )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.step, self.best_val_loss, self.bad_evaluations, self.history = 0, math.inf, 0, []
         if resumed:
@@ -79,9 +89,18 @@ class Trainer:
         """Trains to `max_steps`, an early stop, or SIGINT/SIGTERM, which ends the step, saves and returns."""
         c, stop_reason, pending = self.config, "", None
         batches = Prefetcher(self._load, self.step)
-        with self._open_log(), _stop_signals() as stop_signals, tqdm(
-                total=c.max_steps, initial=self.step, unit="step", disable=self.rank > 0, dynamic_ncols=True,
-                mininterval=0.5 if os.isatty(2) else 30) as self.bar:
+        with (
+            self._open_log(),
+            _stop_signals() as stop_signals,
+            tqdm(
+                total=c.max_steps,
+                initial=self.step,
+                unit="step",
+                disable=self.rank > 0,
+                dynamic_ncols=True,
+                mininterval=0.5 if os.isatty(2) else 30,
+            ) as self.bar,
+        ):
             if self.step == 0:
                 stop_reason = self._evaluate()
             while self.step < c.max_steps and not stop_reason:
@@ -113,8 +132,10 @@ class Trainer:
     def _load(self, step: int) -> tuple[list[Batch], int]:
         """Returns this rank's micro-batches of a step, and how many tokens of the global batch count."""
         rows = self.train_data.batch(step)
-        return (micro_batches(rows, self.n_micro_batches, self.rank, self.world_size, self.model.config.block_size),
-                sum(row.n_counted for row in rows))
+        return (
+            micro_batches(rows, self.n_micro_batches, self.rank, self.world_size, self.model.config.block_size),
+            sum(row.n_counted for row in rows),
+        )
 
     def _step(self, batches: Prefetcher, learning_rate: float) -> torch.Tensor:
         """Takes one optimizer step; returns (loss, gradient norm) on the device. Splits the batch until it fits."""
@@ -127,7 +148,11 @@ class Trainer:
                 loss = self._accumulate(share, n_counted)
                 break
             except torch.OutOfMemoryError:
-                if self.config.grad_accum_steps != "auto" or self.world_size > 1 or len(share) == self.config.batch_size:
+                if (
+                    self.config.grad_accum_steps != "auto"
+                    or self.world_size > 1
+                    or len(share) == self.config.batch_size
+                ):
                     raise
                 self.n_micro_batches *= 2
                 self._zero_grad()
@@ -171,8 +196,10 @@ class Trainer:
         loss, norm = host()
         if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
             kept = f"{self.last_path} holds the last good state" if self.last_path.exists() else "nothing was saved yet"
-            raise UserError(f"the loss is not finite at step {step} (loss {loss}, gradient norm {norm}); {kept}: "
-                            "try a lower --learning-rate, or --dtype float32")
+            raise UserError(
+                f"the loss is not finite at step {step} (loss {loss}, gradient norm {norm}); {kept}: "
+                "try a lower --learning-rate, or --dtype float32"
+            )
         if step % self.config.log_every == 0:
             self._log({"step": step, "loss": loss, "learning_rate": learning_rate, "grad_norm": norm})
         rate = self.tokens_seen / (time.perf_counter() - self.start)
@@ -182,8 +209,15 @@ class Trainer:
     def _evaluate(self) -> str:
         """Evaluates, saves the weights if they are the ones to keep; returns why training should stop, or ""."""
         c = self.config
-        loss = evaluate(self.model, self.val_data.in_order(c.eval_tokens), c.batch_size, self.device, self.dtype,
-                        self.rank, self.world_size)
+        loss = evaluate(
+            self.model,
+            self.val_data.in_order(c.eval_tokens),
+            c.batch_size,
+            self.device,
+            self.dtype,
+            self.rank,
+            self.world_size,
+        )
         entry = {"step": self.step, "val_loss": loss}
         text = f"step {self.step:,}: validation loss {loss:.4f}"
         if self.bytes_per_token:
@@ -200,12 +234,23 @@ class Trainer:
                 self._save(c.out)
         if c.target_loss and loss <= c.target_loss:
             return f"reached the target loss {c.target_loss}"
-        return f"no improvement in {c.patience} evaluations" if c.patience and self.bad_evaluations >= c.patience else ""
+        return (
+            f"no improvement in {c.patience} evaluations" if c.patience and self.bad_evaluations >= c.patience else ""
+        )
 
     def _save(self, path: Path, **more: object) -> None:
-        checkpoint.save(path, checkpoint.pack(
-            self.model, **self.facts, step=self.step, best_val_loss=self.best_val_loss,
-            train_config=plain(self.config), history=self.history, **more))
+        checkpoint.save(
+            path,
+            checkpoint.pack(
+                self.model,
+                **self.facts,
+                step=self.step,
+                best_val_loss=self.best_val_loss,
+                train_config=plain(self.config),
+                history=self.history,
+                **more,
+            ),
+        )
 
     def _save_for_resume(self) -> None:
         """Writes `.last.pt` and redraws the plot."""
@@ -214,8 +259,13 @@ class Trainer:
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        self._save(self.last_path, optimizer=[optimizer.state_dict() for optimizer in self.optimizers],
-                   scaler=self.scaler.state_dict(), rng=rng, bad_evaluations=self.bad_evaluations)
+        self._save(
+            self.last_path,
+            optimizer=[optimizer.state_dict() for optimizer in self.optimizers],
+            scaler=self.scaler.state_dict(),
+            rng=rng,
+            bad_evaluations=self.bad_evaluations,
+        )
         draw_losses(self.log_path, self.config.plot)
 
     def _restore(self, resumed: dict) -> None:
@@ -229,7 +279,9 @@ class Trainer:
             self.step, self.history = resumed["step"], resumed["history"]
             self.best_val_loss, self.bad_evaluations = resumed["best_val_loss"], resumed["bad_evaluations"]
         except (KeyError, ValueError):
-            raise UserError(f"{self.last_path} does not fit this run: resume with the --optimizer it began with") from None
+            raise UserError(
+                f"{self.last_path} does not fit this run: resume with the --optimizer it began with"
+            ) from None
 
     @contextlib.contextmanager
     def _open_log(self) -> Iterator[None]:
@@ -273,8 +325,15 @@ class Trainer:
 
 
 @torch.no_grad()
-def evaluate(model: GPT, rows: Iterable[Batch], batch_size: int, device: torch.device, dtype: torch.dtype,
-             rank: int = 0, world_size: int = 1) -> float:
+def evaluate(
+    model: GPT,
+    rows: Iterable[Batch],
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    rank: int = 0,
+    world_size: int = 1,
+) -> float:
     """Returns the mean loss in nats per counted token over rows (one sequence each), in evaluation mode."""
     was_training = model.training
     model.eval()
@@ -296,7 +355,7 @@ def evaluate(model: GPT, rows: Iterable[Batch], batch_size: int, device: torch.d
 
 
 def learning_rate_at(step: int, config: TrainerConfig) -> float:
-    """Linear warm-up to `learning_rate`, then a cosine down to `min_lr` at `max_steps` (as in GPT-3, Brown et al. 2020)."""
+    """Linear warm-up to `learning_rate`, then a cosine down to `min_lr` at `max_steps` (GPT-3, Brown et al. 2020)."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
     progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
@@ -322,7 +381,9 @@ def claim_output(config: TrainerConfig) -> dict | None:
             raise UserError(f"nothing to resume: {last} is missing; start without --resume")
         return checkpoint.load(last, verify=True)
     if not config.overwrite and (taken := next((path for path in (config.out, last) if path.exists()), None)):
-        raise UserError(f"{taken} exists: add --resume to go on with it, --overwrite to replace it, or choose another --out")
+        raise UserError(
+            f"{taken} exists: add --resume to go on with it, --overwrite to replace it, or choose another --out"
+        )
     return None
 
 
@@ -344,7 +405,10 @@ def draw_losses(log_path: Path, plot_path: Path) -> None:
     entries = read_log(log_path)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for key, label, style in (("loss", "training", {"lw": 1, "alpha": 0.6}), ("val_loss", "validation", {"marker": "o", "ms": 4})):
+    for key, label, style in (
+        ("loss", "training", {"lw": 1, "alpha": 0.6}),
+        ("val_loss", "validation", {"marker": "o", "ms": 4}),
+    ):
         points = [(entry["step"], entry[key]) for entry in entries if key in entry]
         if points:
             axes.plot(*zip(*points, strict=True), label=f"{label} (last: {points[-1][1]:.3f})", **style)
@@ -384,4 +448,5 @@ def _to_host(values: torch.Tensor) -> Callable[[], list[float]]:
     def wait():
         event.synchronize()
         return host.tolist()
+
     return wait

@@ -12,8 +12,28 @@ sys.path.insert(0, str(REPOSITORY))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # toy tensors, and processes that run side by side
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
 
-TOY_SHAPE = ["--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--block-size", "64", "--batch-size", "4",
-             "--optimizer", "adamw", "--eval-every", "10", "--save-every", "10", "--warmup-steps", "2", "--device", "cpu"]
+TOY_SHAPE = [
+    "--n-layer",
+    "2",
+    "--n-head",
+    "2",
+    "--n-embd",
+    "32",
+    "--block-size",
+    "64",
+    "--batch-size",
+    "4",
+    "--optimizer",
+    "adamw",
+    "--eval-every",
+    "10",
+    "--save-every",
+    "10",
+    "--warmup-steps",
+    "2",
+    "--device",
+    "cpu",
+]
 
 
 def command(script: str, *arguments: object) -> list[str]:
@@ -23,8 +43,15 @@ def command(script: str, *arguments: object) -> list[str]:
 
 def run_script(folder: Path, script: str, *arguments: object, stdin: str = "") -> subprocess.CompletedProcess:
     """Runs a script in a folder as a real process, with text or nothing at its standard input."""
-    return subprocess.run(command(script, *arguments), cwd=folder, input=stdin, capture_output=True, encoding="utf-8",
-                          timeout=240, env=ENVIRONMENT)
+    return subprocess.run(
+        command(script, *arguments),
+        cwd=folder,
+        input=stdin,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=240,
+        env=ENVIRONMENT,
+    )
 
 
 def succeed(folder: Path, script: str, *arguments: object, stdin: str = "") -> str:
@@ -41,13 +68,55 @@ def toy(tmp_path_factory) -> Path:
     (folder / "text").mkdir()
     samples = (REPOSITORY / "data/samples/chat.jsonl").read_text(encoding="utf-8").splitlines()
     for i in range(40):
-        (folder / "text" / f"{i:02}.txt").write_text("\n".join(samples[i * 5: i * 5 + 5]) + " naïve 日本 🙂\n", encoding="utf-8")
+        (folder / "text" / f"{i:02}.txt").write_text(
+            "\n".join(samples[i * 5 : i * 5 + 5]) + " naïve 日本 🙂\n", encoding="utf-8"
+        )
     succeed(folder, "prepare_data.py", "--input", "text", "--vocab-size", "400", "--out", "data/toy")
-    succeed(folder, "train.py", "--data", "data/toy", "--out", "checkpoints/toy.pt", "--plot", "plots/toy.png",
-            "--max-steps", "20", *TOY_SHAPE)
-    succeed(folder, "prepare_sft_data.py", "--dataset", "pydocs-qa", "--max-conversations", "60", "--out", "data/toy",
-            "--block-size", "64")
-    succeed(folder, "train_sft.py", "--model", "checkpoints/toy.pt", "--data", "data/toy", "--out", "checkpoints/sft.pt",
-            "--plot", "plots/sft.png", "--epochs", "2", "--batch-size", "16", "--learning-rate", "1e-3",
-            "--warmup-steps", "1", "--device", "cpu")
+    succeed(
+        folder,
+        "train.py",
+        "--data",
+        "data/toy",
+        "--out",
+        "checkpoints/toy.pt",
+        "--plot",
+        "plots/toy.png",
+        "--max-steps",
+        "20",
+        *TOY_SHAPE,
+    )
+    succeed(
+        folder,
+        "prepare_sft_data.py",
+        "--dataset",
+        "pydocs-qa",
+        "--max-conversations",
+        "60",
+        "--out",
+        "data/toy",
+        "--block-size",
+        "64",
+    )
+    succeed(
+        folder,
+        "train_sft.py",
+        "--model",
+        "checkpoints/toy.pt",
+        "--data",
+        "data/toy",
+        "--out",
+        "checkpoints/sft.pt",
+        "--plot",
+        "plots/sft.png",
+        "--epochs",
+        "2",
+        "--batch-size",
+        "16",
+        "--learning-rate",
+        "1e-3",
+        "--warmup-steps",
+        "1",
+        "--device",
+        "cpu",
+    )
     return folder

@@ -1,9 +1,8 @@
 """The page, run by Streamlit's own test driver on the toy models."""
 
 import pytest
-from streamlit.testing.v1 import AppTest
-
 from conftest import REPOSITORY
+from streamlit.testing.v1 import AppTest
 
 
 @pytest.fixture

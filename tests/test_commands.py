@@ -8,13 +8,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-
 from conftest import ENVIRONMENT, REPOSITORY, command, run_script, succeed
 
 
 def test_the_chain_leaves_models_logs_and_plots(toy):
     for name in ("toy", "sft"):
-        assert {f"{name}.pt", f"{name}.last.pt", f"{name}.jsonl"} <= {path.name for path in (toy / "checkpoints").iterdir()}
+        assert {f"{name}.pt", f"{name}.last.pt", f"{name}.jsonl"} <= {
+            path.name for path in (toy / "checkpoints").iterdir()
+        }
         assert (toy / f"plots/{name}.png").read_bytes().startswith(b"\x89PNG")
         log = [json.loads(line) for line in (toy / f"checkpoints/{name}.jsonl").read_text().splitlines()]
         losses = [entry["val_loss"] for entry in log if "val_loss" in entry]
@@ -24,7 +25,16 @@ def test_the_chain_leaves_models_logs_and_plots(toy):
 
 
 def test_a_completion_begins_with_its_prompt_and_repeats_under_a_seed(toy):
-    arguments = ["--model", "checkpoints/toy.pt", "--prompt", "What is 日本", "--max-new-tokens", "20", "--device", "cpu"]
+    arguments = [
+        "--model",
+        "checkpoints/toy.pt",
+        "--prompt",
+        "What is 日本",
+        "--max-new-tokens",
+        "20",
+        "--device",
+        "cpu",
+    ]
     first = succeed(toy, "generate.py", *arguments, "--seed", "1")
     assert first.startswith("What is 日本") and len(first) > 12
     assert succeed(toy, "generate.py", *arguments, "--seed", "1") == first
@@ -35,8 +45,17 @@ def test_a_completion_begins_with_its_prompt_and_repeats_under_a_seed(toy):
 
 
 def test_chat_answers_line_by_line_and_knows_its_commands(toy):
-    result = run_script(toy, "generate.py", "--model", "checkpoints/sft.pt", "--chat", "--greedy", "--max-new-tokens", "10",
-                        stdin="Hello\n/help\n/unknown\n\nHello\n/reset\nHello\n/quit\nnever reached\n")
+    result = run_script(
+        toy,
+        "generate.py",
+        "--model",
+        "checkpoints/sft.pt",
+        "--chat",
+        "--greedy",
+        "--max-new-tokens",
+        "10",
+        stdin="Hello\n/help\n/unknown\n\nHello\n/reset\nHello\n/quit\nnever reached\n",
+    )
     assert result.returncode == 0, result.stderr
     answers = result.stdout.splitlines()
     assert len(answers) == 3 and answers[0] == answers[2]  # after /reset the conversation begins anew
@@ -44,49 +63,154 @@ def test_chat_answers_line_by_line_and_knows_its_commands(toy):
 
 
 def test_chat_goes_on_past_the_context(toy):
-    stdin = "".join(f"Question number {i}, which is rather long to fill the context?\n" for i in range(12)) + "x" * 5000 + "\n"
-    result = run_script(toy, "generate.py", "--model", "checkpoints/sft.pt", "--chat", "--max-new-tokens", "40", stdin=stdin)
+    stdin = (
+        "".join(f"Question number {i}, which is rather long to fill the context?\n" for i in range(12))
+        + "x" * 5000
+        + "\n"
+    )
+    result = run_script(
+        toy, "generate.py", "--model", "checkpoints/sft.pt", "--chat", "--max-new-tokens", "40", stdin=stdin
+    )
     assert result.returncode == 0, result.stderr
-    assert run_script(toy, "generate.py", "--model", "checkpoints/toy.pt", "--prompt", "x" * 5000,
-                      "--max-new-tokens", "150").returncode == 0
+    assert (
+        run_script(
+            toy, "generate.py", "--model", "checkpoints/toy.pt", "--prompt", "x" * 5000, "--max-new-tokens", "150"
+        ).returncode
+        == 0
+    )
 
 
 def test_training_takes_a_text_file_as_data(toy):
     (toy / "story.txt").write_text("Once upon a time there was a test. " * 200, encoding="utf-8")
-    succeed(toy, "train.py", "--data", "story.txt", "--vocab-size", "270", "--out", "checkpoints/story.pt", "--max-steps", "2",
-            "--n-layer", "1", "--n-head", "1", "--n-embd", "16", "--block-size", "32", "--batch-size", "2", "--plot", "plots/s.png")
+    succeed(
+        toy,
+        "train.py",
+        "--data",
+        "story.txt",
+        "--vocab-size",
+        "270",
+        "--out",
+        "checkpoints/story.pt",
+        "--max-steps",
+        "2",
+        "--n-layer",
+        "1",
+        "--n-head",
+        "1",
+        "--n-embd",
+        "16",
+        "--block-size",
+        "32",
+        "--batch-size",
+        "2",
+        "--plot",
+        "plots/s.png",
+    )
     assert json.loads((toy / "data/story/meta.json").read_text())["tokenizer"].startswith("bpe-")
-    succeed(toy, "train.py", "--data", "data/story", "--init-from", "checkpoints/story.pt", "--out", "checkpoints/more.pt",
-            "--max-steps", "1", "--batch-size", "2", "--plot", "plots/s.png")
+    succeed(
+        toy,
+        "train.py",
+        "--data",
+        "data/story",
+        "--init-from",
+        "checkpoints/story.pt",
+        "--out",
+        "checkpoints/more.pt",
+        "--max-steps",
+        "1",
+        "--batch-size",
+        "2",
+        "--plot",
+        "plots/s.png",
+    )
 
 
 def test_alpaca_instructions_end_to_end(toy):
-    entries = [{"instruction": f"Add {i} and 1.", "input": "" if i % 2 else "numbers", "output": str(i + 1)} for i in range(30)]
+    entries = [
+        {"instruction": f"Add {i} and 1.", "input": "" if i % 2 else "numbers", "output": str(i + 1)} for i in range(30)
+    ]
     (toy / "alpaca.json").write_text(json.dumps(entries))
-    succeed(toy, "prepare_sft_data.py", "--input", "alpaca.json", "--template", "alpaca", "--out", "data/alpaca",
-            "--tokenizer", "data/toy/tokenizer.json", "--block-size", "64")
-    succeed(toy, "train_sft.py", "--model", "checkpoints/toy.pt", "--data", "data/alpaca", "--out", "checkpoints/alpaca.pt",
-            "--max-steps", "2", "--device", "cpu", "--plot", "plots/a.png")
-    succeed(toy, "generate.py", "--model", "checkpoints/alpaca.pt", "--instruction", "Add 2 and 1.", "--context", "numbers",
-            "--max-new-tokens", "5")
+    succeed(
+        toy,
+        "prepare_sft_data.py",
+        "--input",
+        "alpaca.json",
+        "--template",
+        "alpaca",
+        "--out",
+        "data/alpaca",
+        "--tokenizer",
+        "data/toy/tokenizer.json",
+        "--block-size",
+        "64",
+    )
+    succeed(
+        toy,
+        "train_sft.py",
+        "--model",
+        "checkpoints/toy.pt",
+        "--data",
+        "data/alpaca",
+        "--out",
+        "checkpoints/alpaca.pt",
+        "--max-steps",
+        "2",
+        "--device",
+        "cpu",
+        "--plot",
+        "plots/a.png",
+    )
+    succeed(
+        toy,
+        "generate.py",
+        "--model",
+        "checkpoints/alpaca.pt",
+        "--instruction",
+        "Add 2 and 1.",
+        "--context",
+        "numbers",
+        "--max-new-tokens",
+        "5",
+    )
 
 
 def test_the_demo_runs_through(tmp_path):
-    (tmp_path / "my.txt").write_text((REPOSITORY / "data/samples/chat.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
-    stdout = succeed(tmp_path, "demo.py", "--input", "my.txt", "--vocab-size", "400", "--max-steps", "3", "--epochs", "1")
+    (tmp_path / "my.txt").write_text(
+        (REPOSITORY / "data/samples/chat.jsonl").read_text(encoding="utf-8"), encoding="utf-8"
+    )
+    stdout = succeed(
+        tmp_path, "demo.py", "--input", "my.txt", "--vocab-size", "400", "--max-steps", "3", "--epochs", "1"
+    )
     assert "bits per byte" in stdout and "questions about Python's built-ins answered word for word" in stdout
     assert "memory, not knowledge" in stdout and "generate.py --model checkpoints/demo/sft.pt --chat" in stdout
-    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["demo_pretrain_loss.png", "demo_sft_loss.png"]
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == [
+        "demo_pretrain_loss.png",
+        "demo_sft_loss.png",
+    ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "data", "my.txt", "plots"]
 
 
 def test_help_is_quick_and_names_every_flag():
-    for script, flag in (("prepare_data.py", "--vocab-size"), ("train.py", "--grad-accum-steps"), ("generate.py", "--top-p"),
-                         ("prepare_sft_data.py", "--template"), ("train_sft.py", "--epochs"), ("demo.py", "--input")):
-        code = f"import runpy, sys; sys.argv = ['x', '--help']\ntry: runpy.run_path({str(REPOSITORY / script)!r}, run_name='__main__')\n" \
-               "except SystemExit as e: assert not e.code\nassert 'torch' not in sys.modules and 'datasets' not in sys.modules"
-        result = subprocess.run([command(script)[0], "-c", code], env={**ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)},
-                                capture_output=True, encoding="utf-8")
+    for script, flag in (
+        ("prepare_data.py", "--vocab-size"),
+        ("train.py", "--grad-accum-steps"),
+        ("generate.py", "--top-p"),
+        ("prepare_sft_data.py", "--template"),
+        ("train_sft.py", "--epochs"),
+        ("demo.py", "--input"),
+    ):
+        code = (
+            "import runpy, sys\nsys.argv = ['x', '--help']\n"
+            f"try: runpy.run_path({str(REPOSITORY / script)!r}, run_name='__main__')\n"
+            "except SystemExit as e: assert not e.code\n"
+            "assert not {'torch', 'datasets', 'transformers'} & sys.modules.keys()"
+        )
+        result = subprocess.run(
+            [command(script)[0], "-c", code],
+            env={**ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)},
+            capture_output=True,
+            encoding="utf-8",
+        )
         assert result.returncode == 0, result.stderr
         assert flag in result.stdout
 
@@ -115,7 +239,11 @@ BAD_INPUT = [
     (1, "no device", [*TRAIN, "--device", "cuda:77", "--n-layer", "1", "--n-embd", "12"]),
     (1, "no device", [*TRAIN, "--device", "toaster", "--n-layer", "1", "--n-embd", "12"]),
     (1, "is damaged", ["train.py", "--data", "bad/meta", "--out", "checkpoints/new.pt"]),
-    (1, "tokenizer", ["train.py", "--data", "data/other", "--init-from", "checkpoints/toy.pt", "--out", "checkpoints/new.pt"]),
+    (
+        1,
+        "tokenizer",
+        ["train.py", "--data", "data/other", "--init-from", "checkpoints/toy.pt", "--out", "checkpoints/new.pt"],
+    ),
     (1, "no checkpoint", [*SFT, "--model", "checkpoints/none.pt"]),
     (1, "run prepare_sft_data.py first", [*SFT, "--data", "data/other"]),
     (2, "at least 1", [*SFT, "--epochs", "0"]),
@@ -154,15 +282,23 @@ BAD_INPUT = [
 def bad(toy):
     """Adds damaged and foreign files to the toy's folder."""
     import torch
+
     folder = toy / "bad"
     for name in ("empty", "meta"):
         (folder / name).mkdir(parents=True)
     turn = {"role": "user", "content": "x"}
     for name, content in {
-            "notes.pt": b"hello", "latin1.txt": "caf\xe9 caf\xe9".encode("latin-1"), "zeros.txt": b"a\0b", "blank.txt": b"",
-            "text.txt": b"not json", "meta/meta.json": b"{", "other.json": b'[{"a": 1}]', "number.json": b'[{"messages": 3}]',
-            "turns.jsonl": json.dumps({"messages": [turn, turn, {"role": "assistant", "content": "y"}]}).encode(),
-            "one.jsonl": json.dumps({"messages": [turn, {"role": "assistant", "content": "y"}]}).encode()}.items():
+        "notes.pt": b"hello",
+        "latin1.txt": "caf\xe9 caf\xe9".encode("latin-1"),
+        "zeros.txt": b"a\0b",
+        "blank.txt": b"",
+        "text.txt": b"not json",
+        "meta/meta.json": b"{",
+        "other.json": b'[{"a": 1}]',
+        "number.json": b'[{"messages": 3}]',
+        "turns.jsonl": json.dumps({"messages": [turn, turn, {"role": "assistant", "content": "y"}]}).encode(),
+        "one.jsonl": json.dumps({"messages": [turn, {"role": "assistant", "content": "y"}]}).encode(),
+    }.items():
         (folder / name).write_bytes(content)
     (toy / "my.txt").write_text("some text")
     good = torch.load(toy / "checkpoints/toy.pt", weights_only=True)
@@ -177,7 +313,9 @@ def bad(toy):
 def bad_results(bad):
     """What each line of BAD_INPUT did, two processes at a time."""
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(range(len(BAD_INPUT)), pool.map(lambda case: run_script(bad, *case[2]), BAD_INPUT), strict=True))
+        return dict(
+            zip(range(len(BAD_INPUT)), pool.map(lambda case: run_script(bad, *case[2]), BAD_INPUT), strict=True)
+        )
 
 
 @pytest.mark.parametrize("i", range(len(BAD_INPUT)), ids=lambda i: " ".join(BAD_INPUT[i][2])[:70])
@@ -197,8 +335,12 @@ def test_bad_input_leaves_nothing_half_written(bad_results, bad):
 def test_a_killed_preparation_leaves_the_old_files(toy):
     succeed(toy, "prepare_data.py", "--input", "text", "--vocab-size", "300", "--out", "data/kill")
     before = {path.name: path.read_bytes() for path in (toy / "data/kill").iterdir()}
-    process = subprocess.Popen(command("prepare_data.py", "--dataset", "pydocs", "--vocab-size", "300", "--out", "data/kill"),
-                               cwd=toy, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command("prepare_data.py", "--dataset", "pydocs", "--vocab-size", "300", "--out", "data/kill"),
+        cwd=toy,
+        env=ENVIRONMENT,
+        stderr=subprocess.DEVNULL,
+    )
     while not list((toy / "data/kill").glob(".prepare-*/train.bin")):
         assert process.poll() is None
         time.sleep(0.005)
@@ -209,8 +351,25 @@ def test_a_killed_preparation_leaves_the_old_files(toy):
 
 
 def test_output_into_a_closed_pipe_is_no_error(toy):
-    process = subprocess.Popen(command("generate.py", "--model", "checkpoints/toy.pt", "--prompt", "x", "--max-new-tokens", "3000",
-                                       "--num-samples", "50", "--device", "cpu"), cwd=toy, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command(
+            "generate.py",
+            "--model",
+            "checkpoints/toy.pt",
+            "--prompt",
+            "x",
+            "--max-new-tokens",
+            "3000",
+            "--num-samples",
+            "50",
+            "--device",
+            "cpu",
+        ),
+        cwd=toy,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     process.stdout.read(5)
     process.stdout.close()
     stderr = process.stderr.read().decode()

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 
 import pydocs
 from cli import UserError
-from conftest import REPOSITORY
+from conversations import oasst1_conversations, read_file
 from files import atomic_folder, atomic_write
 from loader import Batch, Conversations, Prefetcher, Windows, micro_batches, read_tokens, stack
 from prepare_data import batched, draw_held_out, hold_out
-from prepare_sft_data import oasst1_conversations, read_file
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,13 @@ def test_pydocs_is_a_corpus_of_unique_public_names_and_texts(entries):
     assert sum(len(entry.docstring) for entry in entries) > 1_500_000
     assert len({entry.docstring for entry in entries}) == len(entries)
     names = {entry.name for entry in entries}
-    assert {"os.path.join", "json.JSONDecoder", "collections.abc.Mapping.get", "unittest.TestCase.assertEqual", "str.split"} <= names
+    assert {
+        "os.path.join",
+        "json.JSONDecoder",
+        "collections.abc.Mapping.get",
+        "unittest.TestCase.assertEqual",
+        "str.split",
+    } <= names
     assert not any(name.startswith(("posixpath", "ntpath", "_", "test.")) for name in names)
 
 
@@ -40,11 +46,17 @@ def test_pydocs_questions_have_one_answer_each():
     assert all(re.fullmatch(r"[A-Z].* .*\.", answer) and "\n" not in answer for answer in answers.values())
 
 
-@pytest.mark.parametrize(("docstring", "sentence"), [
-    ("join(a, *p)\n\nJoin two or\n   more paths.  More.", "Join two or more paths."),
-    ("len(obj, /) -> int\n\nReturn the length, e.g. of a list. Done.", "Return the length, e.g. of a list."),
-    (">>> f(1)\n2", None), ("A list of:\n", None), ("", None), ("x", None),
-])
+@pytest.mark.parametrize(
+    ("docstring", "sentence"),
+    [
+        ("join(a, *p)\n\nJoin two or\n   more paths.  More.", "Join two or more paths."),
+        ("len(obj, /) -> int\n\nReturn the length, e.g. of a list. Done.", "Return the length, e.g. of a list."),
+        (">>> f(1)\n2", None),
+        ("A list of:\n", None),
+        ("", None),
+        ("x", None),
+    ],
+)
 def test_first_sentence(docstring, sentence):
     assert pydocs.first_sentence(docstring) == sentence
 
@@ -54,8 +66,14 @@ def test_bundled_conversations_are_in_order():
     questions = Counter(messages[0]["content"].lower() for messages in conversations)
     assert len(conversations) >= 300 and max(questions.values()) == 1
     assert sum(len(messages) > 2 for messages in conversations) >= 30
-    assert any(messages == [{"role": "user", "content": "What is the capital of France?"},
-                            {"role": "assistant", "content": "The capital of France is Paris."}] for messages in conversations)
+    assert any(
+        messages
+        == [
+            {"role": "user", "content": "What is the capital of France?"},
+            {"role": "assistant", "content": "The capital of France is Paris."},
+        ]
+        for messages in conversations
+    )
 
 
 def test_whole_documents_are_held_out():
@@ -78,10 +96,27 @@ def test_batches_of_documents_lose_none():
 
 def test_oasst1_paths_follow_the_best_reply():
     def row(id_, parent, role, text, rank=None, **more):
-        return {"message_id": id_, "parent_id": parent, "role": role, "text": text, "rank": rank, "lang": "en", "deleted": False, **more}
-    rows = [row("a", None, "prompter", "Q"), row("b", "a", "assistant", "worse", 1), row("c", "a", "assistant", "best", 0),
-            row("d", "c", "prompter", "Q2"), row("e", "d", "assistant", "A2", 0), row("f", "c", "prompter", "no answer"),
-            row("g", None, "prompter", "Hola", lang="es"), row("h", "c", "prompter", "gone", deleted=True)]
+        return {
+            "message_id": id_,
+            "parent_id": parent,
+            "role": role,
+            "text": text,
+            "rank": rank,
+            "lang": "en",
+            "deleted": False,
+            **more,
+        }
+
+    rows = [
+        row("a", None, "prompter", "Q"),
+        row("b", "a", "assistant", "worse", 1),
+        row("c", "a", "assistant", "best", 0),
+        row("d", "c", "prompter", "Q2"),
+        row("e", "d", "assistant", "A2", 0),
+        row("f", "c", "prompter", "no answer"),
+        row("g", None, "prompter", "Hola", lang="es"),
+        row("h", "c", "prompter", "gone", deleted=True),
+    ]
     texts = [[m["content"] for m in messages] for messages in oasst1_conversations(rows)]
     assert texts == [["Q", "best", "Q2", "A2"], ["Q", "best"]]
 
@@ -104,8 +139,11 @@ def write_tokens(path: Path, tokens) -> Path:
 
 
 def test_windows_are_a_pure_function_of_seed_and_step_and_stay_inside_files(tmp_path):
-    paths = [write_tokens(tmp_path / "a.bin", range(100)), write_tokens(tmp_path / "b.bin", range(1000, 1040)),
-             write_tokens(tmp_path / "short.bin", range(5))]
+    paths = [
+        write_tokens(tmp_path / "a.bin", range(100)),
+        write_tokens(tmp_path / "b.bin", range(1000, 1040)),
+        write_tokens(tmp_path / "short.bin", range(5)),
+    ]
     data = Windows(paths, block_size=16, batch_size=8, seed=3)
     seen = set()
     for step in range(60):
@@ -151,7 +189,10 @@ def test_llm_c_shards_are_read(tmp_path):
 def test_an_epoch_visits_every_conversation_once_grouped_by_length(toy):
     data = Conversations(toy / "data/toy", "train", block_size=64, batch_size=8, seed=0)
     starts = lambda epoch: Counter(  # noqa: E731
-        tuple(row.tokens[0].tolist()) for k in range(data.batches_per_epoch) for row in data.batch(epoch * data.batches_per_epoch + k))
+        tuple(row.tokens[0].tolist())
+        for k in range(data.batches_per_epoch)
+        for row in data.batch(epoch * data.batches_per_epoch + k)
+    )
     every = Counter(tuple(row.tokens[0].tolist()) for row in data.in_order())
     assert starts(0) == starts(1) == every and sum(every.values()) == len(data)
     assert [b.tokens.tolist() for b in data.batch(0)] != [b.tokens.tolist() for b in data.batch(data.batches_per_epoch)]
@@ -160,12 +201,15 @@ def test_an_epoch_visits_every_conversation_once_grouped_by_length(toy):
 def test_only_the_assistants_tokens_count(toy):
     data = Conversations(toy / "data/toy", "train", block_size=64, batch_size=8, seed=0)
     import tokenizer
+
     bpe = tokenizer.load(toy / "data/toy/tokenizer.json")
     batch = stack(data.batch(0))
     assert batch.tokens.size(1) % 64 == 0
     counted = bpe.decode(batch.targets.flatten()[batch.counted].tolist())
     texts = [bpe.decode(row.tokens[0].tolist()) for row in data.batch(0)]
-    answers = [part.split("<|endoftext|>")[0] + "<|endoftext|>" for text in texts for part in text.split("<|assistant|>")[1:]]
+    answers = [
+        part.split("<|endoftext|>")[0] + "<|endoftext|>" for text in texts for part in text.split("<|assistant|>")[1:]
+    ]
     assert counted == "".join(answers)
 
 

@@ -11,8 +11,11 @@ from model import GPT, GPTConfig, linear_cross_entropy, sample
 
 def small(**changes) -> GPT:
     torch.manual_seed(0)
-    return GPT(GPTConfig(**{"block_size": 32, "vocab_size": 128, "n_tokens": 100, "n_layer": 3, "n_head": 4,
-                            "n_embd": 32, **changes}))
+    return GPT(
+        GPTConfig(
+            **{"block_size": 32, "vocab_size": 128, "n_tokens": 100, "n_layer": 3, "n_head": 4, "n_embd": 32, **changes}
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -21,16 +24,21 @@ def reference():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(1)
-    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=211, n_positions=256, n_embd=48, n_layer=3, n_head=4,
-                                        bos_token_id=0, eos_token_id=0)).eval()
+    theirs = GPT2LMHeadModel(
+        GPT2Config(vocab_size=211, n_positions=256, n_embd=48, n_layer=3, n_head=4, bos_token_id=0, eos_token_id=0)
+    ).eval()
     for name, parameter in theirs.named_parameters():
         torch.nn.init.normal_(parameter, mean=float("ln_" in name and name.endswith("weight")), std=0.2)
     with torch.no_grad():  # so that greedy text does not fall into a loop
         theirs.transformer.wpe.weight.mul_(20)
         theirs.transformer.ln_f.bias.mul_(0.1)
     ours = GPT(GPTConfig(block_size=256, vocab_size=211, n_tokens=211, n_layer=3, n_head=4, n_embd=48)).eval()
-    weights = {name.removeprefix("transformer."): w.t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else w
-               for name, w in theirs.state_dict().items()}
+    weights = {
+        name.removeprefix("transformer."): w.t()
+        if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        else w
+        for name, w in theirs.state_dict().items()
+    }
     ours.load_state_dict(weights)
     return theirs, ours
 
@@ -92,7 +100,9 @@ def test_fused_loss_equals_plain_in_value_and_gradient(masked, chunk):
     fused = linear_cross_entropy(hidden[kept], weight, targets[kept], chunk) / len(kept)
     plain = F.cross_entropy((hidden @ weight.t())[kept], targets[kept])
     torch.testing.assert_close(fused.double(), plain, atol=1e-6, rtol=1e-6)
-    for ours, theirs in zip(torch.autograd.grad(3 * fused, (hidden, weight)), torch.autograd.grad(3 * plain, (hidden, weight)), strict=True):
+    for ours, theirs in zip(
+        torch.autograd.grad(3 * fused, (hidden, weight)), torch.autograd.grad(3 * plain, (hidden, weight)), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
 
@@ -136,8 +146,17 @@ def test_overfits_one_batch():
     assert loss.item() < 0.05
 
 
-@pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 1.3}, {"top_k": 5}, {"top_p": 0.7},
-                                 {"top_k": 20, "top_p": 0.9, "temperature": 0.8}], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"temperature": 0},
+        {"temperature": 1.3},
+        {"top_k": 5},
+        {"top_p": 0.7},
+        {"top_k": 20, "top_p": 0.9, "temperature": 0.8},
+    ],
+    ids=str,
+)
 def test_cached_generation_equals_uncached_past_the_context(how):
     model = small().eval()
     for parameter in model.parameters():
@@ -157,6 +176,7 @@ def test_cached_generation_equals_uncached_past_the_context(how):
 
 def test_a_block_of_new_positions_sees_the_cached_past():
     from model import KVCache
+
     model = small().eval()
     tokens = torch.randint(100, (2, 20))
     cache = KVCache(model.config, 2, model.wte.weight)

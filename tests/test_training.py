@@ -10,19 +10,40 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ENVIRONMENT, REPOSITORY, TOY_SHAPE, command, run_script, succeed
 
 from cli import TrainerConfig
-from conftest import ENVIRONMENT, REPOSITORY, TOY_SHAPE, command, run_script, succeed
 from optim import Muon
 from trainer import learning_rate_at
 
-RUN = ["--data", "data/toy", "--max-steps", "240", *TOY_SHAPE, "--optimizer", "muon", "--dropout", "0.1",
-       "--eval-every", "40", "--save-every", "30", "--plot", "plots/resume.png"]
+RUN = [
+    "--data",
+    "data/toy",
+    "--max-steps",
+    "240",
+    *TOY_SHAPE,
+    "--optimizer",
+    "muon",
+    "--dropout",
+    "0.1",
+    "--eval-every",
+    "40",
+    "--save-every",
+    "30",
+    "--plot",
+    "plots/resume.png",
+]
 
 
 def start(folder: Path, out: str, *arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(command("train.py", "--out", out, *arguments), cwd=folder, env=ENVIRONMENT, encoding="utf-8",
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command("train.py", "--out", out, *arguments),
+        cwd=folder,
+        env=ENVIRONMENT,
+        encoding="utf-8",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def wait_for_log(path: Path, step: int, process: subprocess.Popen) -> None:
@@ -93,61 +114,155 @@ def test_resume_is_bit_exact(toy, uninterrupted, how):
 def test_splitting_a_batch_and_recomputing_change_no_loss(toy, split):
     losses = []
     for name, extra in (("plain", []), ("split", split)):
-        succeed(toy, "train.py", "--data", "data/toy", "--out", f"checkpoints/{name}.pt", *TOY_SHAPE, "--max-steps", "12",
-                "--log-every", "1", "--batch-size", "6", "--overwrite", "--plot", "plots/split.png", *extra)
+        succeed(
+            toy,
+            "train.py",
+            "--data",
+            "data/toy",
+            "--out",
+            f"checkpoints/{name}.pt",
+            *TOY_SHAPE,
+            "--max-steps",
+            "12",
+            "--log-every",
+            "1",
+            "--batch-size",
+            "6",
+            "--overwrite",
+            "--plot",
+            "plots/split.png",
+            *extra,
+        )
         losses.append([entry["loss"] for entry in log(toy / f"checkpoints/{name}.jsonl") if "loss" in entry])
     assert len(losses[0]) == 12 and losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_two_processes_equal_one(toy):
-    arguments = ["--data", "data/toy", *TOY_SHAPE, "--max-steps", "20", "--log-every", "1", "--overwrite", "--plot", "plots/ddp.png"]
+    arguments = [
+        "--data",
+        "data/toy",
+        *TOY_SHAPE,
+        "--max-steps",
+        "20",
+        "--log-every",
+        "1",
+        "--overwrite",
+        "--plot",
+        "plots/ddp.png",
+    ]
     succeed(toy, "train.py", "--out", "checkpoints/one.pt", *arguments)
     launched = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(REPOSITORY / "train.py"),
-         "--out", "checkpoints/two.pt", *arguments], cwd=toy, env=ENVIRONMENT, capture_output=True, encoding="utf-8", timeout=200)
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            str(REPOSITORY / "train.py"),
+            "--out",
+            "checkpoints/two.pt",
+            *arguments,
+        ],
+        cwd=toy,
+        env=ENVIRONMENT,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=200,
+    )
     assert launched.returncode == 0, launched.stderr[-3000:]
-    one, two = ([entry.get("loss", entry.get("val_loss")) for entry in log(toy / f"checkpoints/{name}.jsonl")] for name in ("one", "two"))
+    one, two = (
+        [entry.get("loss", entry.get("val_loss")) for entry in log(toy / f"checkpoints/{name}.jsonl")]
+        for name in ("one", "two")
+    )
     assert len(one) >= 22 and one == pytest.approx(two, rel=1e-5)
 
 
 def test_sft_losses_do_not_depend_on_the_split(toy):
     losses = []
     for n in (1, 4):
-        succeed(toy, "train_sft.py", "--model", "checkpoints/toy.pt", "--data", "data/toy", "--out", f"checkpoints/sft{n}.pt",
-                "--max-steps", "6", "--log-every", "1", "--batch-size", "16", "--grad-accum-steps", str(n), "--device", "cpu",
-                "--plot", "plots/x.png")
+        succeed(
+            toy,
+            "train_sft.py",
+            "--model",
+            "checkpoints/toy.pt",
+            "--data",
+            "data/toy",
+            "--out",
+            f"checkpoints/sft{n}.pt",
+            "--max-steps",
+            "6",
+            "--log-every",
+            "1",
+            "--batch-size",
+            "16",
+            "--grad-accum-steps",
+            str(n),
+            "--device",
+            "cpu",
+            "--plot",
+            "plots/x.png",
+        )
         losses.append([entry["loss"] for entry in log(toy / f"checkpoints/sft{n}.jsonl") if "loss" in entry])
     assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_training_never_overwrites_a_checkpoint_unasked(toy):
     before = (toy / "checkpoints/toy.pt").read_bytes()
-    result = run_script(toy, "train.py", "--data", "data/toy", "--out", "checkpoints/toy.pt", *TOY_SHAPE, "--max-steps", "1")
+    result = run_script(
+        toy, "train.py", "--data", "data/toy", "--out", "checkpoints/toy.pt", *TOY_SHAPE, "--max-steps", "1"
+    )
     assert result.returncode == 1 and "--overwrite" in result.stderr.splitlines()[-1]
     assert (toy / "checkpoints/toy.pt").read_bytes() == before
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(toy):
-    result = run_script(toy, "train.py", "--data", "data/toy", "--out", "checkpoints/nan.pt", *TOY_SHAPE, "--max-steps", "400",
-                        "--learning-rate", "1e30", "--grad-clip", "0", "--plot", "plots/nan.png")
+    result = run_script(
+        toy,
+        "train.py",
+        "--data",
+        "data/toy",
+        "--out",
+        "checkpoints/nan.pt",
+        *TOY_SHAPE,
+        "--max-steps",
+        "400",
+        "--learning-rate",
+        "1e30",
+        "--grad-clip",
+        "0",
+        "--plot",
+        "plots/nan.png",
+    )
     assert result.returncode == 1 and "not finite" in result.stderr.splitlines()[-1]
     for path in (toy / "checkpoints").glob("nan*.pt"):
         assert all(tensor.isfinite().all() for tensor in load(path)["model"].values())
 
 
 def test_target_loss_patience_and_snapshots(toy):
-    common = ["--data", "data/toy", *TOY_SHAPE, "--plot", "plots/stop.png", "--overwrite", "--out", "checkpoints/stop.pt"]
+    common = [
+        "--data",
+        "data/toy",
+        *TOY_SHAPE,
+        "--plot",
+        "plots/stop.png",
+        "--overwrite",
+        "--out",
+        "checkpoints/stop.pt",
+    ]
     stdout = succeed(toy, "train.py", *common, "--max-steps", "500", "--target-loss", "5.9", "--snapshot-every", "5")
     assert "reached the target loss" in stdout and log(toy / "checkpoints/stop.jsonl")[-1]["val_loss"] <= 5.9
     assert (toy / "checkpoints/snapshots/stop_step_5.pt").exists()
-    stdout = succeed(toy, "train.py", *common, "--max-steps", "500", "--patience", "2", "--learning-rate", "0", "--min-lr", "0")
+    stdout = succeed(
+        toy, "train.py", *common, "--max-steps", "500", "--patience", "2", "--learning-rate", "0", "--min-lr", "0"
+    )
     assert "no improvement in 2 evaluations" in stdout
 
 
 def test_a_damaged_checkpoint_is_not_resumed(toy, uninterrupted):
     whole = uninterrupted.with_suffix(".last.pt").read_bytes()
     middle = len(whole) // 2
-    for damaged in (whole[:middle], whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:]):
+    for damaged in (whole[:middle], whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]):
         (toy / "checkpoints/broken.last.pt").write_bytes(damaged)
         result = run_script(toy, "train.py", "--out", "checkpoints/broken.pt", *RUN, "--resume")
         assert result.returncode == 1 and "damaged" in result.stderr.splitlines()[-1]
@@ -158,7 +273,10 @@ def test_muon_equals_torch():
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in [(64, 32), (64, 32), (32, 64), (48, 48)]]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    optimizers = Muon(ours, lr=0.02), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    optimizers = (
+        Muon(ours, lr=0.02),
+        torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    )
     for _ in range(5):
         for p, q in zip(ours, theirs, strict=True):
             p.grad = torch.randn_like(p)
@@ -172,13 +290,31 @@ def test_muon_equals_torch():
 def test_learning_rate_warms_up_then_falls_along_a_cosine():
     config = TrainerConfig(max_steps=110, warmup_steps=10, learning_rate=1.0, min_lr=0.1)
     rates = [learning_rate_at(step, config) for step in range(111)]
-    assert rates[0] == pytest.approx(1 / 11) and rates[10] == 1.0 and rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
+    assert (
+        rates[0] == pytest.approx(1 / 11)
+        and rates[10] == 1.0
+        and rates[60] == pytest.approx(0.55)
+        and rates[110] == pytest.approx(0.1)
+    )
     assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_trains_compiled_in_bfloat16(toy):
-    succeed(toy, "train.py", "--data", "data/toy", "--out", "checkpoints/cuda.pt", *TOY_SHAPE, "--device", "cuda",
-            "--max-steps", "30", "--plot", "plots/cuda.png")
+    succeed(
+        toy,
+        "train.py",
+        "--data",
+        "data/toy",
+        "--out",
+        "checkpoints/cuda.pt",
+        *TOY_SHAPE,
+        "--device",
+        "cuda",
+        "--max-steps",
+        "30",
+        "--plot",
+        "plots/cuda.png",
+    )
     losses = [entry["val_loss"] for entry in log(toy / "checkpoints/cuda.jsonl") if "val_loss" in entry]
     assert losses[-1] < losses[0]
