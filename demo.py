@@ -6,6 +6,7 @@
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,6 +119,8 @@ def completions(path: str, prompts: list[str]) -> None:
 
 def recall(path: str) -> None:
     """Asks, greedily, all questions about Python's built-ins that it was trained on, and the capital of France."""
+    from tqdm import tqdm
+
     import pydocs
     from loader import Conversations
     from sampling import Chat, TextModel
@@ -131,24 +134,26 @@ def recall(path: str) -> None:
         if f"<|user|> {question}<|endoftext|>\n<|assistant|> {answer}<|endoftext|>\n" in texts
     ]
 
-    def ask(question, answer):
-        enough = len(text_model.tokenizer.encode(answer)) + 10
-        return "".join(Chat(text_model, SamplingConfig(greedy=True, max_new_tokens=enough)).reply(question))
+    def replies(question: str, max_new_tokens: int = 100) -> Iterator[str]:
+        return Chat(text_model, SamplingConfig(greedy=True, max_new_tokens=max_new_tokens)).reply(question)
 
-    right = 0
-    for i, (question, answer) in enumerate(asked):
-        reply = ask(question, answer)
-        right += reply == answer
-        if i % (len(asked) // 3 or 1) == 0:
-            print(f"> {question}\n  {reply}")
+    def is_exact(question: str, answer: str) -> bool:
+        text = ""
+        for piece in replies(question, max_new_tokens=len(answer)):
+            text += piece
+            if not answer.startswith(text):  # the rest cannot make it right
+                return False
+        return text == answer
+
+    right = sum(is_exact(question, answer) for question, answer in tqdm(asked, unit=" questions", leave=False))
     share = right / max(1, len(asked))
-    print(f"{right} of {len(asked)} questions about Python's built-ins answered word for word ({share:.0%})")
+    print(f"{right} of {len(asked)} questions about Python's built-ins answered word for word ({share:.0%}). Some:")
+    for question, _ in asked[:: len(asked) // 3 or 1]:
+        print(f"> {question}\n  {''.join(replies(question))}")
     question = "What is the capital of France?"
-    reply = ask(question, "The capital of France is Paris.")
-    print(
-        f"> {question}\n  {reply}\n{'Right' if 'Paris' in reply else 'Wrong'}. All of these were in its training data: "
-        "this is memory, not knowledge. Other questions it answers badly."
-    )
+    reply = "".join(replies(question))
+    print(f"> {question}\n  {reply}\n{'Right' if 'Paris' in reply else 'Wrong'}.")
+    print("All of these were in its training data: this is memory, not knowledge. Other questions it answers badly.")
 
 
 if __name__ == "__main__":

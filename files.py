@@ -70,6 +70,17 @@ def read_meta(path: str | Path, command: str) -> dict:
         raise UserError(f"{path} is damaged: run {command} again") from None
 
 
+def read_token_meta(folder: Path) -> dict:
+    """Reads the `meta.json` of pre-training data; token files without one are taken for GPT-2's (nanoGPT, llm.c).
+
+    Raises UserError where there is neither.
+    """
+    names = sorted(path.name for path in folder.glob("*.bin") if not path.name.startswith("sft_"))
+    if (folder / "meta.json").exists() or not all(any(split in name for name in names) for split in ("train", "val")):
+        return read_meta(folder / "meta.json", "prepare_data.py")
+    return {"files": names, "tokenizer": "gpt2", "splits": {}}
+
+
 def read_text(path: str | Path) -> str:
     """Reads a UTF-8 text file (a byte-order mark is dropped). Raises UserError where it is not readable as such."""
     try:

@@ -77,14 +77,14 @@ def main(config: Config) -> None:
 
     import checkpoint
     import tokenizer as tokenizers
-    from files import read_meta
+    from files import read_token_meta
     from loader import Windows
     from model import GPT, GPTConfig
     from trainer import Trainer, claim_output
 
     resumed = claim_output(config)
     config = prepare_text_file(config)
-    meta = read_meta(config.data / "meta.json", "prepare_data.py")
+    meta = read_token_meta(config.data)
     tokenizer = (
         tokenizers.load(config.data / "tokenizer.json") if "tokenizer.json" in meta["files"] else tokenizers.gpt2()
     )
@@ -110,25 +110,27 @@ def main(config: Config) -> None:
                 dropout=config.dropout,
             )
         )
-    print(f"{model.n_parameters():,} parameters, {meta['splits']['train']['tokens']:,} training tokens")
-
     train_data, val_data = (
         Windows(
-            [config.data / name for name in meta["files"] if name.startswith(split)],
+            [config.data / name for name in meta["files"] if split in name],
             model.config.block_size,
             config.batch_size,
             config.seed,
         )
         for split in ("train", "val")
     )
-    val = meta["splits"]["val"]
+    for data, split in ((train_data, "train"), (val_data, "val")):
+        if split in meta["splits"] and data.n_tokens != meta["splits"][split]["tokens"]:
+            raise UserError(f"{config.data} is damaged, its {split} files do not fit its meta.json: prepare it again")
+    print(f"{model.n_parameters():,} parameters, {train_data.n_tokens:,} training tokens")
+    val_bytes = meta["splits"].get("val", {}).get("bytes")
     Trainer(
         model.train(),
         train_data,
         val_data,
         config,
         {"kind": "base", "tokenizer": tokenizer.spec, "template": None},
-        bytes_per_token=val["bytes"] / max(1, val["tokens"]),
+        bytes_per_token=val_bytes and val_bytes / val_data.n_tokens,
         resumed=resumed,
     ).run()
 

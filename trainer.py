@@ -47,7 +47,6 @@ class Trainer:
         """
         self.config, self.facts, self.bytes_per_token = config, facts, bytes_per_token
         self.train_data, self.val_data = train_data, val_data
-        train_data.batch(0)  # unusable data fails here, before anything is computed or written
         self.rank, self.world_size, local_rank = (
             int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
         )
@@ -59,6 +58,8 @@ class Trainer:
                 raise UserError(f"--batch-size {config.batch_size} does not divide among {self.world_size} processes")
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.model = model.to(self.device)
+        self.n_micro_batches = 1 if config.grad_accum_steps == "auto" else config.grad_accum_steps
+        self._load(0)  # unusable data fails here, before anything is computed or written
         self.model.gradient_checkpointing = config.grad_checkpointing
         self.optimizers = build_optimizers(
             self.model, config.optimizer, config.learning_rate, (config.beta1, config.beta2), config.weight_decay
@@ -72,7 +73,6 @@ class Trainer:
             self.forward = torch.compile(self.model)
         if self.world_size > 1:
             self.forward = DistributedDataParallel(self.forward)
-        self.n_micro_batches = 1 if config.grad_accum_steps == "auto" else config.grad_accum_steps
         self.peak_flops = peak_flops(self.device)
 
     @property
@@ -132,6 +132,8 @@ class Trainer:
     def _load(self, step: int) -> tuple[list[Batch], int]:
         """Returns this rank's micro-batches of a step, and how many tokens of the global batch count."""
         rows = self.train_data.batch(step)
+        if max(int(row.targets.max()) for row in rows) >= self.model.config.vocab_size:
+            raise UserError(f"{self.config.data} holds token ids that the model does not have: prepare the data again")
         return (
             micro_batches(rows, self.n_micro_batches, self.rank, self.world_size, self.model.config.block_size),
             sum(row.n_counted for row in rows),

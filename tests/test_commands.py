@@ -1,5 +1,6 @@
 """The commands as their users type them: the whole chain at toy size, and bad input of every kind to every one."""
 
+import array
 import json
 import os
 import signal
@@ -219,63 +220,70 @@ def test_underscores_are_accepted_in_flags(toy):
     assert succeed(toy, "generate.py", "--model", "checkpoints/toy.pt", "--prompt", "x", "--max_new_tokens", "1")
 
 
-TRAIN = ["train.py", "--data", "data/toy", "--out", "checkpoints/new.pt"]
-SFT = ["train_sft.py", "--data", "data/toy", "--out", "checkpoints/new.pt", "--model", "checkpoints/toy.pt"]
-PREPARE, PREPARE_SFT = ["prepare_data.py", "--out", "data/new"], ["prepare_sft_data.py", "--out", "data/new"]
-BAD_INPUT = [
-    (2, "--no-such-flag", ["train.py", "--no-such-flag"]),
-    (2, "sixty", ["train.py", "--batch-size", "sixty"]),
-    (2, "no preset", ["train.py", "--preset", "gpt5"]),
-    (2, "multiple of --n-head", ["train.py", "--n-head", "5"]),
-    (2, "at least 1", ["train.py", "--max-steps", "0"]),
-    (2, "exclude", ["train.py", "--resume", "--overwrite"]),
-    (2, "must end in .pt", ["train.py", "--data", "data/toy", "--out", "checkpoints/new"]),
-    (1, "run prepare_data.py first", ["train.py", "--data", "data/none", "--out", "checkpoints/new.pt"]),
-    (1, "cannot read", ["train.py", "--data", "none.txt", "--out", "checkpoints/new.pt"]),
-    (1, "nothing to resume", [*TRAIN, "--resume"]),
-    (1, "no checkpoint", [*TRAIN, "--init-from", "checkpoints/none.pt"]),
-    (1, "not a checkpoint", [*TRAIN, "--init-from", "bad/notes.pt"]),
-    (1, "too few", [*TRAIN, "--block-size", "100000", "--n-layer", "1", "--n-embd", "12", "--max-steps", "1"]),
-    (1, "no device", [*TRAIN, "--device", "cuda:77", "--n-layer", "1", "--n-embd", "12"]),
-    (1, "no device", [*TRAIN, "--device", "toaster", "--n-layer", "1", "--n-embd", "12"]),
-    (1, "is damaged", ["train.py", "--data", "bad/meta", "--out", "checkpoints/new.pt"]),
-    (
-        1,
-        "tokenizer",
-        ["train.py", "--data", "data/other", "--init-from", "checkpoints/toy.pt", "--out", "checkpoints/new.pt"],
-    ),
-    (1, "no checkpoint", [*SFT, "--model", "checkpoints/none.pt"]),
-    (1, "run prepare_sft_data.py first", [*SFT, "--data", "data/other"]),
-    (2, "at least 1", [*SFT, "--epochs", "0"]),
-    (1, "no text in", [*PREPARE, "--input", "none.txt"]),
-    (1, "no text in", [*PREPARE, "--input", "bad/empty"]),
-    (1, "not UTF-8", [*PREPARE, "--input", "bad/latin1.txt"]),
-    (1, "not a text file", [*PREPARE, "--input", "bad/zeros.txt"]),
-    (1, "no text to train on", [*PREPARE, "--input", "bad/blank.txt"]),
-    (2, "--vocab-size", [*PREPARE, "--input", "my.txt", "--vocab-size", "100"]),
-    (2, "--val-fraction", [*PREPARE, "--input", "my.txt", "--val-fraction", "1.5"]),
-    (1, "Hub", [*PREPARE, "--dataset", "openwebtext"]),
-    (2, "invalid choice", [*PREPARE, "--dataset", "everything"]),
-    (1, "Hub", [*PREPARE_SFT, "--dataset", "oasst1"]),
-    (1, "cannot read", [*PREPARE_SFT, "--input", "none.jsonl"]),
-    (1, "not JSON", [*PREPARE_SFT, "--input", "bad/latin1.txt".replace("latin1", "text")]),
-    (1, "take turns", [*PREPARE_SFT, "--input", "bad/turns.jsonl"]),
-    (1, "wanted an object", [*PREPARE_SFT, "--input", "bad/other.json"]),
-    (1, "wanted a list of messages", [*PREPARE_SFT, "--input", "bad/number.json"]),
-    (1, "fewer than two", [*PREPARE_SFT, "--input", "bad/one.jsonl"]),
-    (1, "cannot read the tokenizer", [*PREPARE_SFT, "--dataset", "pydocs-qa", "--tokenizer", "none.json"]),
-    (1, "not a byte-level BPE", [*PREPARE_SFT, "--dataset", "pydocs-qa", "--tokenizer", "bad/other.json"]),
-    (1, "no checkpoint", ["generate.py", "--model", "checkpoints/none.pt", "--prompt", "x"]),
-    (1, "not a checkpoint", ["generate.py", "--model", "bad/pickle.pt", "--prompt", "x"]),
-    (1, "do not fit its config", ["generate.py", "--model", "bad/misfit.pt", "--prompt", "x"]),
-    (1, "newer version", ["generate.py", "--model", "bad/newer.pt", "--prompt", "x"]),
-    (1, "only completes text", ["generate.py", "--model", "checkpoints/toy.pt", "--chat"]),
-    (1, "only completes text", ["generate.py", "--model", "checkpoints/toy.pt", "--instruction", "x"]),
-    (2, "--temperature", ["generate.py", "--temperature", "-1"]),
-    (2, "--top-p", ["generate.py", "--top-p", "0"]),
-    (2, "exclude", ["generate.py", "--chat", "--prompt", "x"]),
-    (1, "prepare_data.py failed", ["demo.py", "--input", "none.txt"]),
+SHORT = {
+    "TRAIN": "train.py --data data/toy --out NEW",
+    "SFT": "train_sft.py --data data/toy --out NEW --model checkpoints/toy.pt",
+    "PREPARE": "prepare_data.py --out data/new",
+    "PREPARE_SFT": "prepare_sft_data.py --out data/new",
+    "GENERATE": "generate.py",
+}
+BAD_INPUT = [  # exit status, a part of the message, the command
+    (2, "--no-such-flag", "train.py --no-such-flag"),
+    (2, "sixty", "train.py --batch-size sixty"),
+    (2, "no preset", "train.py --preset gpt5"),
+    (2, "multiple of --n-head", "train.py --n-head 5"),
+    (2, "at least 1", "train.py --max-steps 0"),
+    (2, "exclude", "train.py --resume --overwrite"),
+    (2, "must end in .pt", "train.py --data data/toy --out checkpoints/new"),
+    (1, "run prepare_data.py first", "train.py --data data/none --out NEW"),
+    (1, "no text in none.txt", "train.py --data none.txt --out NEW"),
+    (1, "nothing to resume", "TRAIN --resume"),
+    (1, "no checkpoint", "TRAIN --init-from checkpoints/none.pt"),
+    (1, "not a checkpoint", "TRAIN --init-from bad/notes.pt"),
+    (1, "too few", "TRAIN --block-size 100000 --n-layer 1 --n-embd 12 --max-steps 1"),
+    (1, "no device", "TRAIN --device cuda:77 --n-layer 1 --n-embd 12"),
+    (1, "no device", "TRAIN --device toaster --n-layer 1 --n-embd 12"),
+    (1, "is damaged", "train.py --data bad/meta --out NEW"),
+    (1, "does not have", "train.py --data bad/ids --out NEW --n-layer 1 --n-embd 12"),
+    (1, "do not fit its meta.json", "train.py --data bad/short --out NEW --n-layer 1 --n-embd 12"),
+    (1, "tokenizer", "train.py --data data/other --init-from checkpoints/toy.pt --out NEW"),
+    (1, "no checkpoint", "SFT --model checkpoints/none.pt"),
+    (1, "run prepare_sft_data.py first", "SFT --data data/other"),
+    (2, "at least 1", "SFT --epochs 0"),
+    (1, "no text in", "PREPARE --input none.txt"),
+    (1, "no text in", "PREPARE --input bad/empty"),
+    (1, "not UTF-8", "PREPARE --input bad/latin1.txt"),
+    (1, "not a text file", "PREPARE --input bad/zeros.txt"),
+    (1, "no text to train on", "PREPARE --input bad/blank.txt"),
+    (2, "--vocab-size", "PREPARE --input my.txt --vocab-size 100"),
+    (2, "--val-fraction", "PREPARE --input my.txt --val-fraction 1.5"),
+    (1, "Hub", "PREPARE --dataset openwebtext"),
+    (2, "invalid choice", "PREPARE --dataset everything"),
+    (1, "Hub", "PREPARE_SFT --dataset oasst1"),
+    (1, "cannot read", "PREPARE_SFT --input none.jsonl"),
+    (1, "not JSON", "PREPARE_SFT --input bad/text.txt"),
+    (1, "take turns", "PREPARE_SFT --input bad/turns.jsonl"),
+    (1, "wanted an object", "PREPARE_SFT --input bad/other.json"),
+    (1, "wanted a list of messages", "PREPARE_SFT --input bad/number.json"),
+    (1, "fewer than two", "PREPARE_SFT --input bad/one.jsonl"),
+    (1, "cannot read the tokenizer", "PREPARE_SFT --dataset pydocs-qa --tokenizer none.json"),
+    (1, "not a byte-level BPE", "PREPARE_SFT --dataset pydocs-qa --tokenizer bad/other.json"),
+    (1, "no checkpoint", "GENERATE --model checkpoints/none.pt --prompt x"),
+    (1, "not a checkpoint", "GENERATE --model bad/pickle.pt --prompt x"),
+    (1, "do not fit its config", "GENERATE --model bad/misfit.pt --prompt x"),
+    (1, "newer version", "GENERATE --model bad/newer.pt --prompt x"),
+    (1, "only completes text", "GENERATE --model checkpoints/toy.pt --chat"),
+    (1, "only completes text", "GENERATE --model checkpoints/toy.pt --instruction x"),
+    (2, "--temperature", "generate.py --temperature -1"),
+    (2, "--top-p", "generate.py --top-p 0"),
+    (2, "exclude", "generate.py --chat --prompt x"),
+    (1, "prepare_data.py failed", "demo.py --input none.txt"),
 ]
+
+
+def bad_command(i: int) -> list[str]:
+    words = BAD_INPUT[i][2].split()
+    return " ".join([SHORT.get(words[0], words[0]), *words[1:]]).replace("NEW", "checkpoints/new.pt").split()
 
 
 @pytest.fixture(scope="module")
@@ -306,6 +314,15 @@ def bad(toy):
     torch.save({**good, "format_version": 99}, folder / "newer.pt")
     torch.save({"model": os.system}, folder / "pickle.pt")  # would be executed by an unsafe loader
     succeed(toy, "prepare_data.py", "--input", "text", "--vocab-size", "300", "--out", "data/other")
+    for name, tokens in (("ids", [60_000] * 5000), ("short", [1] * 5000)):  # GPT-2's ids end before 60,000
+        (folder / name).mkdir()
+        for split in ("train", "val"):
+            (folder / name / f"{split}.bin").write_bytes(array.array("H", tokens).tobytes())
+    (folder / "short/meta.json").write_text(
+        json.dumps(
+            {"files": ["train.bin", "val.bin"], "tokenizer": "gpt2", "splits": {"train": {"tokens": 6000, "bytes": 1}}}
+        )
+    )
     return toy
 
 
@@ -314,11 +331,15 @@ def bad_results(bad):
     """What each line of BAD_INPUT did, two processes at a time."""
     with ThreadPoolExecutor(2) as pool:
         return dict(
-            zip(range(len(BAD_INPUT)), pool.map(lambda case: run_script(bad, *case[2]), BAD_INPUT), strict=True)
+            zip(
+                range(len(BAD_INPUT)),
+                pool.map(lambda i: run_script(bad, *bad_command(i)), range(len(BAD_INPUT))),
+                strict=True,
+            )
         )
 
 
-@pytest.mark.parametrize("i", range(len(BAD_INPUT)), ids=lambda i: " ".join(BAD_INPUT[i][2])[:70])
+@pytest.mark.parametrize("i", range(len(BAD_INPUT)), ids=lambda i: BAD_INPUT[i][2][:70])
 def test_bad_input_gets_one_line_and_the_right_status(bad_results, i):
     status, message, _ = BAD_INPUT[i]
     result = bad_results[i]
