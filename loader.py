@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -174,8 +174,11 @@ def stack(rows: list[Batch], multiple: int = 64, longest: int | None = None) -> 
 def micro_batches(
     rows: list[Batch], n: int, rank: int = 0, world_size: int = 1, longest: int | None = None
 ) -> list[Batch]:
-    """Returns this rank's share of a global batch in at most `n` micro-batches."""
-    share = rows[rank::world_size]
+    """Returns this rank's share of a global batch in at most `n` micro-batches.
+
+    A rank for which an epoch's last batch leaves nothing gets a row of which nothing counts, to keep step with the rest.
+    """
+    share = rows[rank::world_size] or [replace(rows[0], counted=torch.zeros(0, dtype=torch.int64))]
     size = -(-len(share) // n) or 1
     return [stack(share[i : i + size], longest=longest) for i in range(0, len(share), size)]
 
