@@ -26,7 +26,7 @@ PROMPTS = [
 class Config:
     input: tuple[str, ...] = ()
     """text files or folders to train on instead of Python's documentation"""
-    vocab_size: int = 1021
+    vocab_size: int = 2045
     """tokens of the BPE that is trained on the text"""
     max_steps: int | None = None
     """steps of pre-training, to make the demo shorter"""
@@ -60,7 +60,7 @@ def main(config: Config) -> None:
         "--max-conversations",
         "714",
         "--block-size",
-        "256",
+        "128",
     )
     title("5. It learns to answer")
     script("train_sft.py", "--preset", "demo", "--overwrite", *flag("--epochs", config.epochs))
