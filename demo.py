@@ -114,7 +114,7 @@ def completions(path: str, prompts: list[str]) -> None:
     config = SamplingConfig(max_new_tokens=60, temperature=0.5, top_k=50, seed=1)
     for prompt in prompts:
         text = "".join(text_model.complete(prompt, config))
-        print(f"\n> {prompt}|{text.rstrip()}")
+        print(f"> {prompt} | {' '.join(text.split())}")
 
 
 def recall(path: str) -> None:

@@ -176,7 +176,7 @@ def micro_batches(
 ) -> list[Batch]:
     """Returns this rank's share of a global batch in at most `n` micro-batches.
 
-    A rank for which an epoch's last batch leaves nothing gets a row of which nothing counts, to keep step with the rest.
+    A rank for which an epoch's last batch leaves nothing gets a row of which nothing counts, to keep up with the rest.
     """
     share = rows[rank::world_size] or [replace(rows[0], counted=torch.zeros(0, dtype=torch.int64))]
     size = -(-len(share) // n) or 1

@@ -57,15 +57,15 @@ PRESETS = {
         n_layer=4,
         n_head=2,
         n_embd=128,
-        max_steps=1200,
+        max_steps=1500,
         batch_size=16,
         optimizer="muon",
         learning_rate=1e-2,
         min_lr=0.0,
         warmup_steps=50,
         beta2=0.99,
-        eval_every=200,
-        save_every=400,
+        eval_every=250,
+        save_every=500,
     ),
 }
 
