@@ -69,7 +69,8 @@ def build(checkpoint: dict, path: str | Path, device: torch.device | str = "cpu"
 
 def describe(checkpoint: dict) -> str:
     """Returns the facts of a checkpoint in a few words, for people."""
-    loss = checkpoint.get("best_val_loss")
+    history = checkpoint.get("history") or [{}]
+    loss = history[-1].get("val_loss")
     return f"{checkpoint['kind']}, step {checkpoint.get('step', 0):,}" + (
         "" if loss is None else f", validation loss {loss:.3f}"
     )

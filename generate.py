@@ -107,9 +107,9 @@ def converse(label: str, respond: Callable[[str], None], commands: dict[str, Cal
 
 
 def read_standard_input() -> str:
-    """Reads all of standard input as UTF-8. Raises UserError where it is something else."""
+    """Reads all of standard input as UTF-8, less a newline at its end. Raises UserError where it is something else."""
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError:
         raise UserError("standard input is not UTF-8 text") from None
 

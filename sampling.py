@@ -49,7 +49,7 @@ class TextModel:
                 "this model only completes text: fine-tune it first with train_sft.py, or leave --chat away"
             )
         block_size = self.model.config.block_size
-        room = block_size - min(config.max_new_tokens, block_size // 2)
+        room = block_size - min(config.max_new_tokens, block_size // 4)
         ids = encode_prompt(messages, self.tokenizer, self.template, max_tokens=room)
         first = True
         for piece in self.stream(ids, config):

@@ -60,6 +60,7 @@ PRESETS = {
         max_steps=1500,
         batch_size=16,
         optimizer="muon",
+        compile="off",
         learning_rate=1e-2,
         min_lr=0.0,
         warmup_steps=50,

@@ -54,6 +54,7 @@ PRESETS = {
         plot=Path("plots/demo_sft_loss.png"),
         epochs=12,
         optimizer="muon",
+        compile="off",
         learning_rate=5e-3,
         min_lr=0.0,
         warmup_steps=10,

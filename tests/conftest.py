@@ -41,7 +41,9 @@ def command(script: str, *arguments: object) -> list[str]:
     return [sys.executable, str(REPOSITORY / script), *map(str, arguments)]
 
 
-def run_script(folder: Path, script: str, *arguments: object, stdin: str = "") -> subprocess.CompletedProcess:
+def run_script(
+    folder: Path, script: str, *arguments: object, stdin: str = "", timeout: int = 240
+) -> subprocess.CompletedProcess:
     """Runs a script in a folder as a real process, with text or nothing at its standard input."""
     return subprocess.run(
         command(script, *arguments),
@@ -49,7 +51,7 @@ def run_script(folder: Path, script: str, *arguments: object, stdin: str = "") -
         input=stdin,
         capture_output=True,
         encoding="utf-8",
-        timeout=240,
+        timeout=timeout,
         env=ENVIRONMENT,
     )
 
