@@ -1,5 +1,6 @@
 """Step 4: conversations → tokens with loss masks. Writes sft_*.bin and sft_meta.json, which train_sft.py reads."""
 
+import random
 import shlex
 import sys
 from collections.abc import Iterable
@@ -82,7 +83,22 @@ def source(config: Config) -> Conversations:
     found = list(islice(found, config.max_conversations))
     if len(found) < 2:
         raise UserError(f"{config.input} holds fewer than two conversations: one to train on, one to validate with")
-    return draw_held_out(found, max(config.val_fraction, 1 / len(found)), config.seed)
+    split = list(draw_held_out(found, max(config.val_fraction, 1 / len(found)), config.seed))
+    return split + (in_a_row(split, config.seed) if config.input is None else [])
+
+
+def in_a_row(split: list, seed: int) -> list:
+    """Joins the short training exchanges to longer conversations, since people ask one thing after another.
+
+    Each stands once in four random rows of two or three, so that its answer is learnt from its question and not from
+    what came before.
+    """
+    rng, rows = random.Random(seed), []
+    exchanges = [messages for name, messages in split if name == "train"]
+    for n in (2, 3, 2, 3):
+        rng.shuffle(exchanges)
+        rows += [("train", sum(exchanges[i : i + n], [])) for i in range(0, len(exchanges), n)]
+    return rows
 
 
 def write_conversations(conversations: Conversations, tokenizer, config: Config) -> dict:
