@@ -107,11 +107,11 @@ def held_out_beginnings() -> list[str]:
 
 
 def completions(path: str, prompts: list[str]) -> None:
-    """Prints a completion of each prompt, up to the end of its first paragraph."""
+    """Prints the greedy completion of each prompt, up to the end of its first paragraph."""
     from sampling import TextModel
 
     text_model = TextModel.load(path)
-    config = SamplingConfig(max_new_tokens=60, temperature=0.6, top_k=50, seed=1)
+    config = SamplingConfig(max_new_tokens=60, greedy=True)
     for prompt in prompts:
         paragraph = "".join(text_model.complete(prompt, config)).split("\n\n")[0]
         print(f"> {prompt} | {' '.join(paragraph.split())}")
