@@ -132,7 +132,7 @@ class Trainer:
     def _load(self, step: int) -> tuple[list[Batch], int]:
         """Returns this rank's micro-batches of a step, and how many tokens of the global batch count."""
         rows = self.train_data.batch(step)
-        if max(int(row.targets.max()) for row in rows) >= self.model.config.vocab_size:
+        if max(int(max(row.tokens.max(), row.targets.max())) for row in rows) >= self.model.config.vocab_size:
             raise UserError(f"{self.config.data} holds token ids that the model does not have: prepare the data again")
         return (
             micro_batches(rows, self.n_micro_batches, self.rank, self.world_size, self.model.config.block_size),

@@ -3,6 +3,8 @@
 import array
 import json
 import os
+import pty
+import select
 import signal
 import subprocess
 import time
@@ -61,6 +63,35 @@ def test_chat_answers_line_by_line_and_knows_its_commands(toy):
     answers = result.stdout.splitlines()
     assert len(answers) == 3 and answers[0] == answers[2]  # after /reset the conversation begins anew
     assert "/reset" in result.stderr and "/unknown" in result.stderr
+
+
+def test_on_a_terminal_it_completes_one_line_after_another(toy):
+    terminal, their_end = pty.openpty()
+    process = subprocess.Popen(
+        command("generate.py", "--model", "checkpoints/toy.pt", "--max-new-tokens", "8", "--device", "cpu"),
+        cwd=toy,
+        env={**ENVIRONMENT, "TERM": "dumb"},
+        stdin=their_end,
+        stdout=their_end,
+        stderr=subprocess.DEVNULL,
+    )
+    os.close(their_end)
+
+    def read_to_the_prompt():
+        text = b""
+        while not text.endswith(b"text> "):
+            assert select.select([terminal], [], [], 60)[0], text
+            text += os.read(terminal, 1024)
+        return text.decode("utf-8", errors="replace")
+
+    read_to_the_prompt()
+    for line in ("What is", "Hello"):
+        os.write(terminal, f"{line}\n".encode())
+        typed, completed = read_to_the_prompt().split("\n", 1)
+        assert typed.strip() == line and completed.startswith(line) and len(completed) > len(line) + 8
+    os.write(terminal, b"/quit\n")
+    assert process.wait(30) == 0
+    os.close(terminal)
 
 
 def test_chat_goes_on_past_the_context(toy):
