@@ -30,7 +30,13 @@ _SKIPPED_FOLDERS = {
     "turtledemo",
 }
 # Modules that are known under another name, where no `from … import` says so.
-_PUBLIC_NAMES = {"posixpath": "os.path", "genericpath": "os.path", "ntpath": None, "nturl2path": None}
+_PUBLIC_NAMES = {
+    "_collections_abc": "collections.abc",
+    "posixpath": "os.path",
+    "genericpath": "os.path",
+    "ntpath": None,
+    "nturl2path": None,
+}
 
 
 @dataclass(frozen=True)
