@@ -49,10 +49,7 @@ def main(config: Config) -> None:
     title("2. A GPT learns to predict the next token")
     script("train.py", "--preset", "demo", "--overwrite", *flag("--max-steps", config.max_steps))
     title("3. It completes texts")
-    if config.input:
-        completions("checkpoints/demo/pretrained.pt", held_out_beginnings(), temperature=0.8)
-    else:
-        completions("checkpoints/demo/pretrained.pt", PROMPTS, temperature=0.0)
+    completions("checkpoints/demo/pretrained.pt", held_out_beginnings() if config.input else PROMPTS)
     title("4. Questions and answers become tokens, with a mask on what is asked")
     script(
         "prepare_sft_data.py",
@@ -109,12 +106,12 @@ def held_out_beginnings() -> list[str]:
     return [" ".join(line.split()[:4]) for line in lines[:: max(1, len(lines) // 5)][:5]]
 
 
-def completions(path: str, prompts: list[str], temperature: float) -> None:
+def completions(path: str, prompts: list[str]) -> None:
     """Prints a completion of each prompt, up to the end of its first paragraph."""
     from sampling import TextModel
 
     text_model = TextModel.load(path)
-    config = SamplingConfig(max_new_tokens=60, temperature=temperature, seed=1)
+    config = SamplingConfig(max_new_tokens=60, temperature=0.6, top_k=None, top_p=0.8, seed=1)
     for prompt in prompts:
         paragraph = "".join(text_model.complete(prompt, config)).split("\n\n")[0]
         print(f"> {prompt} | {' '.join(paragraph.split())}")
