@@ -99,7 +99,7 @@ class Conversations:
         self.offsets = np.array(_memmap(folder / f"sft_{split}_index.bin", np.uint64), dtype=np.int64)
         if len(self.mask) != len(self.tokens) or len(self.offsets) == 0 or self.offsets[-1] != len(self.tokens):
             raise UserError(f"{folder}/sft_{split}*.bin do not belong together: run prepare_sft_data.py again")
-        self.block_size, self.batch_size, self.seed = block_size, batch_size, seed
+        self.batch_size, self.seed = batch_size, seed
         self.lengths = np.diff(self.offsets)
         if len(self) and self.lengths.max() > block_size + 1:
             raise UserError(
