@@ -7,8 +7,11 @@ from itertools import chain
 from pathlib import Path
 
 from cli import UserError
-from files import read_text
+from corpora import draw_held_out
+from sources import hub_rows, load_hub, opened, records
 from tokenizer import Message
+
+_INSTEAD = "--dataset pydocs-qa and --input FILE work"
 
 
 def pydocs_qa() -> Iterator[list[Message]]:
@@ -28,72 +31,73 @@ def pydocs_qa() -> Iterator[list[Message]]:
 
 
 def read_file(path: Path) -> Iterator[list[Message]]:
-    """Yields the conversations of a .json (a list) or .jsonl file (one object a line).
+    """Yields the conversations of a .json (a list), .jsonl (one object a line) or .parquet file, perhaps compressed.
 
-    An object holds `messages` as OpenAI and the Hub write them, or Alpaca's `instruction`, `input` and `output`.
-    Raises UserError, naming the place, for anything else.
+    Raises UserError, naming the place, for what is no conversation.
     """
-    text = read_text(path)
-    try:
-        if text.lstrip().startswith("["):
-            numbered = enumerate(json.loads(text), 1)
-        else:
-            numbered = ((i, json.loads(line)) for i, line in enumerate(text.splitlines(), 1) if line.strip())
-        for i, record in numbered:
-            where = f"{path}, record {i}"
-            if isinstance(record, dict) and "instruction" in record:
-                record = {
-                    "messages": [
-                        {"role": "user", "content": record["instruction"], "input": record.get("input") or ""},
-                        {"role": "assistant", "content": record.get("output")},
-                    ]
-                }
-            if not isinstance(record, dict) or "messages" not in record:
-                raise UserError(f"{where}: wanted an object with `messages`, or with `instruction` and `output`")
-            yield check_messages(record["messages"], where)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON or JSON lines: {error}") from None
+    with opened(path) as (_, stream):
+        for where, record in records(path, stream):
+            yield from_record(record, where)
 
 
-def load_oasst1() -> Iterator[tuple[str, list[Message]]]:
-    """Yields OpenAssistant's English conversations with the Hub's own split."""
-    from datasets import load_dataset
-
-    try:
-        splits = load_dataset("OpenAssistant/oasst1")
-    except Exception as error:  # whatever the Hub's client raises without a network
-        raise UserError(
-            f"cannot load oasst1 from the Hugging Face Hub ({type(error).__name__}); without a network, "
-            "--dataset pydocs-qa and --input FILE work"
-        ) from None
-    for split, name in (("train", "train"), ("validation", "val")):
-        for conversation in oasst1_conversations(splits[split]):
-            yield name, conversation
+def from_hub(name: str) -> Iterator[list[Message]]:
+    """Yields the conversations in the split "train" of a data set of the Hub. Raises UserError as `read_file` does."""
+    rows, _ = load_hub(name, _INSTEAD, split="train")
+    for where, record in hub_rows(name, rows):
+        yield from_record(record, where)
 
 
-def oasst1_conversations(rows: Iterable[dict]) -> Iterator[list[Message]]:
-    """Yields every path from a root question down the top-ranked replies of OpenAssistant's message trees.
+def from_record(record: object, where: str) -> list[Message]:
+    """Returns the conversation in a record: `messages` as OpenAI and the Hub write them, or Alpaca's columns.
 
-    Kept are English messages that were not deleted (Köpf et al. 2023).
+    Alpaca's are `instruction`, `input` and `output`. Raises UserError, naming `where`, for anything else.
+    """
+    if isinstance(record, dict) and "instruction" in record:
+        question = {"role": "user", "content": record["instruction"], "input": record.get("input") or ""}
+        return check_messages([question, {"role": "assistant", "content": record.get("output")}], where)
+    if not isinstance(record, dict) or "messages" not in record:
+        raise UserError(f"{where}: wanted an object with `messages`, or with `instruction` and `output`")
+    return check_messages(record["messages"], where)
+
+
+def load_oasst1(val_fraction: float, seed: int) -> Iterator[tuple[str, list[Message]]]:
+    """Yields OpenAssistant's English conversations with the Hub's own split, or split by tree where it has none."""
+    splits, _ = load_hub("OpenAssistant/oasst1", _INSTEAD)
+
+    def trees(split):
+        return oasst1_trees(row for _, row in hub_rows("OpenAssistant/oasst1", splits[split]))
+
+    if "validation" in splits:
+        split_trees = chain((("train", tree) for tree in trees("train")), (("val", t) for t in trees("validation")))
+    else:
+        split_trees = draw_held_out(trees("train"), val_fraction, seed)
+    return ((name, conversation) for name, tree in split_trees for conversation in tree)
+
+
+def oasst1_trees(rows: Iterable[dict]) -> Iterator[list[list[Message]]]:
+    """Yields for each of OpenAssistant's message trees the paths from its question down the top-ranked replies.
+
+    Kept are English messages that were neither deleted nor labelled as spam, by half of the reviewers or more (Köpf et
+    al. 2023).
     """
     children = defaultdict(list)
     for row in rows:
-        if row["lang"] == "en" and not row["deleted"]:
+        labels = dict(zip(row["labels"]["name"], row["labels"]["value"], strict=True)) if row.get("labels") else {}
+        if row["lang"] == "en" and not row["deleted"] and labels.get("spam", 0.0) < 0.5:
             children[row["parent_id"]].append(row)
 
     def paths(row, before):
         role = "user" if row["role"] == "prompter" else "assistant"
         path = [*before, {"role": role, "content": row["text"]}]
-        replies = children[row["message_id"]]
+        replies = [reply for reply in children[row["message_id"]] if reply["role"] != row["role"]]
         if role == "user":  # rank 0 is the reply that people liked best
             replies = sorted(replies, key=lambda reply: 1 << 30 if reply["rank"] is None else reply["rank"])[:1]
         onward = [path_ for reply in replies for path_ in paths(reply, path)]
         return onward or ([path] if role == "assistant" else [path[:-1]] if len(path) > 2 else [])
 
     for root in children[None]:
-        if root["role"] == "prompter":
-            unique = {json.dumps(path): path for path in paths(root, [])}
-            yield from unique.values()
+        if root["role"] == "prompter" and (found := {json.dumps(path): path for path in paths(root, [])}):
+            yield list(found.values())
 
 
 def check_messages(messages: object, where: str) -> list[Message]:

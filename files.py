@@ -1,15 +1,19 @@
 """Files on disk: atomic writes, and the token files with the `meta.json` that says what belongs together."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+import numpy as np
+
 from cli import UserError
+
+_SHARD_MAGIC, _LLAMA_SHARD_MAGIC, _SHARD_HEADER_BYTES = 20240520, 20240801, 1024
 
 
 @contextlib.contextmanager
@@ -35,19 +39,58 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
 def atomic_folder(folder: str | Path, last: str) -> Iterator[Path]:
     """Yields a temporary folder inside `folder`; at the end its files are renamed into `folder`, `last` after the rest.
 
-    The old `last` (the meta file that vouches for the others) is removed before the first file is replaced, so that a
-    kill at any moment leaves a whole old set, a whole new set, or files that nothing vouches for.
+    `last` is the meta file that vouches for the others. A kill leaves a whole old set or a whole new set; in the
+    moment of renaming, a meta file that says so. What a killed run left behind is removed by the next, and so are old
+    files that the new meta file does not list. Raises UserError while another process writes the same files.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".prepare-", dir=folder))
+    temporary = folder / f".prepare-{last}"
+    temporary.mkdir(parents=True, exist_ok=True)
+    unlock = _lock(temporary)
     try:
+        for left_behind in temporary.iterdir():
+            left_behind.unlink()
         yield temporary
-        (folder / last).unlink(missing_ok=True)
+        old_files = _listed_files(folder / last)
+        if (folder / last).exists():
+            write_json(folder / last, {"incomplete": "files are being replaced"})
         for path in sorted(temporary.iterdir(), key=lambda path: (path.name == last, path.name)):
             os.replace(path, folder / path.name)
+        for name in old_files - _listed_files(folder / last):
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise UserError(f"cannot write to {folder}: {error.strerror}; what was there is as it was") from None
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        unlock()
+
+
+def _lock(folder):
+    """Keeps other processes that call this out of a folder, until the returned function is called or this one dies."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return lambda: None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(f"another run is writing to {folder.parent}: wait for it, or choose another --out") from None
+    except OSError:  # a file system without locks
+        pass
+    return lambda: os.close(handle)
+
+
+def _listed_files(meta):
+    """Names of the token files that a meta file lists, none where it cannot be read."""
+    try:
+        names = json.loads(meta.read_text(encoding="utf-8"))["files"]
+        return {name for name in names if name.endswith(".bin") and Path(name).name == name}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
 
 
 def write_json(path: str | Path, value: object) -> None:
@@ -81,11 +124,34 @@ def read_token_meta(folder: Path) -> dict:
     return {"files": names, "tokenizer": "gpt2", "splits": {}}
 
 
-def read_text(path: str | Path) -> str:
-    """Reads a UTF-8 text file (a byte-order mark is dropped). Raises UserError where it is not readable as such."""
+def read_tokens(path: Path) -> np.ndarray:
+    """Opens a token file as a read-only uint16 memory map; a llm.c / modded-nanogpt shard loses its header.
+
+    Raises UserError where it is missing, its size does not fit its kind, or its tokens are of another width.
+    """
+    header = np.frombuffer(_first_bytes(path, _SHARD_HEADER_BYTES), dtype="<i4")
+    if len(header) == 256 and (header[0] == _LLAMA_SHARD_MAGIC or header[0] == _SHARD_MAGIC and header[1] != 1):
+        raise UserError(f"{path} holds llm.c's tokens of another kind than GPT-2's (version {header[1]})")
+    if len(header) == 256 and header[0] == _SHARD_MAGIC:
+        tokens = memory_map(path, np.uint16)[_SHARD_HEADER_BYTES // 2 :]
+        if len(tokens) != header[2]:
+            raise UserError(f"{path} is damaged: its header promises {header[2]:,} tokens, it holds {len(tokens):,}")
+        return tokens
+    return memory_map(path, np.uint16)
+
+
+def _first_bytes(path, n):
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from None
+        with open(path, "rb") as file:
+            data = file.read(n)
+            return data[: len(data) // 4 * 4]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def memory_map(path: Path, dtype: type) -> np.ndarray:
+    """Opens a file of little-endian numbers read-only. Raises UserError where it is missing or cut short."""
+    size, item = (path.stat().st_size if path.exists() else -1), np.dtype(dtype).itemsize
+    if size < 0 or size % item:
+        raise UserError(f"{path} is {'missing' if size < 0 else 'damaged'}: prepare the data again")
+    return np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r") if size else np.zeros(0, dtype)

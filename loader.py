@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from cli import UserError
-
-_SHARD_MAGIC, _SHARD_HEADER_BYTES = 20240520, 1024
+from files import memory_map, read_tokens
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,18 @@ class Windows:
         """Tokens in all files."""
         return sum(map(len, self.shards))
 
+    def require_ids_below(self, vocab_size: int) -> None:
+        """Reads all files. Raises UserError, naming file and place, for an id that the model's vocabulary lacks."""
+        for path, shard in zip(self.paths, self.shards, strict=True):
+            for start in range(0, len(shard), 1 << 24):
+                part = shard[start : start + (1 << 24)]
+                if part.max() >= vocab_size:
+                    at = start + int(np.argmax(part >= vocab_size))
+                    raise UserError(
+                        f"{path} holds the id {shard[at]} (token {at:,}), which a vocabulary of {vocab_size:,} "
+                        "does not have: prepare the data with the model's tokenizer"
+                    )
+
     def batch(self, step: int) -> list[Batch]:
         """Returns the global batch of a step, one Batch of one row per sequence."""
         if self.first[-1] == 0:
@@ -95,8 +106,8 @@ class Conversations:
     def __init__(self, folder: Path, split: str, block_size: int, batch_size: int, seed: int):
         """Reads `sft_{split}.bin`, its mask and its index. Raises UserError where they are missing or do not match."""
         self.tokens = read_tokens(folder / f"sft_{split}.bin")
-        self.mask = _memmap(folder / f"sft_{split}_mask.bin", np.uint8)
-        self.offsets = np.array(_memmap(folder / f"sft_{split}_index.bin", np.uint64), dtype=np.int64)
+        self.mask = memory_map(folder / f"sft_{split}_mask.bin", np.uint8)
+        self.offsets = np.array(memory_map(folder / f"sft_{split}_index.bin", np.uint64), dtype=np.int64)
         if len(self.mask) != len(self.tokens) or len(self.offsets) == 0 or self.offsets[-1] != len(self.tokens):
             raise UserError(f"{folder}/sft_{split}*.bin do not belong together: run prepare_sft_data.py again")
         self.batch_size, self.seed = batch_size, seed
@@ -201,33 +212,3 @@ class Prefetcher:
     def close(self) -> None:
         """Ends the thread."""
         self.thread.shutdown(cancel_futures=True)
-
-
-def read_tokens(path: Path) -> np.ndarray:
-    """Opens a token file as a read-only uint16 memory map; a llm.c / modded-nanogpt shard loses its header.
-
-    Raises UserError where it is missing or its size does not fit its kind.
-    """
-    header = np.frombuffer(_first_bytes(path, _SHARD_HEADER_BYTES), dtype="<i4")
-    if len(header) == 256 and header[0] == _SHARD_MAGIC and header[1] == 1:
-        tokens = _memmap(path, np.uint16)[_SHARD_HEADER_BYTES // 2 :]
-        if len(tokens) != header[2]:
-            raise UserError(f"{path} is damaged: its header promises {header[2]:,} tokens, it holds {len(tokens):,}")
-        return tokens
-    return _memmap(path, np.uint16)
-
-
-def _first_bytes(path, n):
-    try:
-        with open(path, "rb") as file:
-            data = file.read(n)
-            return data[: len(data) // 4 * 4]
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-
-
-def _memmap(path, dtype):
-    size, item = (path.stat().st_size if path.exists() else -1), np.dtype(dtype).itemsize
-    if size < 0 or size % item:
-        raise UserError(f"{path} is {'missing' if size < 0 else 'damaged'}: prepare the data again")
-    return np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r") if size else np.zeros(0, dtype)

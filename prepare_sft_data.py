@@ -18,10 +18,12 @@ Conversations = Iterable[tuple[str, list[dict]]]
 
 @dataclass(frozen=True)
 class Config:
-    dataset: Literal["oasst1", "pydocs-qa"] = "oasst1"
-    """oasst1: human conversations from the Hub; pydocs-qa: questions about Python and small talk, no download"""
+    dataset: str = "oasst1"
+    """oasst1 (human conversations), alpaca-gpt4 (instructions), pydocs-qa (questions about Python and small talk, no
+    download), or a data set of the Hugging Face Hub as org/name, with columns as --input has them"""
     input: Path | None = None
-    """a .json or .jsonl file instead: chat `messages`, or Alpaca's instruction, input and output"""
+    """a .json, .jsonl or .parquet file instead, perhaps .gz or .zst: chat `messages`, or Alpaca's instruction, input
+    and output"""
     out: Path = Path("data")
     """folder to write"""
     template: Literal["chat", "alpaca"] = "chat"
@@ -38,6 +40,10 @@ class Config:
     """of the choice of held-out conversations"""
 
     def __post_init__(self):
+        require(
+            self.dataset in ("oasst1", "alpaca-gpt4", "pydocs-qa") or "/" in self.dataset,
+            f"no data set {self.dataset!r}: choose oasst1, alpaca-gpt4, pydocs-qa, or one of the Hub's as org/name",
+        )
         require(0 < self.val_fraction < 1, "--val-fraction must lie between 0 and 1")
         require(self.block_size >= 2, "--block-size must be at least 2")
         require(self.max_conversations is None or self.max_conversations >= 2, "--max-conversations must be at least 2")
@@ -66,25 +72,34 @@ def choose_tokenizer(config: Config):
     import tokenizer as tokenizers
     from files import read_meta
 
-    path, meta_path = config.tokenizer, config.out / "meta.json"
-    if path is None and meta_path.exists() and "tokenizer.json" in read_meta(meta_path, "prepare_data.py")["files"]:
-        path = config.out / "tokenizer.json"
-    return tokenizers.load(path) if path else tokenizers.gpt2()
+    meta = config.out / "meta.json"
+    if config.tokenizer:
+        return tokenizers.load(config.tokenizer)
+    return (
+        tokenizers.load_beside(config.out, read_meta(meta, "prepare_data.py")) if meta.exists() else tokenizers.gpt2()
+    )
 
 
 def source(config: Config) -> Conversations:
-    """Returns the conversations of a dataset or a file, with their splits."""
+    """Returns the conversations of a data set or a file, with their splits."""
     import conversations
-    from prepare_data import draw_held_out
+    from corpora import draw_held_out
 
     if config.input is None and config.dataset == "oasst1":
-        return islice(conversations.load_oasst1(), config.max_conversations)
-    found = conversations.pydocs_qa() if config.input is None else conversations.read_file(config.input)
+        return islice(conversations.load_oasst1(config.val_fraction, config.seed), config.max_conversations)
+    if config.input:
+        found = conversations.read_file(config.input)
+    elif config.dataset == "pydocs-qa":
+        found = conversations.pydocs_qa()
+    else:
+        found = conversations.from_hub("vicgalle/alpaca-gpt4" if config.dataset == "alpaca-gpt4" else config.dataset)
     found = list(islice(found, config.max_conversations))
     if len(found) < 2:
-        raise UserError(f"{config.input} holds fewer than two conversations: one to train on, one to validate with")
+        raise UserError(
+            f"{config.input or config.dataset} holds fewer than two conversations: one to train on, one to validate on"
+        )
     split = list(draw_held_out(found, max(config.val_fraction, 1 / len(found)), config.seed))
-    return split + (in_a_row(split, config.seed) if config.input is None else [])
+    return split + (in_a_row(split, config.seed) if config.input is None and config.dataset == "pydocs-qa" else [])
 
 
 def in_a_row(split: list, seed: int) -> list:

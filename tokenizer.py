@@ -10,13 +10,18 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-from tiktoken_ext.openai_public import r50k_pat_str
 
 from cli import UserError
 
 END_OF_TEXT, USER, ASSISTANT = "<|endoftext|>", "<|user|>", "<|assistant|>"
+
+# How GPT-2 cuts text before the BPE: contractions, words, numbers and other signs, each with a space before it, and
+# white space. What looks ahead stands outside of the group, so that tiktoken's engine matches the rest, nearly all of a
+# text, in one step: the same pieces as with tiktoken's own way of writing this, 1.6 times as fast.
+PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"
 
 Message = dict[str, str]
 """One turn: `role` ("system", "user" or "assistant"), `content`, and with Alpaca's instructions perhaps `input`."""
@@ -32,11 +37,11 @@ class Tokenizer:
         """`mergeable_ranks` maps the bytes of each token to its id; `spec` is what `from_spec` rebuilds it from."""
         n = len(mergeable_ranks)
         self.end_of_text, self.user, self.assistant = n, n + 1, n + 2
-        self.spec = spec
+        self.mergeable_ranks, self.spec = mergeable_ranks, spec
         self.name = spec if spec == "gpt2" else f"bpe-{n}-{hashlib.sha256(spec.encode()).hexdigest()[:8]}"
         self.encoding = tiktoken.Encoding(
             self.name,
-            pat_str=r50k_pat_str,
+            pat_str=PATTERN,
             mergeable_ranks=mergeable_ranks,
             special_tokens={END_OF_TEXT: n, USER: n + 1, ASSISTANT: n + 2},
         )
@@ -53,11 +58,39 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text` as ordinary text: `<|user|>` typed by somebody becomes ordinary characters."""
-        return self.encoding.encode_ordinary(text)
+        try:
+            return self.encoding.encode(text, disallowed_special=())
+        except ValueError:  # a million characters of white space in a row are too much for tiktoken's engine
+            half = len(text) // 2
+            return self.encode(text[:half]) + self.encode(text[half:])
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """`encode` for each of many texts, on all cores."""
-        return self.encoding.encode_ordinary_batch(texts)
+    def encode_documents(self, texts: list[str], last_goes_on: bool = False) -> np.ndarray:
+        """Returns the ids of many texts in one array (uint16), each text followed by `<|endoftext|>`.
+
+        With `last_goes_on` the last text, part of a longer one, is not. Other threads can run meanwhile; they should
+        use tokenizers of their own, since a shared one makes them wait for each other at its compiled pattern.
+        """
+        try:  # one call for all, much faster where they are short
+            if any(END_OF_TEXT in text for text in texts):
+                raise ValueError
+            ids = self.encoding.encode_to_numpy(
+                END_OF_TEXT.join([*texts, ""]), allowed_special={END_OF_TEXT}, disallowed_special=()
+            )
+        except ValueError:
+            ids = np.array([i for text in texts for i in (*self.encode(text), self.end_of_text)])
+        return ids[: len(ids) - last_goes_on].astype("<u2")
+
+    def copy(self) -> "Tokenizer":
+        """Returns another tokenizer that does the same, for another thread."""
+        return Tokenizer(self.mergeable_ranks, self.spec)
+
+    @functools.cache  # noqa: B019
+    def token_sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns for each token before the control tokens its UTF-8 bytes, and how many characters begin in it."""
+        tokens = [self.encoding.decode_single_token_bytes(i) for i in range(self.end_of_text)]
+        lengths = [len(token) for token in tokens]
+        begun = [sum(byte & 0xC0 != 0x80 for byte in token) for token in tokens]
+        return np.array(lengths), np.array(begun)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Returns the bytes behind ids, which may begin or end inside a UTF-8 character."""
@@ -143,6 +176,10 @@ def from_spec(spec: str) -> Tokenizer:
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError("the tokenizer is not a byte-level BPE in the format of the library `tokenizers`") from None
+    if len(ranks) + 3 > 1 << 16:
+        raise UserError(
+            f"the tokenizer has {len(ranks):,} tokens: token files, of 16 bits, hold 65,533 and 3 of control"
+        )
     return Tokenizer(ranks, spec)
 
 
@@ -152,6 +189,11 @@ def load(path: str | Path) -> Tokenizer:
         return from_spec(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError):
         raise UserError(f"cannot read the tokenizer {path}") from None
+
+
+def load_beside(folder: Path, meta: dict) -> Tokenizer:
+    """Returns the tokenizer of prepared data: that of its `tokenizer.json`, if its `meta` lists one, else GPT-2's."""
+    return load(folder / "tokenizer.json") if "tokenizer.json" in meta["files"] else gpt2()
 
 
 def encode_turn(message: Message, tokenizer: Tokenizer, template: str) -> tuple[list[int], list[int]]:

@@ -85,9 +85,7 @@ def main(config: Config) -> None:
     resumed = claim_output(config)
     config = prepare_text_file(config)
     meta = read_token_meta(config.data)
-    tokenizer = (
-        tokenizers.load(config.data / "tokenizer.json") if "tokenizer.json" in meta["files"] else tokenizers.gpt2()
-    )
+    tokenizer = tokenizers.load_beside(config.data, meta)
 
     torch.manual_seed(config.seed)
     start = resumed or (None if config.init_from == "scratch" else checkpoint.load(config.init_from))
@@ -122,6 +120,8 @@ def main(config: Config) -> None:
     for data, split in ((train_data, "train"), (val_data, "val")):
         if split in meta["splits"] and data.n_tokens != meta["splits"][split]["tokens"]:
             raise UserError(f"{config.data} is damaged, its {split} files do not fit its meta.json: prepare it again")
+        if split not in meta["splits"]:  # files that others made
+            data.require_ids_below(model.config.vocab_size)
     print(f"{model.n_parameters():,} parameters, {train_data.n_tokens:,} training tokens")
     val_bytes = meta["splits"].get("val", {}).get("bytes")
     Trainer(

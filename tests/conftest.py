@@ -10,7 +10,8 @@ import pytest
 REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # toy tensors, and processes that run side by side
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
+os.environ["HF_HUB_OFFLINE"] = "1"
+ENVIRONMENT = {**os.environ, "https_proxy": "http://127.0.0.1:9", "PYTHONIOENCODING": "utf-8"}  # no network
 
 TOY_SHAPE = [
     "--n-layer",

@@ -283,14 +283,33 @@ BAD_INPUT = [  # exit status, a part of the message, the command
     (2, "at least 1", "SFT --epochs 0"),
     (1, "no text in", "PREPARE --input none.txt"),
     (1, "no text in", "PREPARE --input bad/empty"),
-    (1, "not UTF-8", "PREPARE --input bad/latin1.txt"),
-    (1, "not a text file", "PREPARE --input bad/zeros.txt"),
+    (1, "1 binary files were passed over: bad/zeros.txt", "PREPARE --input bad/zeros.txt"),
     (1, "no text to train on", "PREPARE --input bad/blank.txt"),
+    (1, "no text to train on", "PREPARE --input bad/empty.parquet"),
+    (1, "cannot read bad/not.parquet", "PREPARE --input bad/not.parquet"),
+    (1, "cannot read bad/not.txt.gz", "PREPARE --input bad/not.txt.gz"),
+    (1, "bad/columns.jsonl, line 2: no column 'text', but body", "PREPARE --input bad/columns.jsonl"),
+    (1, "line 1: column 'body' holds a int", "PREPARE --input bad/columns.jsonl --text-column body"),
+    (1, "bad/cut.jsonl, line 2 is not JSON", "PREPARE --input bad/cut.jsonl"),
+    (1, "bad/cut.json is not JSON after record 1", "PREPARE --input bad/cut.json"),
+    (1, "line 1: no column 'text', but a list", "PREPARE --input bad/list.jsonl"),
+    (1, "bad/list.csv, line 2: no column 'text', but [[1]]", "PREPARE --input bad/list.csv"),
+    (1, "nothing is left to validate with", "PREPARE --input my.txt --max-tokens 1"),
+    (1, "run prepare_data.py first", "PREPARE --inspect bad/empty"),
+    (1, "bad/ids/train.bin holds ids", "PREPARE --inspect bad/ids"),
+    (2, "exclude each other", "PREPARE --input my.txt --vocab-size 300 --tokenizer data/toy/tokenizer.json"),
+    (2, "belong to data sets of the Hub", "PREPARE --dataset pydocs --split test"),
+    (2, "--workers must be at least 1", "PREPARE --dataset pydocs --workers 0"),
     (2, "--vocab-size", "PREPARE --input my.txt --vocab-size 100"),
     (2, "--val-fraction", "PREPARE --input my.txt --val-fraction 1.5"),
     (1, "Hub", "PREPARE --dataset openwebtext"),
-    (2, "invalid choice", "PREPARE --dataset everything"),
+    (1, "Hub", "PREPARE --dataset fineweb-edu"),
+    (1, "Hub", "PREPARE --dataset org/none"),
+    (1, "cannot fetch shakespeare", "PREPARE --dataset shakespeare"),
+    (2, "no data set 'everything'", "PREPARE --dataset everything"),
     (1, "Hub", "PREPARE_SFT --dataset oasst1"),
+    (1, "Hub", "PREPARE_SFT --dataset alpaca-gpt4"),
+    (2, "no data set 'everything'", "PREPARE_SFT --dataset everything"),
     (1, "cannot read", "PREPARE_SFT --input none.jsonl"),
     (1, "not JSON", "PREPARE_SFT --input bad/text.txt"),
     (1, "take turns", "PREPARE_SFT --input bad/turns.jsonl"),
@@ -320,6 +339,8 @@ def bad_command(i: int) -> list[str]:
 @pytest.fixture(scope="module")
 def bad(toy):
     """Adds damaged and foreign files to the toy's folder."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
     import torch
 
     folder = toy / "bad"
@@ -328,7 +349,13 @@ def bad(toy):
     turn = {"role": "user", "content": "x"}
     for name, content in {
         "notes.pt": b"hello",
-        "latin1.txt": "caf\xe9 caf\xe9".encode("latin-1"),
+        "not.parquet": b"no table",
+        "not.txt.gz": b"not compressed",
+        "columns.jsonl": b'{"text": "a", "body": 1}\n{"body": "b"}\n',
+        "cut.jsonl": b'{"text": "a"}\n{"text": "b\n',
+        "cut.json": b'[{"text": "a"}, {"text": ',
+        "list.jsonl": b"[1]\n",
+        "list.csv": b"[[1]]\n2\n",
         "zeros.txt": b"a\0b",
         "blank.txt": b"",
         "text.txt": b"not json",
@@ -340,6 +367,7 @@ def bad(toy):
     }.items():
         (folder / name).write_bytes(content)
     (toy / "my.txt").write_text("some text")
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), folder / "empty.parquet")
     good = torch.load(toy / "checkpoints/toy.pt", weights_only=True)
     torch.save({**good, "config": {**good["config"], "n_embd": 64}}, folder / "misfit.pt")
     torch.save({**good, "format_version": 99}, folder / "newer.pt")

@@ -2,9 +2,12 @@
 
 import importlib.util
 import json
+import random
 from pathlib import Path
 
 import pytest
+import tiktoken
+from tiktoken_ext.openai_public import r50k_pat_str
 
 import tokenizer as tokenizers
 from cli import UserError
@@ -40,6 +43,44 @@ def test_gpt2_ids_by_hand(gpt2):
     assert gpt2.encode("The capital of France is Paris.") == [464, 3139, 286, 4881, 318, 6342, 13]
     assert (gpt2.end_of_text, gpt2.user, gpt2.assistant) == (50256, 50257, 50258)
     assert (gpt2.n_tokens, gpt2.padded_vocab_size) == (50259, 50304)
+
+
+def test_text_is_cut_as_tiktoken_cuts_it(gpt2):
+    theirs = tiktoken.Encoding("t", pat_str=r50k_pat_str, mergeable_ranks=gpt2.mergeable_ranks, special_tokens={})
+    rng = random.Random(0)
+    characters = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000]
+    kinds = (
+        characters,
+        " \n\t'sdmtlvre",
+        "ab 1.",
+        ["'s", "'ll", "  ", "\r\n", "\u00a0", "\u3000", "\x1c", "\x85", "\u2028"],
+    )
+    for _ in range(3000):
+        text = "".join(rng.choice(rng.choice(kinds)) for _ in range(rng.randrange(1, 60)))
+        assert gpt2.encode(text) == theirs.encode_ordinary(text), text
+    text = "".join(f" {c}a{c}\n{c}1{c}'{c}" for c in characters[:70_000])
+    assert gpt2.encode(text) == theirs.encode_ordinary(text)
+
+
+def test_a_million_spaces_are_text(gpt2):
+    text = " " * 1_200_000 + "a"
+    assert gpt2.decode(gpt2.encode(text)) == text
+    assert gpt2.decode(gpt2.encode_documents(["x", text]).tolist()) == f"x<|endoftext|>{text}<|endoftext|>"
+
+
+def test_documents_are_encoded_together_as_each_alone(gpt2):
+    texts = [*SAMPLES, "typed: <|user|>"]
+    for more in ([], ["typed: <|endoftext|>"]):
+        each = [gpt2.encode(text) + [gpt2.end_of_text] for text in texts + more]
+        assert gpt2.encode_documents(texts + more).tolist() == sum(each, [])
+        assert gpt2.encode_documents(texts + more, last_goes_on=True).tolist() == sum(each, [])[:-1]
+
+
+def test_more_tokens_than_sixteen_bits_hold_are_refused():
+    byte_of = tokenizers._byte_of_character()
+    tokens = [*byte_of, *(a + b for a in byte_of for b in byte_of)]
+    with pytest.raises(UserError, match="65,533"):
+        tokenizers.from_spec(json.dumps({"model": {"vocab": {token: i for i, token in enumerate(tokens)}}}))
 
 
 def test_gpt2_ids_equal_those_of_the_library_tokenizers(gpt2):

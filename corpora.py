@@ -1,0 +1,225 @@
+"""Where text to pre-train on comes from: files of many kinds, the Hugging Face Hub, small downloads, Python itself."""
+
+import glob
+import io
+import os
+import random
+import re
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import TypeVar
+
+from cli import UserError
+from sources import TABLES, count_rows, hub_error, hub_rows, kind, load_hub, opened, records
+
+Item = TypeVar("Item")
+
+CHUNK = 1_000_000  # characters that are read, and tokenized, at a time
+TEXTS = (".txt", ".md", ".py")  # a file is a document; of TABLES, a row
+INSTEAD = "--dataset pydocs and --input FILE work"
+
+
+class Corpus:
+    """Documents, to be iterated as often as needed. A document is an iterable of strings, so that a file of any size
+    passes through in pieces; each has to be read before the next is asked for.
+
+    While it is read, `position` counts up to `total` (bytes of files or rows; None where nobody knows), and `notes`
+    says what was mended or passed over: what → (how many, where first).
+    """
+
+    total: int | None = None
+    position: int = 0
+
+    def __iter__(self) -> Iterator[Iterable[str]]:
+        self.position, self.notes = 0, {}
+        return self._documents()
+
+    def note(self, what: str, where: str, n: int = 1) -> None:
+        """Adds `n` to what is noted under `what`."""
+        number, first = self.notes.get(what, (0, where))
+        self.notes[what] = (number + n, first)
+
+    def clean(self, text: str, where: str, line: int | None = None) -> str:
+        """Replaces what UTF-8 cannot hold, lone surrogates, by U+FFFD, and notes it."""
+        try:
+            text.encode()
+            return text
+        except UnicodeEncodeError as error:
+            if line:
+                where = f"{where}, line {line + text.count(chr(10), 0, error.start)}"
+            text, n = re.subn("[\ud800-\udfff]", "\ufffd", text)
+            self.note("characters or bytes that are not Unicode became U+FFFD", where, n)
+            return text
+
+    def of_rows(self, rows: Iterable[tuple[str, dict]], text_column: str) -> Iterator[list[str]]:
+        """Yields the texts in rows; empty ones are passed over, and noted."""
+        for where, row in rows:
+            if text := self.clean(text_of(row, text_column, where), where):
+                yield in_chunks(text)
+            else:
+                self.note("empty documents were passed over", where)
+
+
+class Texts(Corpus):
+    """Texts that are in memory, each a document."""
+
+    def __init__(self, texts: Iterable[str]):
+        self.texts = list(texts)
+        self.total = len(self.texts)
+
+    def _documents(self):
+        for text in self.texts:
+            yield [text]
+            self.position += 1
+
+
+class Files(Corpus):
+    """Files, folders and globs. A text file is a document; of a table (.jsonl, .csv, .parquet and so on) every row."""
+
+    def __init__(self, patterns: Iterable[str | Path], text_column: str = "text"):
+        """Raises UserError where a pattern leads to no file that can be read."""
+        self.paths = find_files(map(str, patterns))
+        self.text_column = text_column
+        self.total = sum(path.stat().st_size for path in self.paths)
+
+    def _documents(self):
+        for path in self.paths:
+            before, size = self.position, path.stat().st_size
+            if kind(path) in TABLES:
+                with opened(path) as (raw, stream):
+                    for document in self.of_rows(records(path, stream, [self.text_column]), self.text_column):
+                        yield document
+                        self.position = before + min(raw.tell(), size)
+            else:
+                yield self._chunks(path, before)
+            self.position = before + size
+
+    def _chunks(self, path, before):
+        with opened(path) as (raw, stream):
+            text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
+            line, chunk = 1, text.read(CHUNK)
+            if "\0" in chunk[:8000]:  # what git takes for the mark of a binary file
+                self.note("binary files were passed over", str(path))
+                return
+            if not chunk:
+                self.note("empty documents were passed over", str(path))
+            while chunk:
+                yield self.clean(chunk, str(path), line)
+                self.position = before + raw.tell()
+                line += chunk.count("\n")
+                chunk = text.read(CHUNK)
+
+
+class Hub(Corpus):
+    """A data set of the Hugging Face Hub, streamed: nothing of it is kept on the disk."""
+
+    def __init__(
+        self,
+        name: str,
+        config: str | None = None,
+        split: str = "train",
+        revision: str | None = None,
+        text_column: str = "text",
+    ):
+        """Raises UserError where it cannot be reached, or does not exist."""
+        self.name, self.text_column = name, text_column
+        self.rows, self.files = load_hub(name, INSTEAD, config, split, revision)
+
+    def _documents(self):
+        for document in self.of_rows(hub_rows(self.name, self.rows), self.text_column):
+            yield document
+            self.position += 1
+
+
+class OpenWebText(Hub):
+    """OpenWebText (Gokaslan and Cohen 2019), with nanoGPT's choice of held-out rows, so that validation losses compare.
+
+    nanoGPT calls `train_test_split(test_size=0.0005, seed=2357, shuffle=True)`; here the permutation behind that call
+    is computed from the number of rows alone, so that the rows can stream past in their own order.
+    """
+
+    def __init__(self):
+        """Raises UserError where it cannot be reached."""
+        super().__init__("Skylion007/openwebtext")
+        try:
+            self.total = count_rows(self.files["train"])
+        except Exception as error:  # whatever the Hub's client raises
+            raise hub_error(self.name, INSTEAD, error) from None
+
+    def is_val(self):
+        """Returns for each row whether it is held out, a NumPy array of bool."""
+        import numpy as np
+
+        held_out = np.zeros(self.total, dtype=bool)
+        held_out[np.random.default_rng(2357).permutation(self.total)[: int(np.ceil(0.0005 * self.total))]] = True
+        return held_out
+
+
+def in_chunks(text: str) -> list[str]:
+    """Returns a text in pieces of at most CHUNK characters."""
+    return [text[i : i + CHUNK] for i in range(0, len(text), CHUNK)] if len(text) > CHUNK else [text]
+
+
+def hold_out(corpus: Iterable[Iterable[str]], fraction: float, seed: int) -> Iterator[tuple[str, Iterable[str]]]:
+    """Splits documents into "train" and "val": whole documents, or, of fewer than 20, the last part of each."""
+    sizes = [sum(map(len, document)) for document in islice(corpus, 20)]
+    if len(sizes) == 20:
+        yield from draw_held_out(corpus, fraction, seed)
+        return
+    for size, document in zip(sizes, corpus, strict=True):
+        head, tail = cut(document, int(size * (1 - fraction)))
+        yield from (("train", head), ("val", tail))
+
+
+def cut(chunks: Iterable[str], n: int) -> tuple[Iterator[str], Iterator[str]]:
+    """Returns the first `n` characters of a text in chunks and the rest, to be read in this order."""
+    chunks, rest = iter(chunks), []
+
+    def head(left):
+        for chunk in chunks:
+            yield chunk[:left]
+            rest[:] = [chunk[left:]]
+            left -= len(chunk)
+            if left <= 0:
+                return
+
+    return head(n), chain(rest, chunks)
+
+
+def draw_held_out(items: Iterable[Item], fraction: float, seed: int) -> Iterator[tuple[str, Item]]:
+    """Yields every item with its split: one of each 1/`fraction` in a row, drawn by seed, is "val", the others "train".
+
+    The first 20 items hold at least one of "val", if there are so many.
+    """
+    rng, size = random.Random(seed), max(2, round(1 / fraction))
+    for i, item in enumerate(items):
+        if i % size == 0:
+            held_out = i + rng.randrange(size if i else min(size, 20))
+        yield "val" if i == held_out else "train", item
+
+
+def find_files(patterns: Iterable[str]) -> list[Path]:
+    """Returns the files behind files, folders and globs, each once and sorted. Raises UserError for none."""
+    found = set()
+    for pattern in patterns:
+        matches = [Path(match) for match in glob.glob(os.path.expanduser(pattern), recursive=True)] or [Path(pattern)]
+        for path in matches:
+            inside = (p for p in path.rglob("*") if kind(p) in (*TEXTS, *TABLES) and p.is_file())
+            files = set(inside) if path.is_dir() else {path} if path.is_file() else set()
+            if not files:
+                raise UserError(
+                    f"no text in {pattern}: wanted files, a glob, or a folder of {' '.join((*TEXTS, *TABLES))} files"
+                )
+            found |= files
+    return sorted(found)
+
+
+def text_of(row: object, column: str, where: str) -> str:
+    """Returns the text in a row, "" for null. Raises UserError, naming the place, where there is none."""
+    if not isinstance(row, dict) or column not in row:
+        has = ", ".join(map(str, row)) if isinstance(row, dict) else f"a {type(row).__name__}"
+        raise UserError(f"{where}: no column {column!r}, but {has or 'nothing'}: name the right one with --text-column")
+    if not isinstance(row[column], str | None):
+        raise UserError(f"{where}: column {column!r} holds a {type(row[column]).__name__}, not text")
+    return row[column] or ""

@@ -1,0 +1,425 @@
+"""Text becomes tokens: every kind of file and data set, the same tokens whatever the workers, nothing half-written."""
+
+import csv
+import gzip
+import hashlib
+import http.server
+import json
+import os
+import re
+import resource
+import subprocess
+import threading
+from functools import partial
+from pydoc_data.topics import topics
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ENVIRONMENT, command, run_script, succeed
+
+import sources
+import tokenizer as tokenizers
+from cli import UserError
+from conversations import oasst1_trees
+from corpora import Files, OpenWebText, Texts, cut, draw_held_out, hold_out
+from files import atomic_folder, read_tokens
+from prepare_data import Config, main
+from prepare_sft_data import Config as SFTConfig
+from prepare_sft_data import main as main_sft
+from token_files import in_pieces
+
+
+@pytest.fixture(scope="module")
+def documents():
+    """Texts with everything that text can hold."""
+    texts = list(topics.values())
+    assert sum(map(len, texts)) > 300_000
+    return [
+        *texts,
+        "naïve 日本 🙂",
+        "<|endoftext|> and <|user|> are ordinary",
+        "tab\tand\nline",
+        'a "quoted" text, twice',
+    ]
+
+
+def split_files(folder) -> dict[str, list[int]]:
+    """The ids of the train and val files of a folder, shards in order."""
+    names = json.loads((folder / "meta.json").read_text())["files"]
+    return {
+        split: [i for name in names if split in name for i in read_tokens(folder / name).tolist()]
+        for split in ("train", "val")
+    }
+
+
+def expected(pairs) -> dict[str, list[int]]:
+    """What (split, text) pairs must become, by the plainest use of the tokenizer."""
+    ids = {"train": [], "val": []}
+    for split, text in pairs:
+        ids[split] += [*tokenizers.gpt2().encoding.encode_ordinary(text), 50256]
+    return ids
+
+
+def test_the_tokens_are_those_of_every_document_for_any_number_of_workers(documents, tmp_path):
+    long = "\n".join(documents * 4)  # longer than what is read and tokenized at a time
+    for i, text in enumerate([*documents[:30], long]):
+        (tmp_path / f"text{i:02}.txt").write_text(text, encoding="utf-8")
+    outputs = []
+    for workers in (1, 5):
+        main(Config(input=(str(tmp_path / "*.txt"),), out=tmp_path / f"w{workers}", workers=workers))
+        outputs.append(split_files(tmp_path / f"w{workers}"))
+    assert outputs[0] == outputs[1] == expected(draw_held_out([*documents[:30], long], 0.1, 1337))
+
+
+def test_pieces_change_no_token():
+    rng = np.random.default_rng(0)
+    characters = np.array([*"aZé日🙂0 '.\n\t\r", "  ", "\u00a0", "\u2028", "\x1c", "'s", " a", "\0"])
+    encode = tokenizers.gpt2().encode
+    for _ in range(200):
+        text = "".join(rng.choice(characters, 400))
+        chunks = [text[i : i + 37] for i in range(0, len(text), 37)]
+        pieces = [piece for piece, _ in in_pieces(chunks, size=50)]
+        assert len(pieces) > 2 and "".join(pieces) == text
+        assert [i for piece in pieces for i in encode(piece)] == encode(text)
+    assert [len(piece) for piece, _ in in_pieces(["x" * 50_000] * 3, size=40_000)] == [50_000] * 3
+
+
+def write_table(path, texts, column="text"):
+    rows = [{"id": i, column: text} for i, text in enumerate(texts)]
+    opened = gzip.open if path.suffix == ".gz" else open
+    kind = sources.kind(path)
+    if kind == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=700)
+        return
+    with opened(path, "wt", encoding="utf-8", newline="") as file:
+        if kind == ".csv":
+            writer = csv.DictWriter(file, ["id", column])
+            writer.writeheader()
+            writer.writerows(rows)
+        elif kind == ".tsv":
+            file.write(f"id\t{column}\n" + "".join(f"{i}\t{text}\n" for i, text in enumerate(texts)))
+        elif kind == ".json":
+            json.dump(rows, file, ensure_ascii=False, indent=1)
+        else:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv", "a.csv.gz", "a.tsv", "a.parquet"])
+def test_a_row_of_a_table_is_a_document(documents, tmp_path, name):
+    texts = [text.replace("\n", " ").replace("\t", " ") if "tsv" in name else text for text in documents]
+    write_table(tmp_path / name, texts, column="content")
+    main(Config(input=(str(tmp_path / name),), out=tmp_path / "data", text_column="content"))
+    assert split_files(tmp_path / "data") == expected(draw_held_out(texts, 0.1, 1337))
+
+
+def test_compressed_files_are_read_and_damaged_ones_named(tmp_path):
+    text = "All work and no play makes a dull boy.\n" * 100_000
+    for name, kind in (("a.txt.zst", "zstd"), ("b.md.gz", "gzip"), ("c.py.zst", "zstd")):
+        with pa.CompressedOutputStream(str(tmp_path / name), kind) as file:
+            file.write(text.encode())
+    corpus = Files([str(tmp_path)])
+    assert ["".join(document) for document in corpus] == [text] * 3 and corpus.position == corpus.total
+    whole = (tmp_path / "b.md.gz").read_bytes()
+    (tmp_path / "b.md.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"cannot read .*b\.md\.gz"):
+        ["".join(document) for document in corpus]
+    with gzip.open(tmp_path / "d.parquet.gz", "wb") as file:
+        pq.write_table(pa.table({"text": ["x", None, "y"]}), file)
+    assert [list(document) for document in Files([str(tmp_path / "d.parquet.gz")])] == [["x"], ["y"]]
+
+
+def test_what_is_no_unicode_is_replaced_counted_and_named(tmp_path, capsys):
+    (tmp_path / "a.txt").write_bytes(b"one\ntwo caf\xe9 and \xff\nthree" * 3)
+    (tmp_path / "b.jsonl").write_text(
+        '{"text": "fine"}\n{"text": "a \\ud800 b \\ud83d\\ude42 \\u0000"}\n{"text": null}\n'
+    )
+    (tmp_path / "c.py").write_bytes(b"\x7fELF\0\0")
+    (tmp_path / "d.md").write_bytes(b"")
+    main(Config(input=(str(tmp_path),), out=tmp_path / "data"))
+    ids = split_files(tmp_path / "data")
+    text = tokenizers.gpt2().decode(ids["train"]) + tokenizers.gpt2().decode(ids["val"])
+    assert text.count("\ufffd") == 7 and "🙂" in text and "ELF" not in text
+    out = capsys.readouterr().out
+    assert re.search(r"7 characters or bytes that are not Unicode became U\+FFFD, the first in .*a\.txt, line 2\n", out)
+    assert re.search(r"1 binary files were passed over, the first in .*c\.py\n", out)
+    assert re.search(r"2 empty documents were passed over, the first in .*b\.jsonl, line 3\n", out)
+    assert (
+        json.loads((tmp_path / "data/meta.json").read_text())["notes"]["binary files were passed over"]["number"] == 1
+    )
+
+
+def test_a_single_document_is_cut():
+    for size in (1, 3, 100):
+        text = "0123456789" * 10
+        document = [text[i : i + size] for i in range(0, 100, size)]
+        assert ["".join(part) for part in cut(document, 90)] == [text[:90], text[90:]]
+    split = [(name, "".join(part)) for name, part in hold_out(Texts(["0123456789"]), 0.1, seed=1)]
+    assert split == [("train", "012345678"), ("val", "9")]
+
+
+def test_the_report_counts_what_python_counts(documents, tmp_path, capsys):
+    text = "\n".join(documents[:100])
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    main(Config(input=(str(tmp_path / "a.txt"),), out=tmp_path / "data"))
+    report = capsys.readouterr().out
+    halves = [tokenizers.gpt2().encode(part) for part in (text[: int(len(text) * 0.9)], text[int(len(text) * 0.9) :])]
+    for row, total in {
+        "documents": 2,
+        "characters": len(text),
+        "bytes": len(text.encode()),
+        "tokens of text": sum(map(len, halves)),
+        "separators": 2,
+        "unique tokens": len({i for half in halves for i in half}),
+    }.items():
+        assert re.search(rf"^{row} .* {total:,}$", report, re.MULTILINE), (row, total, report)
+    assert text[:300] in report and text[:301] not in report
+    main(Config(inspect=tmp_path / "data"))
+    assert capsys.readouterr().out == report.partition("wrote ")[0]
+    (tmp_path / "data/meta.json").unlink()  # as nanoGPT leaves its files
+    main(Config(inspect=tmp_path / "data"))
+    assert capsys.readouterr().out == report.partition("wrote ")[0]
+
+
+def test_two_runs_write_the_same_bytes(documents, tmp_path):
+    write_table(tmp_path / "a.jsonl", documents)
+    contents = []
+    for _ in range(2):
+        succeed(tmp_path, "prepare_data.py", "--input", "a.jsonl", "--out", "data", "--shard-tokens", "40000")
+        contents.append({path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()})
+    assert contents[0] == contents[1]
+    sizes = [len(content) // 2 for name, content in sorted(contents[0].items()) if name.startswith("train_")]
+    assert len(sizes) > 3 and set(sizes[:-1]) == {40_000} and "train_000001.bin" in contents[0]
+
+
+def test_preparing_again_removes_what_no_longer_belongs(tmp_path):
+    (tmp_path / "a.txt").write_text("some text to tokenize " * 500)
+    for shard_tokens in (300, None):
+        main(Config(input=(str(tmp_path / "a.txt"),), out=tmp_path / "data", shard_tokens=shard_tokens))
+        names = {path.name for path in (tmp_path / "data").iterdir()}
+        assert names == {"meta.json", *json.loads((tmp_path / "data/meta.json").read_text())["files"]}
+    assert names == {"train.bin", "val.bin", "meta.json"}
+
+
+@pytest.fixture()
+def hub(tmp_path, monkeypatch):
+    """A working folder in which `load_dataset("org/name")` finds a data set, written there with `add`."""
+    monkeypatch.chdir(tmp_path)
+
+    def add(path, rows, schema=None):
+        path = tmp_path / path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+
+    return add
+
+
+def test_openwebtext_is_split_as_nanogpt_splits_it(hub, tmp_path):
+    from datasets import Dataset
+
+    texts = [f"page {i} of the web" for i in range(5000)]
+    for k in range(2):
+        rows = [{"text": text} for text in texts[k * 2500 : (k + 1) * 2500]]
+        hub(f"Skylion007/openwebtext/plain_text/train-{k:05}-of-00002.parquet", rows)
+    main(Config(out=tmp_path / "data"))
+    reference = Dataset.from_dict({"text": texts}).train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    held_out = set(reference["test"]["text"])
+    assert len(held_out) == 3 and OpenWebText().is_val().sum() == 3
+    assert split_files(tmp_path / "data") == expected(("val" if text in held_out else "train", text) for text in texts)
+
+
+FINEWEB_EDU = pa.schema(
+    [(name, pa.string()) for name in ("text", "id", "dump", "url", "file_path", "language")]
+    + [
+        ("language_score", pa.float64()),
+        ("token_count", pa.int64()),
+        ("score", pa.float64()),
+        ("int_score", pa.int64()),
+    ]
+)
+
+
+def test_fineweb_edu_comes_in_shards_of_which_the_first_is_held_out(hub, tmp_path):
+    rows = [dict.fromkeys(FINEWEB_EDU.names) | {"text": f"lesson {i} " * 5, "score": 3.5} for i in range(600)]
+    hub("HuggingFaceFW/fineweb-edu/data/CC-MAIN-2013-20/train-00000.parquet", rows[:1], FINEWEB_EDU)
+    hub("HuggingFaceFW/fineweb-edu/sample/10BT/000_00000.parquet", rows, FINEWEB_EDU)
+    (tmp_path / "HuggingFaceFW/fineweb-edu/README.md").write_text(
+        "---\nconfigs:\n"
+        "- config_name: default\n  data_files:\n  - split: train\n    path: data/*/*\n"
+        "- config_name: sample-10BT\n  data_files:\n  - split: train\n    path: sample/10BT/*\n---\n"
+    )
+    main(Config(dataset="fineweb-edu", out=tmp_path / "data", shard_tokens=1000, max_tokens=4500))
+    everything = expected(("train", row["text"]) for row in rows)["train"]
+    files = {path.name: read_tokens(path).tolist() for path in (tmp_path / "data").glob("*.bin")}
+    assert files == {
+        "val_000001.bin": everything[:1000],
+        **{f"train_00000{i}.bin": everything[i * 1000 : min((i + 1) * 1000, 4500)] for i in (1, 2, 3, 4)},
+    }
+    with pytest.raises(UserError, match="smaller --shard-tokens"):
+        main(Config(dataset="fineweb-edu", out=tmp_path / "data", max_tokens=4500))
+
+
+def test_any_data_set_of_the_hub(hub, tmp_path):
+    for split in ("train", "test"):
+        hub(f"org/name/{split}.parquet", [{"body": f"{split} {i}"} for i in range(30)])
+    main(Config(dataset="org/name", split="test", text_column="body", out=tmp_path / "data"))
+    assert split_files(tmp_path / "data") == expected(draw_held_out([f"test {i}" for i in range(30)], 0.1, 1337))
+    for complaint, wrong in {"no column 'text', but body": {}, "Bad split": {"split": "dev"}}.items():
+        with pytest.raises(UserError, match=complaint):
+            main(Config(dataset="org/name", out=tmp_path / "data", **wrong))
+
+
+def oasst1_row(id_, parent, role, text, rank=None, spam=0.0, **more):
+    """A message with every column that OpenAssistant's data set has."""
+    return {
+        "message_id": id_, "parent_id": parent, "user_id": "u", "created_date": "2023-02-05T14:23:50", "text": text,
+        "role": role, "lang": "en", "review_count": 3, "review_result": True, "deleted": False, "rank": rank,
+        "synthetic": False, "model_name": None,
+        "detoxify": {"toxicity": 0.1, "severe_toxicity": 0.0, "obscene": 0.0, "identity_attack": 0.0, "insult": 0.0,
+                     "threat": 0.0, "sexual_explicit": 0.0},
+        "message_tree_id": id_[0], "tree_state": "ready_for_export",
+        "emojis": {"name": ["+1"], "count": [2]},
+        "labels": {"name": ["spam", "quality"], "value": [spam, 0.7], "count": [3, 3]},
+        **more,
+    }  # fmt: skip
+
+
+OASST1 = [
+    oasst1_row("a", None, "prompter", "Q"),
+    oasst1_row("a1", "a", "assistant", "worse", 1),
+    oasst1_row("a2", "a", "assistant", "best", 0),
+    oasst1_row("a3", "a2", "prompter", "Q2"),
+    oasst1_row("a4", "a3", "assistant", "A2", 0, labels=None),
+    oasst1_row("a5", "a2", "prompter", "no answer"),
+    oasst1_row("a6", "a2", "prompter", "gone", deleted=True),
+    oasst1_row("b", None, "prompter", "Hola", lang="es"),
+    oasst1_row("c", None, "prompter", "Buy now", spam=0.5),
+    oasst1_row("d", None, "prompter", "D?"),
+    oasst1_row("d1", "d", "assistant", "advertisement", 0, spam=0.9),
+    oasst1_row("d2", "d", "assistant", "D.", 1, spam=0.49),
+]
+
+
+def test_oasst1_paths_follow_the_best_reply_that_is_no_spam():
+    trees = [[[m["content"] for m in messages] for messages in tree] for tree in oasst1_trees(OASST1)]
+    assert trees == [[["Q", "best", "Q2", "A2"], ["Q", "best"]], [["D?", "D."]]]
+
+
+@pytest.mark.parametrize("has_validation", [True, False])
+def test_oasst1_has_its_own_split_else_one_by_tree(hub, tmp_path, has_validation):
+    trees = [
+        [
+            {**row, **{key: row[key] and row[key] + str(i) for key in ("message_id", "parent_id", "text")}}
+            for row in OASST1
+        ]
+        for i in range(12)
+    ]
+    hub("OpenAssistant/oasst1/data/train-00000.parquet", sum(trees[:11], []))
+    if has_validation:
+        hub("OpenAssistant/oasst1/data/validation-00000.parquet", trees[11])
+    main_sft(SFTConfig(out=tmp_path / "data"))
+    texts = {}
+    for split in ("train", "val"):
+        text = tokenizers.gpt2().decode(read_tokens(tmp_path / f"data/sft_{split}.bin").tolist())
+        texts[split] = set(re.findall(r"<\|user\|> (\S+?)<", text))
+    assert texts["train"] and texts["val"] and not texts["train"] & texts["val"]  # no tree is in both
+    if has_validation:
+        assert texts["val"] == {"Q11", "Q211", "D?11"}
+
+
+def test_alpaca_gpt4_is_instructions_with_inputs(hub, tmp_path):
+    rows = [{"instruction": f"Add {i}.", "input": "1 and" * (i % 2), "output": f"={i}", "text": "…"} for i in range(40)]
+    hub("vicgalle/alpaca-gpt4/data/train-00000-of-00001.parquet", rows)
+    main_sft(SFTConfig(dataset="alpaca-gpt4", template="alpaca", out=tmp_path / "data"))
+    text = tokenizers.gpt2().decode(read_tokens(tmp_path / "data/sft_train.bin").tolist())
+    assert "### Instruction:\nAdd 7.\n\n### Input:\n1 and\n\n### Response:\n=7<|endoftext|>" in text
+    assert (
+        sum(c["conversations"] for c in json.loads((tmp_path / "data/sft_meta.json").read_text())["splits"].values())
+        == 40
+    )
+
+
+def test_conversations_are_read_from_compressed_json_lines(tmp_path):
+    turns = [{"role": "user", "content": "line\u2028separator"}, {"role": "assistant", "content": "kept"}]
+    with gzip.open(tmp_path / "chat.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps({"messages": turns}, ensure_ascii=False) + "\n" for _ in range(3))
+    main_sft(SFTConfig(input=tmp_path / "chat.jsonl.gz", out=tmp_path / "data"))
+    assert b"sft_train" in (tmp_path / "data/sft_meta.json").read_bytes()
+
+
+def test_downloads_are_checked_and_kept(tmp_path, monkeypatch):
+    (tmp_path / "www").mkdir()
+    (tmp_path / "www/input.txt").write_text("First Citizen")
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "www")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/input.txt"
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        monkeypatch.setitem(sources.DOWNLOADS, "shakespeare", (url, "0" * 64))
+        with pytest.raises(UserError, match="another SHA-256"):
+            sources.download("shakespeare", "…", tmp_path / "raw")
+        assert not list(tmp_path.glob("raw/*"))
+        sha256 = hashlib.sha256(b"First Citizen").hexdigest()
+        monkeypatch.setitem(sources.DOWNLOADS, "shakespeare", (url, sha256))
+        path = sources.download("shakespeare", "…", tmp_path / "raw")
+        server.shutdown()
+    assert sources.download("shakespeare", "…", tmp_path / "raw").read_text() == "First Citizen"
+    path.unlink()
+    with pytest.raises(UserError, match="cannot fetch shakespeare"):
+        sources.download("shakespeare", "…", tmp_path / "raw")
+
+
+def test_a_full_disk_costs_one_line_and_no_file(tmp_path):
+    (tmp_path / "a.txt").write_text("some text to tokenize " * 20_000)
+    arguments = ["--input", "a.txt", "--out", "data"]
+    succeed(tmp_path, "prepare_data.py", *arguments)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
+    result = subprocess.run(
+        command("prepare_data.py", *arguments), cwd=tmp_path, env=ENVIRONMENT, capture_output=True, encoding="utf-8",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
+    )  # fmt: skip
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: cannot write to data: ")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == before
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
+    (tmp_path / "a.txt").write_text("text " * 100)
+    with atomic_folder(tmp_path / "data", last="meta.json"):
+        result = run_script(tmp_path, "prepare_data.py", "--input", "a.txt", "--out", "data")
+    assert result.returncode == 1 and "another run is writing" in result.stderr.splitlines()[-1]
+    succeed(tmp_path, "prepare_data.py", "--input", "a.txt", "--out", "data")
+
+
+def test_a_corpus_is_prepared_with_another_models_tokenizer(toy, tmp_path):
+    (tmp_path / "a.txt").write_text("Hello there. " * 200)
+    main(Config(input=(str(tmp_path / "a.txt"),), out=tmp_path / "data", tokenizer=toy / "data/toy/tokenizer.json"))
+    meta = json.loads((tmp_path / "data/meta.json").read_text())
+    assert meta["tokenizer"] == json.loads((toy / "data/toy/meta.json").read_text())["tokenizer"]
+
+
+@pytest.mark.parametrize("maker", ["nanoGPT", "llm.c"])
+def test_token_files_of_others_train_unconverted(tmp_path, maker):
+    def little_endian(*numbers, size):
+        return b"".join(n.to_bytes(size, "little") for n in numbers)
+
+    ids = tokenizers.gpt2().encode("It was the best of times, it was the worst of times. " * 20) + [50256]
+    for split, n in (("train", 2), ("val", 1)):
+        for i in range(n):
+            header = little_endian(20240520, 1, len(ids), *[0] * 253, size=4) if maker == "llm.c" else b""
+            name = f"fineweb_{split}_{i:06}.bin" if maker == "llm.c" else f"{split}.bin"
+            (tmp_path / name).write_bytes(header + little_endian(*ids, size=2))
+    stdout = succeed(
+        tmp_path, "train.py", "--data", ".", "--max-steps", "1", "--n-layer", "1", "--n-head", "1", "--n-embd", "8",
+        "--block-size", "16", "--batch-size", "2", "--device", "cpu",
+    )  # fmt: skip
+    assert f"{len(ids) * (2 if maker == 'llm.c' else 1):,} training tokens" in stdout
+
+
+def test_closing_early_leaves_no_thread(documents, tmp_path):
+    write_table(tmp_path / "a.jsonl", documents * 8)
+    threads = threading.active_count()
+    main(Config(input=(str(tmp_path / "a.jsonl"),), out=tmp_path / "data", max_tokens=500_000, workers=4))
+    assert sum(map(len, split_files(tmp_path / "data").values())) == 500_000
+    assert threading.active_count() == threads and not os.path.exists(tmp_path / "data/.prepare-meta.json")
