@@ -52,7 +52,7 @@ class Corpus:
             self.note("characters or bytes that are not Unicode became U+FFFD", where, n)
             return text
 
-    def of_rows(self, rows: Iterable[tuple[str, dict]], text_column: str) -> Iterator[list[str]]:
+    def of_rows(self, rows: Iterable[tuple[str, dict]], text_column: str) -> Iterator[Iterable[str]]:
         """Yields the texts in rows; empty ones are passed over, and noted."""
         for where, row in rows:
             if text := self.clean(text_of(row, text_column, where), where):
@@ -146,6 +146,8 @@ class OpenWebText(Hub):
             self.total = count_rows(self.files["train"])
         except Exception as error:  # whatever the Hub's client raises
             raise hub_error(self.name, INSTEAD, error) from None
+        if self.total != 8_013_769:
+            print(f"{self.name} has {self.total:,} rows, not 8,013,769: its split is not the published one's")
 
     def is_val(self):
         """Returns for each row whether it is held out, a NumPy array of bool."""
@@ -156,9 +158,9 @@ class OpenWebText(Hub):
         return held_out
 
 
-def in_chunks(text: str) -> list[str]:
+def in_chunks(text: str) -> Iterable[str]:
     """Returns a text in pieces of at most CHUNK characters."""
-    return [text[i : i + CHUNK] for i in range(0, len(text), CHUNK)] if len(text) > CHUNK else [text]
+    return (text[i : i + CHUNK] for i in range(0, len(text), CHUNK)) if len(text) > CHUNK else [text]
 
 
 def hold_out(corpus: Iterable[Iterable[str]], fraction: float, seed: int) -> Iterator[tuple[str, Iterable[str]]]:

@@ -77,12 +77,16 @@ def records(path: Path, stream: BinaryIO, columns: list[str] | None = None) -> I
 
 
 def _json_lines(path, stream):
-    for line, text in enumerate(stream, 1):
+    for line in count(1):
+        if not (text := stream.readline()):
+            return
         if text.strip():
             try:
+                text = text.decode("utf-8-sig")  # a line may be long: the bytes are no longer needed
                 row = json.loads(text)
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}, line {line} is not JSON: {error}") from None
+            text = None
             yield f"{path}, line {line}", row
 
 

@@ -1,10 +1,14 @@
-"""What takes minutes: the demo as its user sees it, and the compiled model."""
+"""What takes minutes: the demo as its user sees it, the compiled model, large corpora, many kills."""
 
+import json
+import os
 import re
+import subprocess
+import time
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, TOY_SHAPE, run_script, succeed
+from conftest import ENVIRONMENT, REPOSITORY, TOY_SHAPE, command, run_script, succeed
 
 from demo import PROMPTS
 
@@ -34,3 +38,42 @@ def test_the_compiled_model_trains_like_the_eager_one(toy):
         )  # fmt: skip
         losses.append(float(re.search(r"step 10: validation loss ([\d.]+)", stdout).group(1)))
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["a gigabyte", "a line", "a row"])
+def test_memory_stays_under_a_gigabyte_however_large_the_input(tmp_path, kind):
+    text = " ".join(path.read_text() for path in sorted(REPOSITORY.glob("*.py"))).replace("\\", "/")
+    line = text.replace("\n", " ").replace('"', "'")
+    name = "a.jsonl" if kind == "a row" else "a.txt"
+    with open(tmp_path / name, "w") as file:
+        file.write('{"text": "small"}\n{"text": "' if kind == "a row" else "")
+        for _ in range((1_000_000_000 if kind == "a gigabyte" else 200_000_000) // len(text)):
+            file.write(text if kind == "a gigabyte" else line)
+        file.write('"}\n' if kind == "a row" else "")
+    process = subprocess.Popen(
+        command("prepare_data.py", "--input", name, "--out", "data"), cwd=tmp_path, env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0
+    print(f"{kind}: {usage.ru_maxrss / 1024:.0f} MiB at most")
+    assert usage.ru_maxrss * 1024 < 1_000_000_000
+    splits = json.loads((tmp_path / "data/meta.json").read_text())["splits"]
+    assert sum(split["bytes"] for split in splits.values()) > 0.99 * (tmp_path / name).stat().st_size
+    used = sum(path.stat().st_size for path in (tmp_path / "data").iterdir())
+    assert used < 2.01 * sum(split["tokens"] for split in splits.values())  # the output, and nothing more
+
+
+def test_kills_at_any_moment_leave_the_old_files(tmp_path):
+    (tmp_path / "a.txt").write_text("It was the best of times. " * 2_000_000)
+    arguments = command("prepare_data.py", "--input", "a.txt", "--out", "data", "--shard-tokens", "500000")
+    subprocess.run(arguments, cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
+    for i in range(20):
+        process = subprocess.Popen(
+            arguments, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(0.15 * i)
+        process.kill()
+        process.wait()
+        assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir() if path.is_file()} == before
