@@ -132,7 +132,8 @@ def pieces(corpus, config: Config) -> Iterator[tuple[str, str, bool]]:
     from token_files import in_pieces
 
     if isinstance(corpus, OpenWebText):
-        documents = zip(("val" if is_val else "train" for is_val in corpus.is_val()), corpus, strict=False)
+        rows = zip(corpus, corpus.is_val(), strict=True)
+        documents = (("val" if is_val else "train", document) for document, is_val in rows)
     elif first_shard_val(config):
         documents = (("train", document) for document in corpus)
     else:

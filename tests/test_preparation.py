@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ENVIRONMENT, command, run_script, succeed
+from hub_server import HubHandler
 
 import sources
 import tokenizer as tokenizers
@@ -229,6 +230,52 @@ def test_openwebtext_is_split_as_nanogpt_splits_it(hub, tmp_path):
     assert split_files(tmp_path / "data") == expected(("val" if text in held_out else "train", text) for text in texts)
 
 
+@pytest.fixture()
+def serve(tmp_path):
+    """Runs an HTTP server in a thread for the length of a test; returns its address."""
+    servers = []
+
+    def start(handler):
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_data_set_that_is_still_a_script_is_read_from_its_conversion_to_parquet(serve, tmp_path):
+    folder = tmp_path / "www/Skylion007/openwebtext"
+    (folder / "main").mkdir(parents=True)
+    (folder / "main/openwebtext.py").write_text("raise SystemExit('never run')")
+    parquet = folder / "refs/convert/parquet/plain_text/train"
+    parquet.mkdir(parents=True)
+    texts = [f"page {i} of the web" for i in range(3000)]
+    for k in range(2):
+        pq.write_table(pa.table({"text": texts[k * 1500 : (k + 1) * 1500]}), parquet / f"000{k}.parquet")
+    address = serve(partial(HubHandler, tmp_path / "www"))
+    environment = {
+        **ENVIRONMENT, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"),
+        "no_proxy": "127.0.0.1",
+    }  # fmt: skip
+    result = subprocess.run(
+        command("prepare_data.py", "--out", "data"),
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert result.returncode == 0, result.stderr
+    assert "has 3,000 rows, not 8,013,769" in result.stdout
+    ids = split_files(tmp_path / "data")
+    assert len(ids["train"] + ids["val"]) == len(expected(("train", text) for text in texts)["train"])
+    assert ids["val"].count(50256) == 2
+    assert not list(tmp_path.glob("cache/**/*.parquet"))  # streamed, not stored
+
+
 FINEWEB_EDU = pa.schema(
     [(name, pa.string()) for name in ("text", "id", "dump", "url", "file_path", "language")]
     + [
@@ -348,22 +395,18 @@ def test_conversations_are_read_from_compressed_json_lines(tmp_path):
     assert b"sft_train" in (tmp_path / "data/sft_meta.json").read_bytes()
 
 
-def test_downloads_are_checked_and_kept(tmp_path, monkeypatch):
+def test_downloads_are_checked_and_kept(serve, tmp_path, monkeypatch):
     (tmp_path / "www").mkdir()
     (tmp_path / "www/input.txt").write_text("First Citizen")
-    handler = partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "www")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/input.txt"
-        monkeypatch.setenv("no_proxy", "127.0.0.1")
-        monkeypatch.setitem(sources.DOWNLOADS, "shakespeare", (url, "0" * 64))
-        with pytest.raises(UserError, match="another SHA-256"):
-            sources.download("shakespeare", "…", tmp_path / "raw")
-        assert not list(tmp_path.glob("raw/*"))
-        sha256 = hashlib.sha256(b"First Citizen").hexdigest()
-        monkeypatch.setitem(sources.DOWNLOADS, "shakespeare", (url, sha256))
-        path = sources.download("shakespeare", "…", tmp_path / "raw")
-        server.shutdown()
+    url = serve(partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "www")) + "/input.txt"
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setitem(sources.DOWNLOADS, "shakespeare", (url, "0" * 64))
+    with pytest.raises(UserError, match="another SHA-256"):
+        sources.download("shakespeare", "…", tmp_path / "raw")
+    assert not list(tmp_path.glob("raw/*"))
+    monkeypatch.setitem(sources.DOWNLOADS, "shakespeare", (url, hashlib.sha256(b"First Citizen").hexdigest()))
+    path = sources.download("shakespeare", "…", tmp_path / "raw")
+    (tmp_path / "www/input.txt").unlink()
     assert sources.download("shakespeare", "…", tmp_path / "raw").read_text() == "First Citizen"
     path.unlink()
     with pytest.raises(UserError, match="cannot fetch shakespeare"):
