@@ -220,7 +220,7 @@ def find_files(patterns: Iterable[str]) -> list[Path]:
 def text_of(row: object, column: str, where: str) -> str:
     """Returns the text in a row, "" for null. Raises UserError, naming the place, where there is none."""
     if not isinstance(row, dict) or column not in row:
-        has = ", ".join(map(str, row)) if isinstance(row, dict) else f"a {type(row).__name__}"
+        has = ", ".join(map(str, row))[:100] if isinstance(row, dict) else f"a {type(row).__name__}"
         raise UserError(f"{where}: no column {column!r}, but {has or 'nothing'}: name the right one with --text-column")
     if not isinstance(row[column], str | None):
         raise UserError(f"{where}: column {column!r} holds a {type(row[column]).__name__}, not text")
