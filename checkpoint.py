@@ -19,10 +19,19 @@ FORMAT_VERSION = 1
 
 
 def save(path: str | Path, checkpoint: dict) -> None:
-    """Writes a checkpoint atomically, with `format_version` and `created` (UTC, ISO 8601) added."""
+    """Writes a checkpoint atomically, with `format_version` and `created` (UTC, ISO 8601) added.
+
+    Raises UserError where the disk is full or the folder cannot be written; what was at `path` is as it was.
+    """
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    with atomic_write(path) as file:
-        torch.save({"format_version": FORMAT_VERSION, "created": created, **checkpoint}, file)
+    try:
+        with atomic_write(path) as file:
+            torch.save({"format_version": FORMAT_VERSION, "created": created, **checkpoint}, file)
+    except (OSError, RuntimeError) as error:
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides what went wrong
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(f"cannot write {path}: {cause.strerror}; what was there is as it was") from None
 
 
 def load(path: str | Path, verify: bool = False) -> dict:

@@ -85,7 +85,15 @@ class TrainerConfig:
     patience: int = 0
     """stop after this many evaluations without improvement; 0 never"""
     target_loss: float = 0.0
-    """stop at this validation loss"""
+    """stop at this loss"""
+    target_loss_on: Literal["train", "val"] = "train"
+    """which loss --target-loss means: the mean training loss between two lines of the log, or the validation loss"""
+    sample_prompt: str = ""
+    """print what the model makes of this text at each evaluation"""
+    tensorboard: bool = False
+    """write the log for TensorBoard too"""
+    wandb: bool = False
+    """send the log to Weights & Biases too"""
     seed: int = 1337
     """of the weights, the data order and dropout"""
     device: str = "auto"

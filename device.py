@@ -1,8 +1,11 @@
 """Where and in what precision to compute: the one place that tells CUDA, MPS and the CPU apart."""
 
 import contextlib
+import os
+import sys
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cli import UserError
 
@@ -12,6 +15,7 @@ _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "
 
 def choose_device(name: str) -> torch.device:
     """Returns the named device; "auto" is CUDA, else MPS, else the CPU. Raises UserError where it does not exist."""
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # less fragmentation
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -40,3 +44,20 @@ def peak_flops(device: torch.device) -> float | None:
     """Returns the datasheet's dense bf16 FLOP/s of a CUDA device, or None for one that is not listed."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for part, peak in _PEAK_FLOPS.items() if part in name), None)
+
+
+def fast_attention(on: bool = True) -> contextlib.AbstractContextManager:
+    """Returns the context in which CUDA's attention is cuDNN's where it can be, the fastest on Hopper; else Flash's."""
+    if not (on and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9):
+        return contextlib.nullcontext()
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Returns the most memory in bytes that this process has used: of the GPU, on the CPU of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -269,14 +269,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for i in range(0, hidden.size(0), chunk)
         ):
             logits = (x @ head.t()).float()  # (chunk, V)
-            log_normalizer = logits.logsumexp(dim=-1, keepdim=True)
-            loss += (log_normalizer - logits.gather(-1, y)).sum()
+            top, of_targets = logits.amax(dim=-1, keepdim=True), logits.gather(-1, y)
+            normalizer = logits.sub_(top).exp_().sum(dim=-1, keepdim=True)
+            loss += (normalizer.log() + top - of_targets).sum()
             if needs_gradient:  # of the sum: softmax minus one-hot
-                grad_logits = logits.sub_(log_normalizer).exp_()
-                grad_logits.scatter_add_(-1, y, -torch.ones_like(log_normalizer))
-                grad_logits = grad_logits.to(hidden.dtype)
+                grad_logits = logits.div_(normalizer).scatter_add_(-1, y, -torch.ones_like(top)).to(hidden.dtype)
                 grad_hidden[rows] = grad_logits @ head
-                grad_weight += grad_logits.t() @ x
+                if weight.dtype == hidden.dtype:
+                    grad_weight.addmm_(grad_logits.t(), x)
+                else:
+                    grad_weight += grad_logits.t() @ x
         if needs_gradient:
             ctx.save_for_backward(grad_hidden, grad_weight)
         return loss

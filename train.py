@@ -11,9 +11,9 @@ from cli import TrainerConfig, UserError, require, run
 @dataclass(frozen=True)
 class Config(TrainerConfig):
     preset: str = "gpt2"
-    """gpt2, gpt2-medium, gpt2-large, gpt2-xl or demo: the defaults of everything else"""
+    """gpt2, gpt2-medium, gpt2-large, gpt2-xl, shakespeare or demo: the defaults of everything else"""
     data: Path = Path("data")
-    """folder written by prepare_data.py, or a text file, which is prepared first"""
+    """folder written by prepare_data.py; or what is prepared first: a text file, shakespeare, war-and-peace, pydocs"""
     init_from: str = "scratch"
     """scratch, or a checkpoint whose weights (and shape) to start from"""
     block_size: int = 1024
@@ -27,7 +27,7 @@ class Config(TrainerConfig):
     dropout: float = 0.0
     """share of activations dropped in training"""
     vocab_size: int | None = None
-    """where --data is a text file: train a BPE of this many tokens on it; without it, GPT-2's tokenizer"""
+    """where --data is prepared first: train a BPE of this many tokens on it; without it, GPT-2's tokenizer"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -47,6 +47,28 @@ PRESETS = {
     "gpt2-medium": Config(preset="gpt2-medium", n_layer=24, n_head=16, n_embd=1024, learning_rate=3e-4, min_lr=3e-5),
     "gpt2-large": Config(preset="gpt2-large", n_layer=36, n_head=20, n_embd=1280, learning_rate=2.5e-4, min_lr=2.5e-5),
     "gpt2-xl": Config(preset="gpt2-xl", n_layer=48, n_head=25, n_embd=1600, learning_rate=2e-4, min_lr=2e-5),
+    "shakespeare": Config(
+        preset="shakespeare",
+        data=Path("shakespeare"),
+        out=Path("checkpoints/shakespeare.pt"),
+        plot=Path("plots/shakespeare_loss.png"),
+        vocab_size=509,
+        block_size=128,
+        n_layer=4,
+        n_head=2,
+        n_embd=128,
+        max_steps=700,
+        batch_size=16,
+        optimizer="muon",
+        compile="off",
+        learning_rate=1e-2,
+        min_lr=0.0,
+        warmup_steps=50,
+        beta2=0.99,
+        eval_every=100,
+        save_every=350,
+        patience=3,
+    ),
     "demo": Config(
         preset="demo",
         data=Path("data/demo"),
@@ -83,7 +105,7 @@ def main(config: Config) -> None:
     from trainer import Trainer, claim_output
 
     resumed = claim_output(config)
-    config = prepare_text_file(config)
+    config = prepare_first(config)
     meta = read_token_meta(config.data)
     tokenizer = tokenizers.load_beside(config.data, meta)
 
@@ -122,7 +144,6 @@ def main(config: Config) -> None:
             raise UserError(f"{config.data} is damaged, its {split} files do not fit its meta.json: prepare it again")
         if split not in meta["splits"]:  # files that others made
             data.require_ids_below(model.config.vocab_size)
-    print(f"{model.n_parameters():,} parameters, {train_data.n_tokens:,} training tokens")
     val_bytes = meta["splits"].get("val", {}).get("bytes")
     Trainer(
         model.train(),
@@ -132,19 +153,22 @@ def main(config: Config) -> None:
         {"kind": "base", "tokenizer": tokenizer.spec, "template": None},
         bytes_per_token=val_bytes and val_bytes / val_data.n_tokens,
         resumed=resumed,
+        model_is_fresh=start is None,
     ).run()
 
 
-def prepare_text_file(config: Config) -> Config:
-    """Where `--data` is a text file, prepares it into data/NAME and returns the config with that folder."""
-    if config.data.is_dir() or not config.data.suffix:
+def prepare_first(config: Config) -> Config:
+    """Where `--data` is a text file or a small data set, prepares it into data/NAME; returns the config with that."""
+    is_named = str(config.data) in ("shakespeare", "war-and-peace", "pydocs")
+    if config.data.is_dir() or not (is_named or config.data.suffix):
         return config
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError(f"several processes cannot prepare {config.data} together: run prepare_data.py --input first")
+        raise UserError(f"several processes cannot prepare {config.data} together: run prepare_data.py first")
     import prepare_data
 
     folder = Path("data") / config.data.stem
-    prepare_data.main(prepare_data.Config(input=(str(config.data),), out=folder, vocab_size=config.vocab_size))
+    what = {"dataset": str(config.data)} if is_named else {"input": (str(config.data),)}
+    prepare_data.main(prepare_data.Config(**what, out=folder, vocab_size=config.vocab_size))
     return dataclasses.replace(config, data=folder)
 
 

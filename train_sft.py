@@ -93,7 +93,7 @@ def main(config: Config) -> None:
         for split in ("train", "val")
     )
     config = dataclasses.replace(config, max_steps=config.max_steps or config.epochs * train_data.batches_per_epoch)
-    print(f"{model.n_parameters():,} parameters, {len(train_data):,} conversations, {config.max_steps:,} steps")
+    print(f"{len(train_data):,} conversations, {config.max_steps:,} steps")
     Trainer(
         model.train(),
         train_data,

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import math
 import os
 import signal
@@ -16,12 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
-from cli import TrainerConfig, UserError, command_line, plain
+from cli import SamplingConfig, TrainerConfig, UserError, command_line, plain
 from device import autocast, choose_device, choose_dtype, peak_flops
-from files import atomic_write
 from loader import Batch, Conversations, Prefetcher, Windows, micro_batches, stack
+from logs import RunLog, draw_losses, parameter_table, summary
 from model import GPT
 from optim import build_optimizers
+from sampling import TextModel
+from tokenizer import from_spec
 
 
 class Trainer:
@@ -40,10 +41,12 @@ class Trainer:
         facts: dict,
         bytes_per_token: float | None = None,
         resumed: dict | None = None,
+        model_is_fresh: bool = False,
     ):
         """`facts` go into the checkpoint (kind, tokenizer, template); `resumed` is a loaded `.last.pt`.
 
         With `bytes_per_token`, UTF-8 bytes per token of the validation text, bits per byte are reported too.
+        `model_is_fresh` says that the weights are random, so that the first loss is known beforehand.
         """
         self.config, self.facts, self.bytes_per_token = config, facts, bytes_per_token
         self.train_data, self.val_data = train_data, val_data
@@ -66,6 +69,8 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.step, self.best_val_loss, self.bad_evaluations, self.history = 0, math.inf, 0, []
+        self.tokens, self.recent_losses = 0, []
+        self.is_fresh = model_is_fresh
         if resumed:
             self._restore(resumed)
         self.forward = self.model
@@ -89,8 +94,13 @@ class Trainer:
         """Trains to `max_steps`, an early stop, or SIGINT/SIGTERM, which ends the step, saves and returns."""
         c, stop_reason, pending = self.config, "", None
         batches = Prefetcher(self._load, self.step)
+        if self.rank == 0:
+            if self.step == 0:  # a new run: no older one may be resumed by mistake
+                self.last_path.unlink(missing_ok=True)
+            self.log = RunLog(self.log_path, self.step, c)
+            self._introduce()
+        self.start, self.tokens_before = time.perf_counter(), self.tokens
         with (
-            self._open_log(),
             _stop_signals() as stop_signals,
             tqdm(
                 total=c.max_steps,
@@ -106,17 +116,18 @@ class Trainer:
             while self.step < c.max_steps and not stop_reason:
                 learning_rate = learning_rate_at(self.step, c)
                 values = self._step(batches, learning_rate)
-                self._settle(pending)  # the step before this one, so that the GPU need not wait
+                stop_reason = self._settle(pending)  # the step before this one, so that the GPU need not wait
                 self.step += 1
-                pending = (self.step, learning_rate, _to_host(values))
+                pending = (self.step, learning_rate, self.tokens, _to_host(values))
                 interrupted = self._agree(stop_signals)
-                at_end = interrupted or self.step == c.max_steps
+                at_end = interrupted or stop_reason or self.step == c.max_steps
                 at_evaluation = self.step % c.eval_every == 0 or self.step == c.max_steps
                 at_snapshot = c.snapshot_every and self.step % c.snapshot_every == 0
                 if at_end or at_evaluation or at_snapshot or self.step % c.save_every == 0:
-                    pending = self._settle(pending)  # nothing is saved before its loss was seen
-                    if at_evaluation:
-                        stop_reason = self._evaluate()
+                    stop_reason = self._settle(pending) or stop_reason  # nothing is saved before its loss was seen
+                    pending = None
+                    if at_evaluation or stop_reason:
+                        stop_reason = self._evaluate() or stop_reason
                     if at_snapshot:
                         self._save(c.out.parent / "snapshots" / f"{c.out.stem}_step_{self.step}.pt")
                     if at_end or stop_reason or self.step % c.save_every == 0:
@@ -125,18 +136,20 @@ class Trainer:
                     stop_reason = stop_reason or "interrupted"
                 self.bar.update()
         batches.close()
-        self._report(stop_reason or "done")
+        if self.rank == 0:
+            self._report(stop_reason or "done")
         if self.world_size > 1:
             dist.destroy_process_group()
 
-    def _load(self, step: int) -> tuple[list[Batch], int]:
-        """Returns this rank's micro-batches of a step, and how many tokens of the global batch count."""
+    def _load(self, step: int) -> tuple[list[Batch], int, int]:
+        """Returns this rank's micro-batches of a step, and how many tokens of the global batch count, and there are."""
         rows = self.train_data.batch(step)
         if max(int(max(row.tokens.max(), row.targets.max())) for row in rows) >= self.model.config.vocab_size:
             raise UserError(f"{self.config.data} holds token ids that the model does not have: prepare the data again")
         return (
             micro_batches(rows, self.n_micro_batches, self.rank, self.world_size, self.model.config.block_size),
             sum(row.n_counted for row in rows),
+            sum(row.tokens.numel() for row in rows),
         )
 
     def _step(self, batches: Prefetcher, learning_rate: float) -> torch.Tensor:
@@ -144,7 +157,7 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
-        share, n_counted = batches(self.step)
+        share, n_counted, n_tokens = batches(self.step)
         while True:
             try:
                 loss = self._accumulate(share, n_counted)
@@ -159,7 +172,7 @@ class Trainer:
                 self.n_micro_batches *= 2
                 self._zero_grad()
                 torch.cuda.empty_cache()
-                share, n_counted = self._load(self.step)
+                share, n_counted, n_tokens = self._load(self.step)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
@@ -170,6 +183,7 @@ class Trainer:
         self._zero_grad()
         if self.world_size > 1:
             dist.all_reduce(loss)
+        self.tokens += n_tokens
         return torch.stack([loss, norm])
 
     def _accumulate(self, share: list[Batch], n_counted: int) -> torch.Tensor:
@@ -183,18 +197,20 @@ class Trainer:
                     loss = self.forward(batch.tokens, batch.targets, batch.counted) / max(n_counted, 1)
                 self.scaler.scale(loss * self.world_size).backward()  # DDP takes the mean over processes
             total += loss.detach()
-            self.tokens_seen += batch.tokens.numel() * self.world_size
         return total
 
     def _zero_grad(self):
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
-    def _settle(self, pending: tuple | None) -> None:
-        """Looks at a step's loss once it has reached the host; logs it where due. Raises UserError if not finite."""
+    def _settle(self, pending: tuple | None) -> str:
+        """Looks at a step's loss once it has reached the host, and logs it where due.
+
+        Returns why training should stop, or "". Raises UserError for a loss that is not finite.
+        """
         if pending is None:
-            return
-        step, learning_rate, host = pending
+            return ""
+        step, learning_rate, tokens, host = pending
         loss, norm = host()
         if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
             kept = f"{self.last_path} holds the last good state" if self.last_path.exists() else "nothing was saved yet"
@@ -202,11 +218,19 @@ class Trainer:
                 f"the loss is not finite at step {step} (loss {loss}, gradient norm {norm}); {kept}: "
                 "try a lower --learning-rate, or --dtype float32"
             )
-        if step % self.config.log_every == 0:
-            self._log({"step": step, "loss": loss, "learning_rate": learning_rate, "grad_norm": norm})
-        rate = self.tokens_seen / (time.perf_counter() - self.start)
+        rate = (tokens - self.tokens_before) / (time.perf_counter() - self.start)
         mfu = f", MFU {rate * self.model.flops_per_token() / self.peak_flops:.0%}" if self.peak_flops else ""
         self.bar.set_postfix_str(f"loss {loss:.3f}, lr {learning_rate:.1e}, {rate:,.0f} tokens/s{mfu}", refresh=False)
+        self.recent_losses.append(loss)
+        if step % self.config.log_every:
+            return ""
+        mean, self.recent_losses = sum(self.recent_losses) / len(self.recent_losses), []
+        if self.rank == 0:
+            self.log.write(
+                {"step": step, "tokens": tokens, "loss": mean, "learning_rate": learning_rate, "grad_norm": norm}
+            )
+        is_reached = self.config.target_loss_on == "train" and mean <= self.config.target_loss
+        return f"reached the target loss {self.config.target_loss}" if is_reached else ""
 
     def _evaluate(self) -> str:
         """Evaluates, saves the weights if they are the ones to keep; returns why training should stop, or ""."""
@@ -230,11 +254,16 @@ class Trainer:
         self.bad_evaluations = 0 if improved else self.bad_evaluations + 1
         self.history.append(entry)
         if self.rank == 0:
-            self._log(entry)
+            self.log.write(entry)
             self.bar.write(text + (" (the best so far)" if improved and self.step else ""))
+            expected = math.log(self.model.config.vocab_size)
+            if self.step == 0 and self.is_fresh and abs(loss - expected) > 0.5:
+                self.bar.write(f"warning: random weights should give about ln(vocabulary) = {expected:.2f}")
+            if c.sample_prompt:
+                self.bar.write(self._sample())
             if improved or c.keep == "last":
                 self._save(c.out)
-        if c.target_loss and loss <= c.target_loss:
+        if c.target_loss_on == "val" and loss <= c.target_loss:
             return f"reached the target loss {c.target_loss}"
         return (
             f"no improvement in {c.patience} evaluations" if c.patience and self.bad_evaluations >= c.patience else ""
@@ -267,6 +296,8 @@ class Trainer:
             scaler=self.scaler.state_dict(),
             rng=rng,
             bad_evaluations=self.bad_evaluations,
+            tokens=self.tokens,
+            recent_losses=self.recent_losses,
         )
         draw_losses(self.log_path, self.config.plot)
 
@@ -280,31 +311,11 @@ class Trainer:
                 torch.cuda.set_rng_state(resumed["rng"]["cuda"], self.device)
             self.step, self.history = resumed["step"], resumed["history"]
             self.best_val_loss, self.bad_evaluations = resumed["best_val_loss"], resumed["bad_evaluations"]
+            self.tokens, self.recent_losses = resumed["tokens"], resumed["recent_losses"]
         except (KeyError, ValueError):
             raise UserError(
                 f"{self.last_path} does not fit this run: resume with the --optimizer it began with"
             ) from None
-
-    @contextlib.contextmanager
-    def _open_log(self) -> Iterator[None]:
-        """Opens the log, first dropping what a killed run logged after the state that this one resumes from."""
-        self.start, self.tokens_seen, self.log = time.perf_counter(), 0, None
-        if self.rank:
-            yield
-            return
-        if self.step == 0:  # a new run: no older one may be resumed by mistake
-            self.last_path.unlink(missing_ok=True)
-        kept = [line for line in read_log(self.log_path) if line["step"] <= self.step] if self.step else []
-        self.seconds_before = max((line["seconds"] for line in kept), default=0.0)
-        with atomic_write(self.log_path, "w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
-        with open(self.log_path, "a", encoding="utf-8", buffering=1) as self.log:
-            yield
-
-    def _log(self, entry: dict) -> None:
-        if self.rank == 0:
-            seconds = self.seconds_before + time.perf_counter() - self.start
-            self.log.write(json.dumps({**entry, "seconds": round(seconds, 3)}) + "\n")
 
     def _agree(self, stop_signals: list) -> bool:
         """Whether a signal asked to stop; with several processes, whether one of them got it (asked now and then)."""
@@ -316,12 +327,36 @@ class Trainer:
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag.item())
 
+    def _sample(self) -> str:
+        """Returns what the model makes of `--sample-prompt`: a completion, or, from a chat model, an answer."""
+        was_training = self.model.training
+        tokenizer, template = from_spec(self.facts["tokenizer"]), self.facts["template"]
+        text_model = TextModel(self.model.eval(), tokenizer, template, "", self.device, self.dtype)
+        prompt, config = self.config.sample_prompt, SamplingConfig(max_new_tokens=60, seed=self.config.seed)
+        if template:
+            text = "".join(text_model.answer([{"role": "user", "content": prompt}], config))
+        else:
+            text = prompt + "".join(text_model.complete(prompt, config))
+        self.model.train(was_training)
+        return f"  {text!r}"
+
+    def _introduce(self) -> None:
+        """Prints the model by parts, and what a step takes."""
+        config, data = self.config, self.train_data
+        print(parameter_table(self.model))
+        per_epoch = getattr(data, "batches_per_epoch", data.n_tokens / config.batch_size / self.model.config.block_size)
+        tokens_per_batch = data.n_tokens / per_epoch
+        print(
+            f"{data.n_tokens:,} training tokens, {per_epoch:,.0f} batches of {config.batch_size} sequences an epoch, "
+            f"{self.model.flops_per_token() * tokens_per_batch / 1e12:.3g} TFLOP a step"
+        )
+
     def _report(self, stop_reason: str) -> None:
-        if self.rank:
-            return
+        """Prints what the run came to, and how to go on with one that was interrupted."""
         c = self.config
-        best = "" if math.isinf(self.best_val_loss) else f", best validation loss {self.best_val_loss:.4f}"
-        print(f"{stop_reason} at step {self.step:,}{best}; model in {c.out}, curves in {c.plot}")
+        print(f"{stop_reason} at step {self.step:,}; model in {c.out}, curves in {c.plot}")
+        print(summary(self.best_val_loss, self.bytes_per_token, self.tokens, self.model, self.log.seconds))
+        self.log.close()
         if stop_reason == "interrupted":
             print(f"go on with:\n  {command_line('--resume', drop=('--overwrite',))}")
 
@@ -387,38 +422,6 @@ def claim_output(config: TrainerConfig) -> dict | None:
             f"{taken} exists: add --resume to go on with it, --overwrite to replace it, or choose another --out"
         )
     return None
-
-
-def read_log(path: Path) -> list[dict]:
-    """Reads a log; a last line that a kill cut short is passed over."""
-    entries = []
-    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
-        for line in file:
-            with contextlib.suppress(ValueError):
-                entries.append(json.loads(line))
-    return entries
-
-
-def draw_losses(log_path: Path, plot_path: Path) -> None:
-    """Draws training and validation loss over the steps of a log into a PNG, atomically."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    entries = read_log(log_path)
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for key, label, style in (
-        ("loss", "training", {"lw": 1, "alpha": 0.6}),
-        ("val_loss", "validation", {"marker": "o", "ms": 4}),
-    ):
-        points = [(entry["step"], entry[key]) for entry in entries if key in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=f"{label} (last: {points[-1][1]:.3f})", **style)
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=log_path.stem)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with atomic_write(plot_path) as file:
-        FigureCanvasAgg(figure).print_png(file)
 
 
 @contextlib.contextmanager

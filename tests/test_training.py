@@ -1,6 +1,10 @@
 """The training loop, in real processes: killed, interrupted, resumed, split, and on several processes."""
 
+import importlib.util
 import json
+import os
+import re
+import resource
 import shlex
 import signal
 import subprocess
@@ -43,6 +47,17 @@ def start(folder: Path, out: str, *arguments: str) -> subprocess.Popen:
         encoding="utf-8",
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+    )
+
+
+def torchrun_command(*arguments: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [*launcher, str(REPOSITORY / "train.py"), *arguments]
+
+
+def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        torchrun_command(*arguments), cwd=folder, env=ENVIRONMENT, capture_output=True, encoding="utf-8", timeout=200
     )
 
 
@@ -151,25 +166,7 @@ def test_two_processes_equal_one(toy):
         "plots/ddp.png",
     ]
     succeed(toy, "train.py", "--out", "checkpoints/one.pt", *arguments)
-    launched = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            str(REPOSITORY / "train.py"),
-            "--out",
-            "checkpoints/two.pt",
-            *arguments,
-        ],
-        cwd=toy,
-        env=ENVIRONMENT,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=200,
-    )
+    launched = torchrun(toy, "--out", "checkpoints/two.pt", *arguments)
     assert launched.returncode == 0, launched.stderr[-3000:]
     one, two = (
         [entry.get("loss", entry.get("val_loss")) for entry in log(toy / f"checkpoints/{name}.jsonl")]
@@ -250,13 +247,121 @@ def test_target_loss_patience_and_snapshots(toy):
         "--out",
         "checkpoints/stop.pt",
     ]
-    stdout = succeed(toy, "train.py", *common, "--max-steps", "500", "--target-loss", "5.9", "--snapshot-every", "5")
+    target = ["--max-steps", "500", "--target-loss", "5.9"]
+    stdout = succeed(toy, "train.py", *common, *target, "--target-loss-on", "val", "--snapshot-every", "5")
     assert "reached the target loss" in stdout and log(toy / "checkpoints/stop.jsonl")[-1]["val_loss"] <= 5.9
     assert (toy / "checkpoints/snapshots/stop_step_5.pt").exists()
+    stdout = succeed(toy, "train.py", *common, *target)
+    *_, last = (entry["loss"] for entry in log(toy / "checkpoints/stop.jsonl") if "loss" in entry)
+    assert "reached the target loss" in stdout and last <= 5.9
     stdout = succeed(
         toy, "train.py", *common, "--max-steps", "500", "--patience", "2", "--learning-rate", "0", "--min-lr", "0"
     )
     assert "no improvement in 2 evaluations" in stdout
+
+
+def test_a_run_resumes_on_another_number_of_processes_and_micro_batches(toy):
+    """The rest of a run of one process, on two with micro-batches, gives the losses that the one would have given."""
+    common = [
+        "--data", "data/toy", *TOY_SHAPE, "--max-steps", "16", "--log-every", "4", "--plot", "plots/moved.png"
+    ]  # fmt: skip
+    succeed(toy, "train.py", *common, "--out", "checkpoints/stays.pt")
+    succeed(toy, "train.py", *common, "--out", "checkpoints/moves.pt", "--target-loss", "100")
+    assert load(toy / "checkpoints/moves.last.pt")["step"] < 8
+    result = torchrun(toy, *common, "--out", "checkpoints/moves.pt", "--resume", "--grad-accum-steps", "2")
+    assert result.returncode == 0, result.stderr[-3000:]
+    losses = [
+        {entry["step"]: entry["loss"] for entry in log(toy / f"checkpoints/{name}.jsonl") if "loss" in entry}
+        for name in ("stays", "moves")
+    ]
+    assert losses[0].keys() == {4, 8, 12, 16} and losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_a_dead_worker_takes_the_job_down(toy):
+    job = subprocess.Popen(
+        torchrun_command(
+            "--data", "data/toy", *TOY_SHAPE, "--max-steps", "100000", "--out", "checkpoints/dead.pt", "--plot",
+            "plots/dead.png", "--log-every", "1",
+        ),
+        cwd=toy, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8",
+    )  # fmt: skip
+    wait_for_log(toy / "checkpoints/dead.jsonl", 3, job)
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, stderr = job.communicate(timeout=60)
+    assert job.returncode != 0 and "Signal 9 (SIGKILL)" in stderr
+
+
+def test_a_full_disk_while_saving_costs_one_line_and_keeps_the_former_checkpoint(toy):
+    arguments = ["--data", "data/toy", *TOY_SHAPE, "--out", "checkpoints/full.pt", "--plot", "plots/full.png"]
+    succeed(toy, "train.py", *arguments, "--max-steps", "10")
+    before = {path.name: path.read_bytes() for path in (toy / "checkpoints").glob("full*.pt")}
+    result = subprocess.run(
+        command("train.py", *arguments, "--max-steps", "40", "--resume"), cwd=toy, env=ENVIRONMENT, capture_output=True,
+        encoding="utf-8", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
+    )  # fmt: skip
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: cannot write checkpoints/full.")
+    assert {path.name: path.read_bytes() for path in (toy / "checkpoints").glob("full*.pt")} == before
+    assert not list((toy / "checkpoints").glob(".*tmp"))
+
+
+def test_a_run_says_what_it_trains_and_what_it_came_to(toy):
+    stdout = succeed(
+        toy, "train.py", "--data", "data/toy", *TOY_SHAPE, "--out", "checkpoints/said.pt", "--plot", "plots/said.png",
+        "--max-steps", "10", "--sample-prompt", "What is",
+    )  # fmt: skip
+    for line in (r"token embedding +14,336", r"in all +\d", r"batches of 4 sequences an epoch, \S+ TFLOP a step"):
+        assert re.search(line, stdout), line
+    assert re.search(r"best validation loss \S+, perplexity \S+, \S+ bits per byte\n", stdout)
+    assert re.search(r"\n2,560 tokens, \S+ per parameter", stdout)  # 10 steps of 4 × 64
+    assert stdout.count("  'What is") == 2 and "warning" not in stdout
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_other_loggers_get_the_numbers_or_are_asked_for_in_one_line(toy, name):
+    result = subprocess.run(
+        command(
+            "train.py", "--data", "data/toy", *TOY_SHAPE, "--max-steps", "10", "--out", f"checkpoints/{name}.pt",
+            "--plot", "plots/loggers.png", f"--{name}", "--overwrite",
+        ),
+        cwd=toy, env={**ENVIRONMENT, "WANDB_MODE": "offline"}, capture_output=True, encoding="utf-8",
+    )  # fmt: skip
+    if importlib.util.find_spec(name) is None:
+        assert result.returncode == 1 and f"pip install {name}" in result.stderr.splitlines()[-1]
+        return
+    assert result.returncode == 0, result.stderr[-2000:]
+    if name == "tensorboard":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(toy / "checkpoints/tensorboard_tensorboard"))
+        events.Reload()
+        logged = {e["step"]: e["val_loss"] for e in log(toy / "checkpoints/tensorboard.jsonl") if "val_loss" in e}
+        assert {e.step: e.value for e in events.Scalars("val_loss")} == pytest.approx(logged)
+
+
+def test_the_benchmark_runs_every_row(tmp_path):
+    shape = [
+        "--n-layer",
+        "1",
+        "--n-head",
+        "1",
+        "--n-embd",
+        "16",
+        "--block-size",
+        "32",
+        "--batch-size",
+        "2",
+        "--vocab-size",
+        "256",
+    ]
+    stdout = succeed(
+        tmp_path, "bench.py", "--device", "cpu", *shape, "--steps", "1", "--rounds", "1", "--json", "b.json"
+    )
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["plain", "+ fused head and loss", "+ fused AdamW"]
+    assert len({round(row["loss"], 4) for row in rows}) == 1  # they train the same
+    assert all(row["name"] in stdout and row["tokens_per_second"] > 0 for row in rows)
 
 
 def test_a_damaged_checkpoint_is_not_resumed(toy, uninterrupted):
