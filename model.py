@@ -58,7 +58,7 @@ class CausalSelfAttention(nn.Module):
         if past and T > 1:  # a block of new positions, each of which sees the whole past
             mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=past == 0 and T > 1, dropout_p=self.dropout if self.training else 0.0
+            q, k, v, attn_mask=mask, is_causal=past == 0, dropout_p=self.dropout if self.training else 0.0
         )
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
@@ -146,10 +146,9 @@ class GPT(nn.Module):
         x = self.hidden(tokens)
         if targets is None:
             return self.lm_head(x)
-        x, targets = x.flatten(0, 1), targets.flatten()  # (B·T, C), (B·T,)
         if counted is not None:
-            x, targets = x[counted], targets[counted]
-        return linear_cross_entropy(x, self.lm_head.weight, targets)
+            return counted_cross_entropy(x, self.lm_head.weight, targets, counted)
+        return linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
     @torch.inference_mode()
     def generate(
@@ -242,6 +241,12 @@ def sample(
         probabilities = probabilities.masked_fill(mass_before >= top_p, 0.0)  # the first token always stays
     choice = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1)
     return (choice if ids is None else ids.gather(-1, choice))[:, 0]
+
+
+@torch.compiler.disable  # lengths that change from batch to batch would have it compiled again and again
+def counted_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
+    """`linear_cross_entropy` of hidden (B, T, C) and targets (B, T) at the flat indices `counted` into B·T."""
+    return linear_cross_entropy(hidden.flatten(0, 1)[counted], weight, targets.flatten()[counted])
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:

@@ -73,9 +73,8 @@ class Trainer:
         self.is_fresh = model_is_fresh
         if resumed:
             self._restore(resumed)
-        self.forward = self.model
-        if config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda"):
-            self.forward = torch.compile(self.model)
+        self.is_compiled = config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda")
+        self.forward = torch.compile(self.model) if self.is_compiled else self.model
         if self.world_size > 1:
             self.forward = DistributedDataParallel(self.forward)
         self.peak_flops = peak_flops(self.device)
@@ -191,6 +190,9 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for i, batch in enumerate(share):
             batch = batch.to(self.device)
+            if self.is_compiled and batch.counted is not None:  # padded batches differ in size and length
+                for tensor in (batch.tokens, batch.targets, batch.counted):
+                    torch._dynamo.maybe_mark_dynamic(tensor, list(range(tensor.dim())))
             is_last = i == len(share) - 1
             with contextlib.nullcontext() if is_last or self.world_size == 1 else self.forward.no_sync():
                 with autocast(self.device, self.dtype):
