@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import checkpoint
 from cli import SamplingConfig, TrainerConfig, UserError, command_line, plain
-from device import autocast, choose_device, choose_dtype, peak_flops
+from device import autocast, choose_device, choose_dtype, fast_attention, peak_flops
 from loader import Batch, Conversations, Prefetcher, Windows, micro_batches, stack
 from logs import RunLog, draw_losses, parameter_table, summary
 from model import GPT
@@ -100,6 +100,7 @@ class Trainer:
             self._introduce()
         self.start, self.tokens_before = time.perf_counter(), self.tokens
         with (
+            fast_attention(),
             _stop_signals() as stop_signals,
             tqdm(
                 total=c.max_steps,

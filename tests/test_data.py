@@ -1,7 +1,9 @@
 """What the prepare scripts read and write: corpora, splits, files; the loader's batches."""
 
 import json
+import os
 import re
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -99,6 +101,15 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
         (folder / "file").write_text("new")
         raise RuntimeError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_write_left_behind_goes_with_a_later_one(tmp_path):
+    for name, age in ((".file.1.tmp", 7200), (".file.2.tmp", 60)):
+        (tmp_path / name).write_text("half")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    with atomic_write(tmp_path / "file", "w") as file:
+        file.write("new")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", ".file.2.tmp"}
 
 
 def write_tokens(path: Path, tokens) -> Path:
