@@ -266,6 +266,7 @@ BAD_INPUT = [  # exit status, a part of the message, the command
     (2, "at least 1", "train.py --max-steps 0"),
     (2, "exclude", "train.py --resume --overwrite"),
     (2, "must end in .pt", "train.py --data data/toy --out checkpoints/new"),
+    (1, "cannot fetch shakespeare", "train.py --preset shakespeare --out NEW"),
     (1, "run prepare_data.py first", "train.py --data data/none --out NEW"),
     (1, "no text in none.txt", "train.py --data none.txt --out NEW"),
     (1, "nothing to resume", "TRAIN --resume"),
