@@ -249,7 +249,7 @@ def counted_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, count
     return linear_cross_entropy(hidden.flatten(0, 1)[counted], weight, targets.flatten()[counted])
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 512) -> Tensor:
     """Sum over positions of the cross-entropy of `hidden @ weight.T`, without ever holding all logits.
 
     hidden (N, C), weight (V, C), targets int64 (N,); returns a float32 scalar in nats. Logits exist for `chunk`
@@ -291,4 +291,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss, grad_weight * grad_loss, None, None, None
+        return grad_hidden * grad_loss, grad_weight.mul_(grad_loss), None, None, None

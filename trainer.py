@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import checkpoint
 from cli import SamplingConfig, TrainerConfig, UserError, command_line, plain
-from device import autocast, choose_device, choose_dtype, fast_attention, peak_flops
+from device import autocast, choose_device, choose_dtype, fast_attention, keep_memory, peak_flops
 from loader import Batch, Conversations, Prefetcher, Windows, micro_batches, stack
 from logs import RunLog, draw_losses, parameter_table, summary
 from model import GPT
@@ -56,6 +56,8 @@ class Trainer:
         on_cuda = config.device == "auto" and torch.cuda.is_available()
         self.device = choose_device(f"cuda:{local_rank}" if on_cuda and self.world_size > 1 else config.device)
         self.dtype = choose_dtype(config.dtype, self.device)
+        if self.device.type == "cpu":
+            keep_memory()
         if self.world_size > 1:
             if config.batch_size % self.world_size:
                 raise UserError(f"--batch-size {config.batch_size} does not divide among {self.world_size} processes")
