@@ -57,7 +57,7 @@ PRESETS = {
         n_layer=4,
         n_head=2,
         n_embd=128,
-        max_steps=700,
+        max_steps=600,
         batch_size=32,
         optimizer="muon",
         compile="off",
@@ -66,7 +66,7 @@ PRESETS = {
         warmup_steps=50,
         beta2=0.99,
         eval_every=100,
-        save_every=350,
+        save_every=300,
         patience=3,
     ),
     "demo": Config(

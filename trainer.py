@@ -361,6 +361,8 @@ class Trainer:
         c = self.config
         print(f"{stop_reason} at step {self.step:,}; model in {c.out}, curves in {c.plot}")
         print(summary(self.best_val_loss, self.bytes_per_token, self.tokens, self.model, self.log.seconds))
+        if not c.sample_prompt and not self.facts["template"]:
+            print(f"it writes:\n{self._sample()}")
         self.log.close()
         if stop_reason == "interrupted":
             print(f"go on with:\n  {command_line('--resume', drop=('--overwrite',))}")
