@@ -68,7 +68,7 @@ def keep_memory() -> None:
     """Has this process keep the memory that it frees, for its next step; on Linux with glibc, else nothing happens.
 
     Unasked, glibc hands large blocks back to the kernel at every free and gets them again page by page, which took a
-    quarter of a training step on the CPU.
+    tenth of a training step on the CPU (`bench.py`).
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
