@@ -8,13 +8,17 @@ from pathlib import Path
 
 from cli import UserError
 from corpora import draw_held_out
-from sources import hub_rows, load_hub, opened, records
+from sources import Notes, hub_rows, load_hub, opened, records
 from tokenizer import Message
 
 _INSTEAD = "--dataset pydocs-qa and --input FILE work"
 
 
-def pydocs_qa() -> Iterator[list[Message]]:
+class Unusable(Exception):
+    """A conversation that nothing can be learnt from; the message says what was done to such ones, in the plural."""
+
+
+def pydocs_qa(notes: Notes) -> Iterator[list[Message]]:
     """Yields the bundled conversations and questions about Python's built-ins, then about the standard library."""
     import pydocs
 
@@ -27,45 +31,47 @@ def pydocs_qa() -> Iterator[list[Message]]:
     samples = Path(__file__).parent / "data" / "samples" / "chat.jsonl"
     built_in = dict(pydocs.questions(builtins_only=True))
     others = ((question, answer) for question, answer in pydocs.questions() if question not in built_in)
-    return chain(read_file(samples), ask(built_in.items()), ask(others))
+    return chain(read_file(samples, notes), ask(built_in.items()), ask(others))
 
 
-def read_file(path: Path) -> Iterator[list[Message]]:
+def read_file(path: Path, notes: Notes) -> Iterator[list[Message]]:
     """Yields the conversations of a .json (a list), .jsonl (one object a line) or .parquet file, perhaps compressed.
 
-    Raises UserError, naming the place, for what is no conversation.
+    What cannot be learnt from is dropped, and noted. Raises UserError, naming the place, for what is no conversation.
     """
     with opened(path) as (_, stream):
-        for where, record in records(path, stream):
-            yield from_record(record, where)
+        yield from usable(records(path, stream), notes)
 
 
-def from_hub(name: str) -> Iterator[list[Message]]:
-    """Yields the conversations in the split "train" of a data set of the Hub. Raises UserError as `read_file` does."""
+def from_hub(name: str, notes: Notes) -> Iterator[list[Message]]:
+    """Yields the conversations in the split "train" of a data set of the Hub, as `read_file` does."""
     rows, _ = load_hub(name, _INSTEAD, split="train")
-    for where, record in hub_rows(name, rows):
-        yield from_record(record, where)
+    yield from usable(hub_rows(name, rows), notes)
 
 
-def from_record(record: object, where: str) -> list[Message]:
-    """Returns the conversation in a record: `messages` as OpenAI and the Hub write them, or Alpaca's columns.
+def usable(rows: Iterable[tuple[str, object]], notes: Notes) -> Iterator[list[Message]]:
+    """Yields the conversations in records that come with their places: `messages` as OpenAI and the Hub write them, or
+    Alpaca's `instruction`, `input` and `output`."""
+    for where, record in rows:
+        if isinstance(record, dict) and "instruction" in record:
+            question = {"role": "user", "content": record["instruction"], "input": record.get("input") or ""}
+            messages = [question, {"role": "assistant", "content": record.get("output")}]
+        elif isinstance(record, dict) and "messages" in record:
+            messages = record["messages"]
+        else:
+            raise UserError(f"{where}: wanted an object with `messages`, or with `instruction` and `output`")
+        try:
+            yield check_messages(messages, where, notes)
+        except Unusable as reason:
+            notes.add(str(reason), where)
 
-    Alpaca's are `instruction`, `input` and `output`. Raises UserError, naming `where`, for anything else.
-    """
-    if isinstance(record, dict) and "instruction" in record:
-        question = {"role": "user", "content": record["instruction"], "input": record.get("input") or ""}
-        return check_messages([question, {"role": "assistant", "content": record.get("output")}], where)
-    if not isinstance(record, dict) or "messages" not in record:
-        raise UserError(f"{where}: wanted an object with `messages`, or with `instruction` and `output`")
-    return check_messages(record["messages"], where)
 
-
-def load_oasst1(val_fraction: float, seed: int) -> Iterator[tuple[str, list[Message]]]:
+def load_oasst1(val_fraction: float, seed: int, notes: Notes) -> Iterator[tuple[str, list[Message]]]:
     """Yields OpenAssistant's English conversations with the Hub's own split, or split by tree where it has none."""
     splits, _ = load_hub("OpenAssistant/oasst1", _INSTEAD)
 
     def trees(split):
-        return oasst1_trees(row for _, row in hub_rows("OpenAssistant/oasst1", splits[split]))
+        return oasst1_trees(hub_rows("OpenAssistant/oasst1", splits[split]), notes)
 
     if "validation" in splits:
         split_trees = chain((("train", tree) for tree in trees("train")), (("val", t) for t in trees("validation")))
@@ -74,56 +80,66 @@ def load_oasst1(val_fraction: float, seed: int) -> Iterator[tuple[str, list[Mess
     return ((name, conversation) for name, tree in split_trees for conversation in tree)
 
 
-def oasst1_trees(rows: Iterable[dict]) -> Iterator[list[list[Message]]]:
+def oasst1_trees(rows: Iterable[tuple[str, dict]], notes: Notes) -> Iterator[list[list[Message]]]:
     """Yields for each of OpenAssistant's message trees the paths from its question down the top-ranked replies.
 
     Kept are English messages that were neither deleted nor labelled as spam, by half of the reviewers or more (Köpf et
-    al. 2023).
+    al. 2023). What is left out is noted.
     """
     children = defaultdict(list)
-    for row in rows:
+    for where, row in rows:
         labels = dict(zip(row["labels"]["name"], row["labels"]["value"], strict=True)) if row.get("labels") else {}
-        if row["lang"] == "en" and not row["deleted"] and labels.get("spam", 0.0) < 0.5:
-            children[row["parent_id"]].append(row)
+        if row["lang"] != "en":
+            notes.add("messages in other languages than English were left out", where)
+        elif row["deleted"] or labels.get("spam", 0.0) >= 0.5:
+            notes.add("messages that were deleted or marked as spam were left out", where)
+        else:
+            children[row["parent_id"]].append((where, row))
 
     def paths(row, before):
         role = "user" if row["role"] == "prompter" else "assistant"
         path = [*before, {"role": role, "content": row["text"]}]
-        replies = [reply for reply in children[row["message_id"]] if reply["role"] != row["role"]]
-        if role == "user":  # rank 0 is the reply that people liked best
-            replies = sorted(replies, key=lambda reply: 1 << 30 if reply["rank"] is None else reply["rank"])[:1]
-        onward = [path_ for reply in replies for path_ in paths(reply, path)]
+        replies = [(where, reply) for where, reply in children[row["message_id"]] if reply["role"] != row["role"]]
+        if role == "user" and replies:  # rank 0 is the reply that people liked best
+            replies.sort(key=lambda reply: 1 << 30 if reply[1]["rank"] is None else reply[1]["rank"])
+            for where, _ in replies[1:]:
+                notes.add("answers that people liked less than another were left out", where)
+            replies = replies[:1]
+        onward = [path_ for _, reply in replies for path_ in paths(reply, path)]
         return onward or ([path] if role == "assistant" else [path[:-1]] if len(path) > 2 else [])
 
-    for root in children[None]:
+    for where, root in children[None]:
         if root["role"] == "prompter" and (found := {json.dumps(path): path for path in paths(root, [])}):
             yield list(found.values())
+        else:
+            notes.add("questions without an answer were left out", where)
 
 
-def check_messages(messages: object, where: str) -> list[Message]:
+def check_messages(messages: object, where: str, notes: Notes) -> list[Message]:
     """Returns a conversation in our form: user and assistant alternate, from a user's turn to an assistant's.
 
     A leading system message is put before the first user's text, since the template has no such role; a user's turn
-    without an answer at the end is dropped. Raises UserError, naming `where`, for anything else.
+    without an answer at the end is dropped, and noted. Raises Unusable for a conversation that has no such form, and
+    UserError, naming `where`, for what is not even a list of messages.
     """
-
-    def bad(what):
-        return UserError(f"{where}: {what}")
-
     if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content", 0), str | None)
+        for m in messages
     ):
-        raise bad("wanted a list of messages, each with the strings 'role' and 'content'")
+        raise UserError(f"{where}: wanted a list of messages, each with the strings 'role' and 'content'")
+    messages = [{**message, "content": (message["content"] or "").strip()} for message in messages]
+    if strange := next((m["role"] for m in messages if m["role"] not in ("system", "user", "assistant")), None):
+        raise Unusable(f"conversations with a role like {strange!r}, none of system, user, assistant, were dropped")
     system = ""
     if messages and messages[0]["role"] == "system":
-        system, messages = messages[0]["content"].strip() + "\n\n", messages[1:]
-    if messages and messages[-1]["role"] == "user":
+        system, messages = messages[0]["content"] + "\n\n", messages[1:]
+    if not any(message["role"] == "assistant" for message in messages):
+        raise Unusable("conversations without an answer were dropped")
+    if [message["role"] for message in messages] != (["user", "assistant"] * len(messages))[: len(messages)]:
+        raise Unusable("conversations in which user and assistant do not take turns, the user first, were dropped")
+    if not all(message["content"] for message in messages):
+        raise Unusable("conversations with an empty turn were dropped")
+    if messages[-1]["role"] == "user":
+        notes.add("questions at the end of a conversation, without an answer, were dropped", where)
         messages = messages[:-1]
-    if not messages:
-        raise bad("no question with an answer")
-    for i, message in enumerate(messages):
-        if message["role"] != ("user", "assistant")[i % 2]:
-            raise bad(f"turn {i + 1} is by {message['role']!r}: user and assistant must take turns, the user first")
-    if not any(message["content"].strip() for message in messages[1::2]):
-        raise bad("the assistant says nothing")
     return [{**messages[0], "content": system + messages[0]["content"]}, *messages[1:]]

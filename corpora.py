@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from cli import UserError
-from sources import TABLES, count_rows, hub_error, hub_rows, kind, load_hub, opened, records
+from sources import TABLES, Notes, count_rows, hub_error, hub_rows, kind, load_hub, opened, records
 
 Item = TypeVar("Item")
 
@@ -25,20 +25,15 @@ class Corpus:
     passes through in pieces; each has to be read before the next is asked for.
 
     While it is read, `position` counts up to `total` (bytes of files or rows; None where nobody knows), and `notes`
-    says what was mended or passed over: what → (how many, where first).
+    says what was mended or passed over.
     """
 
     total: int | None = None
     position: int = 0
 
     def __iter__(self) -> Iterator[Iterable[str]]:
-        self.position, self.notes = 0, {}
+        self.position, self.notes = 0, Notes()
         return self._documents()
-
-    def note(self, what: str, where: str, n: int = 1) -> None:
-        """Adds `n` to what is noted under `what`."""
-        number, first = self.notes.get(what, (0, where))
-        self.notes[what] = (number + n, first)
 
     def clean(self, text: str, where: str, line: int | None = None) -> str:
         """Replaces what UTF-8 cannot hold, lone surrogates, by U+FFFD, and notes it."""
@@ -49,7 +44,7 @@ class Corpus:
             if line:
                 where = f"{where}, line {line + text.count(chr(10), 0, error.start)}"
             text, n = re.subn("[\ud800-\udfff]", "\ufffd", text)
-            self.note("characters or bytes that are not Unicode became U+FFFD", where, n)
+            self.notes.add("characters or bytes that are not Unicode became U+FFFD", where, n)
             return text
 
     def of_rows(self, rows: Iterable[tuple[str, dict]], text_column: str) -> Iterator[Iterable[str]]:
@@ -58,7 +53,7 @@ class Corpus:
             if text := self.clean(text_of(row, text_column, where), where):
                 yield in_chunks(text)
             else:
-                self.note("empty documents were passed over", where)
+                self.notes.add("empty documents were passed over", where)
 
 
 class Texts(Corpus):
@@ -100,10 +95,10 @@ class Files(Corpus):
             text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
             line, chunk = 1, text.read(CHUNK)
             if "\0" in chunk[:8000]:  # what git takes for the mark of a binary file
-                self.note("binary files were passed over", str(path))
+                self.notes.add("binary files were passed over", str(path))
                 return
             if not chunk:
-                self.note("empty documents were passed over", str(path))
+                self.notes.add("empty documents were passed over", str(path))
             while chunk:
                 yield self.clean(chunk, str(path), line)
                 self.position = before + raw.tell()

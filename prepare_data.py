@@ -96,8 +96,8 @@ def main(config: Config) -> None:
         first_shard_val=first_shard_val(config),
     )
     print(report(counts, tokenizer, config.out))
-    for what, (number, where) in corpus.notes.items():
-        print(f"{number:,} {what}, the first in {where}")
+    for line in corpus.notes.lines():
+        print(line)
     print(f"wrote {config.out}, tokenizer {tokenizer.name}")
 
 

@@ -51,19 +51,18 @@ class Config:
 
 def main(config: Config) -> None:
     """Prepares one set of conversations."""
+    from sources import Notes
+
     tokenizer = choose_tokenizer(config)
-    conversations = source(config)
-    meta = write_conversations(conversations, tokenizer, config)
+    notes = Notes()
+    meta = write_conversations(source(config, notes), tokenizer, config, notes)
     for split, counts in meta["splits"].items():
         print(
             f"{split}: {counts['conversations']:,} conversations, {counts['tokens']:,} tokens, "
             f"{counts['counted']:,} of them the assistant's"
         )
-    if meta["shortened"] or meta["dropped"]:
-        print(
-            f"longer than {config.block_size} tokens: {meta['shortened']:,} lost their oldest turns, "
-            f"{meta['dropped']:,} were left out"
-        )
+    for line in notes.lines():
+        print(line)
     print(f"wrote {config.out}, tokenizer {tokenizer.name}, template {config.template}")
 
 
@@ -80,23 +79,25 @@ def choose_tokenizer(config: Config):
     )
 
 
-def source(config: Config) -> Conversations:
-    """Returns the conversations of a data set or a file, with their splits."""
+def source(config: Config, notes) -> Conversations:
+    """Returns the conversations of a data set or a file, with their splits; what is left out goes into `notes`."""
     import conversations
     from corpora import draw_held_out
 
     if config.input is None and config.dataset == "oasst1":
-        return islice(conversations.load_oasst1(config.val_fraction, config.seed), config.max_conversations)
+        return islice(conversations.load_oasst1(config.val_fraction, config.seed, notes), config.max_conversations)
     if config.input:
-        found = conversations.read_file(config.input)
+        found = conversations.read_file(config.input, notes)
     elif config.dataset == "pydocs-qa":
-        found = conversations.pydocs_qa()
+        found = conversations.pydocs_qa(notes)
     else:
-        found = conversations.from_hub("vicgalle/alpaca-gpt4" if config.dataset == "alpaca-gpt4" else config.dataset)
+        name = "vicgalle/alpaca-gpt4" if config.dataset == "alpaca-gpt4" else config.dataset
+        found = conversations.from_hub(name, notes)
     found = list(islice(found, config.max_conversations))
     if len(found) < 2:
         raise UserError(
-            f"{config.input or config.dataset} holds fewer than two conversations: one to train on, one to validate on"
+            f"{config.input or config.dataset} holds fewer than two conversations to learn from: one to train on, "
+            f"one to validate on{notes.in_brackets()}"
         )
     split = list(draw_held_out(found, max(config.val_fraction, 1 / len(found)), config.seed))
     return split + (in_a_row(split, config.seed) if config.input is None and config.dataset == "pydocs-qa" else [])
@@ -116,7 +117,7 @@ def in_a_row(split: list, seed: int) -> list:
     return rows
 
 
-def write_conversations(conversations: Conversations, tokenizer, config: Config) -> dict:
+def write_conversations(conversations: Conversations, tokenizer, config: Config, notes) -> dict:
     """Writes tokens, loss masks and offsets of the conversations; returns what it wrote into sft_meta.json.
 
     The files appear together at the end; whatever happens before, the old ones stay as they were.
@@ -128,15 +129,15 @@ def write_conversations(conversations: Conversations, tokenizer, config: Config)
     from tokenizer import encode_conversation
 
     splits = {name: {"conversations": 0, "tokens": 0, "counted": 0} for name in ("train", "val")}
-    shortened = dropped = 0
     with atomic_folder(config.out, last="sft_meta.json") as folder, ExitStack() as stack:
         names = {split: [f"sft_{split}{part}.bin" for part in ("", "_mask", "_index")] for split in splits}
         files = {split: [stack.enter_context(open(folder / name, "wb")) for name in names[split]] for split in splits}
-        for split, messages in tqdm(conversations, unit=" conversations", desc="tokenizing"):
+        for i, (split, messages) in enumerate(tqdm(conversations, unit=" conversations", desc="tokenizing"), 1):
             ids, mask = encode_conversation(messages, tokenizer, config.template)
             if len(ids) > config.block_size:
                 ids, mask = encode_conversation(messages, tokenizer, config.template, config.block_size)
-                shortened, dropped = shortened + bool(ids), dropped + (not ids)
+                what = "lost their oldest turns" if ids else "were dropped, since one exchange alone is as long"
+                notes.add(f"conversations longer than {config.block_size:,} tokens {what}", f"conversation {i:,}")
             if ids:
                 counts, (tokens_file, mask_file, index_file) = splits[split], files[split]
                 index_file.write(np.array([counts["tokens"]], "<u8").tobytes())
@@ -148,15 +149,14 @@ def write_conversations(conversations: Conversations, tokenizer, config: Config)
             files[split][2].write(np.array([counts["tokens"]], "<u8").tobytes())
         stack.close()
         if not splits["train"]["conversations"]:
-            raise UserError("there is no conversation to train on")
+            raise UserError(f"there is no conversation to train on{notes.in_brackets()}")
         meta = {
             "files": sum(names.values(), []),
             "tokenizer": tokenizer.name,
             "template": config.template,
             "block_size": config.block_size,
             "splits": splits,
-            "shortened": shortened,
-            "dropped": dropped,
+            "notes": notes.plain(),
             "source": str(config.input or config.dataset),
             "command": shlex.join(["python", *sys.argv]),
             "format_version": 1,

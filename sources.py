@@ -36,6 +36,27 @@ DOWNLOADS = {  # name: URL, SHA-256
 }
 
 
+class Notes(dict[str, tuple[int, str]]):
+    """What was mended or passed over while reading: what → (how many, where first)."""
+
+    def add(self, what: str, where: str, n: int = 1) -> None:
+        """Counts `n` more under `what`."""
+        number, first = self.get(what, (0, where))
+        self[what] = (number + n, first)
+
+    def lines(self) -> list[str]:
+        """Returns a line for each, for people."""
+        return [f"{number:,} {what}, the first in {where}" for what, (number, where) in self.items()]
+
+    def in_brackets(self) -> str:
+        """Returns all in one line, for the end of an error message; "" for nothing."""
+        return "".join(f" ({line})" for line in self.lines())
+
+    def plain(self) -> dict:
+        """Returns all in a form fit for JSON."""
+        return {what: {"number": number, "first": where} for what, (number, where) in self.items()}
+
+
 def kind(path: Path) -> str:
     """Returns a file's suffix, that of a compression left out: ".jsonl" for a.jsonl.gz."""
     return Path(path.stem if path.suffix in COMPRESSIONS else path.name).suffix.lower()

@@ -71,7 +71,7 @@ def write_corpus(
             "n_tokens": tokenizer.n_tokens,
             "splits": {name: statistics(count, tokenizer) for name, count in counts.items()},
             **facts,
-            "notes": {what: {"number": n, "first": where} for what, (n, where) in corpus.notes.items()},
+            "notes": corpus.notes.plain(),
             "command": shlex.join(["python", *sys.argv]),
             "format_version": 1,
         }
@@ -81,7 +81,7 @@ def write_corpus(
 
 def _require_text(counts, tokenizer, corpus, val_tokens):
     empty = [name for name, count in counts.items() if not count[: tokenizer.end_of_text].any()]
-    notes = "".join(f" ({n:,} {what}: {where})" for what, (n, where) in corpus.notes.items())
+    notes = corpus.notes.in_brackets()
     if "train" in empty and val_tokens and len(empty) == 1:
         raise UserError(
             f"the first {val_tokens:,} tokens are for validation, none is left: try a smaller --shard-tokens"

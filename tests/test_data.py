@@ -18,6 +18,7 @@ from conversations import read_file
 from corpora import Texts, draw_held_out, hold_out
 from files import atomic_folder, atomic_write, read_tokens
 from loader import Batch, Conversations, Prefetcher, Windows, micro_batches, stack
+from sources import Notes
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_first_sentence(docstring, sentence):
 
 
 def test_bundled_conversations_are_in_order():
-    conversations = list(read_file(REPOSITORY / "data/samples/chat.jsonl"))
+    conversations = list(read_file(REPOSITORY / "data/samples/chat.jsonl", Notes()))
     questions = Counter(messages[0]["content"].lower() for messages in conversations)
     assert len(conversations) >= 300 and max(questions.values()) == 1
     assert sum(len(messages) > 2 for messages in conversations) >= 30

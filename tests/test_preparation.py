@@ -29,6 +29,7 @@ from files import atomic_folder, read_tokens
 from prepare_data import Config, main
 from prepare_sft_data import Config as SFTConfig
 from prepare_sft_data import main as main_sft
+from sources import Notes
 from token_files import in_pieces
 
 
@@ -349,8 +350,11 @@ OASST1 = [
 
 
 def test_oasst1_paths_follow_the_best_reply_that_is_no_spam():
-    trees = [[[m["content"] for m in messages] for messages in tree] for tree in oasst1_trees(OASST1)]
+    notes, rows = Notes(), [(row["message_id"], row) for row in OASST1]
+    trees = [[[m["content"] for m in messages] for messages in tree] for tree in oasst1_trees(rows, notes)]
     assert trees == [[["Q", "best", "Q2", "A2"], ["Q", "best"]], [["D?", "D."]]]
+    assert notes.lines()[0] == "2 messages that were deleted or marked as spam were left out, the first in a6"
+    assert any(line.startswith("1 answers that people liked less") and line.endswith(" a1") for line in notes.lines())
 
 
 @pytest.mark.parametrize("has_validation", [True, False])
