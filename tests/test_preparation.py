@@ -353,7 +353,7 @@ def test_oasst1_paths_follow_the_best_reply_that_is_no_spam():
     notes, rows = Notes(), [(row["message_id"], row) for row in OASST1]
     trees = [[[m["content"] for m in messages] for messages in tree] for tree in oasst1_trees(rows, notes)]
     assert trees == [[["Q", "best", "Q2", "A2"], ["Q", "best"]], [["D?", "D."]]]
-    assert notes.lines()[0] == "2 messages that were deleted or marked as spam were left out, the first in a6"
+    assert notes.lines()[0] == "3 messages that were deleted or marked as spam were left out, the first in a6"
     assert any(line.startswith("1 answers that people liked less") and line.endswith(" a1") for line in notes.lines())
 
 
