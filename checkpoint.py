@@ -4,12 +4,14 @@ Nothing in a file is ever executed: everything is read with `weights_only=True`.
 """
 
 import dataclasses
+import hashlib
 import zipfile
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
+import lora
 import tokenizer as tokenizers
 from cli import UserError
 from files import atomic_write
@@ -19,14 +21,18 @@ FORMAT_VERSION = 1
 
 
 def save(path: str | Path, checkpoint: dict) -> None:
-    """Writes a checkpoint atomically, with `format_version` and `created` (UTC, ISO 8601) added.
+    """Writes a checkpoint (of `pack` or `load`) atomically, with `format_version` and `created` (UTC, ISO 8601) added.
 
     Raises UserError where the disk is full or the folder cannot be written; what was at `path` is as it was.
     """
-    created = datetime.now(UTC).isoformat(timespec="seconds")
+    facts = {
+        "format_version": FORMAT_VERSION,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": dataclasses.asdict(checkpoint["config"]),
+    }
     try:
         with atomic_write(path) as file:
-            torch.save({"format_version": FORMAT_VERSION, "created": created, **checkpoint}, file)
+            torch.save({**checkpoint, **facts}, file)
     except (OSError, RuntimeError) as error:
         cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides what went wrong
         if not isinstance(cause, OSError):
@@ -34,10 +40,12 @@ def save(path: str | Path, checkpoint: dict) -> None:
         raise UserError(f"cannot write {path}: {cause.strerror}; what was there is as it was") from None
 
 
-def load(path: str | Path, verify: bool = False) -> dict:
+def load(path: str | Path, verify: bool = False, kinds: tuple[str, ...] = ("base", "sft")) -> dict:
     """Reads a checkpoint onto the CPU, its tensors mapped from the file; `verify` compares the checksums first.
 
-    Raises UserError where the file is missing, damaged, no checkpoint of this project, or from a newer version.
+    `kinds` are those wanted; an adapter, of kind "lora", becomes the whole model unless it is wanted itself. Raises
+    UserError where the file is missing, damaged, of another kind, no checkpoint of this project, or from a newer
+    version.
     """
     path = Path(path)
     if not path.is_file():
@@ -56,7 +64,71 @@ def load(path: str | Path, verify: bool = False) -> dict:
         raise UserError(f"{path} {what} ({type(error).__name__})") from None
     if checkpoint.get("format_version", 0) > FORMAT_VERSION:
         raise UserError(f"{path} is from a newer version of this project: update it")
-    return {**checkpoint, "config": config}
+    checkpoint["config"] = config
+    if checkpoint["kind"] == "lora" and "lora" not in kinds:
+        checkpoint = _with_base(checkpoint, path)
+    if checkpoint["kind"] not in kinds:
+        if checkpoint["kind"] == "classifier":
+            raise UserError(f"{path} is a classifier, it writes no text: ask it with classify.py")
+        if kinds == ("classifier",):
+            raise UserError(f"{path} is a language model, not a classifier: train one with train_classifier.py")
+        raise UserError(f"{path} is of the kind {checkpoint['kind']!r}, wanted {' or '.join(kinds)}")
+    return checkpoint
+
+
+def load_base(adapter: dict, path: str | Path) -> dict:
+    """Returns the checkpoint that an adapter, read from `path`, was trained on, its vocabulary grown as it was then.
+
+    It is sought where it was, then beside the adapter. Raises UserError where it is missing or has changed.
+    """
+    try:
+        name, sha256 = adapter["lora"]["base"], adapter["lora"]["base_sha256"]
+    except (KeyError, TypeError):
+        raise UserError(f"{path} is damaged: it does not say what it adapts") from None
+    found = [base for base in (Path(name), Path(path).parent / Path(name).name) if base.is_file()]
+    if base := next((base for base in found if file_sha256(base) == sha256), None):
+        return grow_vocabulary(load(base))
+    what = f"{found[0]} has changed since" if found else "it is missing"
+    raise UserError(f"{path} adapts the model {name} (SHA-256 {sha256[:12]}…), but {what}: put that file back")
+
+
+def file_sha256(path: str | Path) -> str:
+    """Returns the SHA-256 sum of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _with_base(adapter, path):
+    base = load_base(adapter, path)
+    try:
+        scale = adapter["lora"]["alpha"] / adapter["lora"]["rank"]
+        weights = lora.merge(base["model"], adapter["model"], scale, tokenizer(adapter).user)
+    except (KeyError, RuntimeError, TypeError):
+        raise UserError(f"{path} is damaged: it does not fit the model that it adapts") from None
+    return {name: value for name, value in adapter.items() if name != "lora"} | {"kind": "sft", "model": weights}
+
+
+def grow_vocabulary(checkpoint: dict) -> dict:
+    """Returns a language model's checkpoint with a row for each token of its tokenizer, the role tokens included.
+
+    OpenAI's GPT-2 has 50,257 rows and gets 50,304. New rows are the mean of the old (Hewitt 2021); no logit of an
+    existing token changes.
+    """
+    config, known = checkpoint["config"], tokenizer(checkpoint)
+    if config.n_tokens >= known.n_tokens:
+        return checkpoint
+    n = config.n_tokens
+    vocab_size = max(known.padded_vocab_size, config.vocab_size)
+
+    def grown(rows):
+        return torch.cat((rows[:n], rows[:n].mean(dim=0, keepdim=True).expand(vocab_size - n, -1)))
+
+    weights = {
+        name: grown(tensor) if name in ("wte.weight", "lm_head.weight") else tensor
+        for name, tensor in checkpoint["model"].items()
+    }
+    config = dataclasses.replace(config, vocab_size=vocab_size, n_tokens=known.n_tokens)
+    return {**checkpoint, "model": weights, "config": config}
 
 
 def build(checkpoint: dict, path: str | Path, device: torch.device | str = "cpu") -> GPT:
@@ -76,6 +148,24 @@ def build(checkpoint: dict, path: str | Path, device: torch.device | str = "cpu"
     return model.eval()
 
 
+def with_class_head(checkpoint: dict, n_classes: int) -> dict:
+    """Returns a language model's checkpoint with a random head over `n_classes` in place of that over tokens."""
+    config = dataclasses.replace(checkpoint["config"], n_classes=n_classes, tie_weights=False)
+    head = torch.normal(0.0, 0.02, (n_classes, config.n_embd))
+    return {**checkpoint, "config": config, "model": {**checkpoint["model"], "lm_head.weight": head}}
+
+
+def restore_adapter(model: GPT, adapter: dict, path: str | Path) -> None:
+    """Puts an adapter, read from `path`, into a model that has one. Raises UserError where it does not fit."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    try:
+        if adapter["model"].keys() != trained:
+            raise RuntimeError
+        model.load_state_dict(adapter["model"], strict=False)
+    except RuntimeError:
+        raise UserError(f"{path} is damaged: its adapter does not fit its model") from None
+
+
 def describe(checkpoint: dict) -> str:
     """Returns the facts of a checkpoint in a few words, for people."""
     history = checkpoint.get("history") or [{}]
@@ -90,9 +180,15 @@ def tokenizer(checkpoint: dict) -> tokenizers.Tokenizer:
     return tokenizers.from_spec(checkpoint["tokenizer"])
 
 
-def pack(model: GPT, **facts: object) -> dict:
-    """Returns the dict to save for a model: its weights (the tied head once), its config and the given facts."""
-    weights = model.state_dict()
-    if model.config.tie_weights:
-        del weights["lm_head.weight"]
-    return {"model": weights, "config": dataclasses.asdict(model.config), **facts}
+def pack(model: GPT, *, kind: str, **facts: object) -> dict:
+    """Returns the dict to save for a model: its weights (the tied head once), its config and the given facts.
+
+    Of kind "lora" the weights are the adapter alone: what trains.
+    """
+    if kind == "lora":
+        weights = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    else:
+        weights = model.state_dict()
+        if model.config.tie_weights:
+            del weights["lm_head.weight"]
+    return {"kind": kind, "model": weights, "config": model.config, **facts}

@@ -100,8 +100,56 @@ class Windows:
         return Batch(row[None, :-1], row[None, 1:], None)
 
 
-class Conversations:
-    """Whole conversations, each from position 0, in epochs that visit every one once, grouped by length."""
+class Epochs:
+    """Sequences in epochs that visit every one once, in random order but grouped by length.
+
+    To be derived from: `self.lengths` (tokens of each), `batch_size`, `seed`, and `_row(i)`, which gives one as a Batch
+    of one row.
+    """
+
+    lengths: np.ndarray
+    batch_size: int
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in all sequences."""
+        return int(self.lengths.sum())
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Optimizer steps in an epoch, the last perhaps on a smaller batch."""
+        return -(-len(self) // self.batch_size)
+
+    def batch(self, step: int) -> list[Batch]:
+        """Returns the global batch of a step, one Batch of one row per sequence."""
+        epoch, index = divmod(step, self.batches_per_epoch)
+        random = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+        order = random.permutation(len(self))
+        pool = 50 * self.batch_size  # sorting within pools keeps the order random and the padding low
+        order = np.concatenate(
+            [
+                part[np.argsort(self.lengths[part], kind="stable")]
+                for part in np.split(order, range(pool, len(order), pool))
+            ]
+        )
+        batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
+        return [self._row(i) for i in batches[random.permutation(len(batches))[index]]]
+
+    def in_order(self, max_tokens: int | None = None) -> Iterator[Batch]:
+        """Yields every sequence once, in order; with `max_tokens`, the first that have about as many."""
+        before = np.cumsum(self.lengths) - self.lengths
+        for i in range(len(self)):
+            if max_tokens and before[i] >= max_tokens:
+                return
+            yield self._row(i)
+
+
+class Conversations(Epochs):
+    """Whole conversations, each from position 0, with loss where the assistant speaks."""
 
     def __init__(self, folder: Path, split: str, block_size: int, batch_size: int, seed: int):
         """Reads `sft_{split}.bin`, its mask and its index. Raises UserError where they are missing or do not match."""
@@ -118,45 +166,19 @@ class Conversations:
                 f"of {block_size}: run prepare_sft_data.py with --block-size {block_size}"
             )
 
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens in all conversations."""
-        return len(self.tokens)
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Optimizer steps in an epoch, the last perhaps on a smaller batch."""
-        return -(-len(self) // self.batch_size)
-
-    def batch(self, step: int) -> list[Batch]:
-        """Returns the global batch of a step, one Batch of one row per conversation."""
-        epoch, index = divmod(step, self.batches_per_epoch)
-        random = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-        order = random.permutation(len(self))
-        pool = 50 * self.batch_size  # sorting within pools keeps the order random and the padding low
-        order = np.concatenate(
-            [
-                part[np.argsort(self.lengths[part], kind="stable")]
-                for part in np.split(order, range(pool, len(order), pool))
-            ]
-        )
-        batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
-        return [self._row(i) for i in batches[random.permutation(len(batches))[index]]]
-
-    def in_order(self, max_tokens: int | None = None) -> Iterator[Batch]:
-        """Yields every conversation once, in the file's order; with `max_tokens`, the first that have about as many."""
-        for i in range(len(self)):
-            if max_tokens and self.offsets[i] >= max_tokens:
-                return
-            yield self._row(i)
-
     def conversation(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the tokens (uint16) and the loss mask (uint8) of conversation `i`."""
         span = slice(self.offsets[i], self.offsets[i + 1])
         return self.tokens[span], self.mask[span]
+
+    def first_exchanges(self, n: int) -> list[tuple[list[int], list[int]]]:
+        """Returns of the first `n` conversations the ids before the assistant's first answer, and those of it."""
+        exchanges = []
+        for tokens, mask in map(self.conversation, range(min(n, len(self)))):
+            start = int(np.argmax(mask))
+            end = start + int(np.argmin(np.append(mask[start:], 0)))
+            exchanges.append((tokens[:start].tolist(), tokens[start:end].tolist()))
+        return exchanges
 
     def _row(self, i):
         tokens, mask = self.conversation(i)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import time
+import warnings
 from pathlib import Path
 
 from cli import TrainerConfig, UserError, plain
@@ -35,10 +36,10 @@ class RunLog:
         return self.before + time.perf_counter() - self.start
 
     def write(self, entry: dict) -> None:
-        """Adds one entry: `step` and numbers."""
+        """Adds one entry: `step`, numbers, and perhaps `examples`."""
         self.file.write(json.dumps({**entry, "seconds": round(self.seconds, 3)}) + "\n")
         for add in self.sinks:
-            add(entry)
+            add({name: value for name, value in entry.items() if name != "examples"})
 
     def close(self) -> None:
         """Closes the file."""
@@ -87,8 +88,10 @@ def draw_losses(log_path: Path, plot_path: Path) -> None:
     from matplotlib.ticker import EngFormatter
 
     entries = read_log(log_path)
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
+    examined = [entry for entry in entries if "examples" in entry]
+    figure = Figure(figsize=(8, 4.5 + 3.2 * bool(examined)), layout="constrained")
+    ratios = [4.5, 3.2] if examined else [1]
+    axes, *below = figure.subplots(len(ratios), height_ratios=ratios, squeeze=False)[:, 0]
     for key, label, style in (
         ("loss", "training", {"lw": 1, "alpha": 0.6}),
         ("val_loss", "validation", {"marker": "o", "ms": 4}),
@@ -96,7 +99,7 @@ def draw_losses(log_path: Path, plot_path: Path) -> None:
         points = [(entry["step"], entry[key]) for entry in entries if key in entry]
         if points:
             axes.plot(*zip(*points, strict=True), label=f"{label} (last: {points[-1][1]:.3f})", **style)
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=log_path.stem)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats)", title=log_path.stem)
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right")
     steps = [entry for entry in entries if "learning_rate" in entry]
@@ -108,13 +111,19 @@ def draw_losses(log_path: Path, plot_path: Path) -> None:
         tokens = axes.secondary_xaxis("top", (lambda x: x * tokens_per_step, lambda x: x / tokens_per_step))
         tokens.xaxis.set_major_formatter(EngFormatter())
         tokens.set_xlabel("tokens")
-    with atomic_write(plot_path) as file:
+    if examined:
+        below[0].axis("off")
+        text = before_and_after(examined, width=125)
+        below[0].text(0, 1, text, va="top", fontsize=6.5, family="monospace", parse_math=False)
+    with warnings.catch_warnings(), atomic_write(plot_path) as file:
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of scripts that the font lacks
         FigureCanvasAgg(figure).print_png(file)
 
 
 def parameter_table(model: GPT) -> str:
     """Returns how many parameters each part of a model has, as a table."""
     parts = {
+        "LoRA": ("lora_", "role_rows"),
         "token embedding": ("wte",),
         "position embedding": ("wpe",),
         f"attention, {model.config.n_layer} layers": (".attn.",),
@@ -129,11 +138,35 @@ def parameter_table(model: GPT) -> str:
     return "\n".join(f"{part:22}{n:>15,}" for part, n in counts.items() if n)
 
 
-def summary(best_val_loss: float, bytes_per_token: float | None, tokens: int, model: GPT, seconds: float) -> str:
+def before_and_after(history: list[dict], width: int = 160) -> str:
+    """Returns the held-out loss and the examples before training and of the weights that were kept, as text."""
+    before, after = (entries := [entry for entry in history if "examples" in entry])[0], entries[-1]
+    lines = [
+        f"held-out loss {before['val_loss']:.4f} before, {after['val_loss']:.4f} after (step {after['step']:,}); "
+        "on held-out inputs, greedily:"
+    ]
+    for old, new in zip(before["examples"], after["examples"], strict=True):
+        lines.append(f"> {shortened(new['input'], width)}")
+        for label, text in (("before", old["output"]), ("after", new["output"]), ("wanted", new["expected"])):
+            lines.append(f"  {label:7} {shortened(text, width)}")
+    return "\n".join(lines)
+
+
+def shortened(text: str, longest: int) -> str:
+    """Returns a text in one line of at most so many characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def summary(
+    best_val_loss: float, bytes_per_token: float | None, tokens: int, model: GPT, seconds: float, is_text: bool
+) -> str:
     """Returns what a run came to: its best validation loss in every unit, tokens beside parameters, time and speed."""
     parts = []
     if math.isfinite(best_val_loss):
-        parts.append(f"best validation loss {best_val_loss:.4f}, perplexity {math.exp(min(best_val_loss, 700)):,.2f}")
+        parts.append(f"best validation loss {best_val_loss:.4f}")
+    if math.isfinite(best_val_loss) and is_text:
+        parts[-1] += f", perplexity {math.exp(min(best_val_loss, 700)):,.2f}"
     if math.isfinite(best_val_loss) and bytes_per_token:
         parts[-1] += f", {best_val_loss / math.log(2) / bytes_per_token:.3f} bits per byte"
     per_parameter = tokens / model.n_parameters()

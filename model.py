@@ -33,6 +33,8 @@ class GPTConfig:
     """Biases in the linear layers and LayerNorms, as in GPT-2."""
     tie_weights: bool = True
     """The head shares the token embedding's matrix, as in GPT-2."""
+    n_classes: int = 0
+    """Outputs of a head that classifies, in place of the one over the vocabulary; 0 for a language model."""
 
 
 class CausalSelfAttention(nn.Module):
@@ -104,7 +106,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.n_classes or config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.wte.weight
         for name, parameter in self.named_parameters():
@@ -120,9 +122,12 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters()) - (0 if positions else self.wpe.weight.numel())
 
     def flops_per_token(self) -> int:
-        """Floating-point operations of one training step per token (appendix B of Chowdhery et al. 2022, PaLM)."""
-        c = self.config
-        return 6 * self.n_parameters(positions=False) + 12 * c.n_layer * c.n_embd * c.block_size
+        """Floating-point operations of one training step per token (appendix B of Chowdhery et al. 2022, PaLM).
+
+        Frozen parameters are counted without the product that would form their gradient.
+        """
+        c, frozen = self.config, sum(p.numel() for p in self.parameters() if not p.requires_grad)
+        return 6 * self.n_parameters(positions=False) - 2 * frozen + 12 * c.n_layer * c.n_embd * c.block_size
 
     def hidden(self, tokens: Tensor, cache: "KVCache | None" = None) -> Tensor:
         """Final hidden states (B, T, C) of int64 tokens (B, T), which continue what `cache` holds, if given."""
@@ -257,18 +262,19 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk:
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _LinearCrossEntropy.apply(hidden, weight, targets, chunk, needs_gradient)
+    learning = torch.is_grad_enabled()
+    return _LinearCrossEntropy.apply(
+        hidden, weight, targets, chunk, learning and hidden.requires_grad, learning and weight.requires_grad
+    )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk, needs_gradient):
+    def forward(ctx, hidden, weight, targets, chunk, hidden_learns, weight_learns):
         head = weight.to(hidden.dtype)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        if needs_gradient:
-            grad_hidden = torch.empty_like(hidden)
-            grad_weight = torch.zeros_like(weight)
+        grad_hidden = torch.empty_like(hidden) if hidden_learns else None
+        grad_weight = torch.zeros_like(weight) if weight_learns else None
         for x, y, rows in (
             (hidden[i : i + chunk], targets[i : i + chunk, None], slice(i, i + chunk))
             for i in range(0, hidden.size(0), chunk)
@@ -277,18 +283,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             top, of_targets = logits.amax(dim=-1, keepdim=True), logits.gather(-1, y)
             normalizer = logits.sub_(top).exp_().sum(dim=-1, keepdim=True)
             loss += (normalizer.log() + top - of_targets).sum()
-            if needs_gradient:  # of the sum: softmax minus one-hot
+            if hidden_learns or weight_learns:  # the gradient of the sum: softmax minus one-hot
                 grad_logits = logits.div_(normalizer).scatter_add_(-1, y, -torch.ones_like(top)).to(hidden.dtype)
+            if hidden_learns:
                 grad_hidden[rows] = grad_logits @ head
-                if weight.dtype == hidden.dtype:
-                    grad_weight.addmm_(grad_logits.t(), x)
-                else:
-                    grad_weight += grad_logits.t() @ x
-        if needs_gradient:
-            ctx.save_for_backward(grad_hidden, grad_weight)
+            if weight_learns and weight.dtype == hidden.dtype:
+                grad_weight.addmm_(grad_logits.t(), x)
+            elif weight_learns:
+                grad_weight += grad_logits.t() @ x
+        ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss, grad_weight.mul_(grad_loss), None, None, None
+        grad_hidden = None if grad_hidden is None else grad_hidden * grad_loss
+        return grad_hidden, None if grad_weight is None else grad_weight.mul_(grad_loss), None, None, None, None

@@ -84,13 +84,14 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
 def records(path: Path, stream: BinaryIO, columns: list[str] | None = None) -> Iterator[tuple[str, dict]]:
     """Yields the rows of a table, each with its place ("a.jsonl, line 17"), reading no more than it must.
 
-    Of Parquet only `columns` are read, where given. Raises UserError, naming the place, for what cannot be parsed.
+    Of Parquet only `columns` are read, where given. Columns named "1", "2" and so on are those of a .csv or .tsv file
+    that has no header. Raises UserError, naming the place, for what cannot be parsed.
     """
     suffix = kind(path)
     if suffix == ".parquet":
         yield from _parquet(path, stream, columns)
     elif suffix in (".csv", ".tsv"):
-        yield from _csv(path, stream, tabs=suffix == ".tsv")
+        yield from _csv(path, stream, suffix == ".tsv", columns)
     elif suffix == ".json" and stream.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         yield from _json_list(path, stream)
     else:
@@ -122,11 +123,14 @@ def _json_list(path, stream):
         raise UserError(f"{path} is not JSON after record {number}: {' '.join(str(error).split())[:60]}") from None
 
 
-def _csv(path, stream, tabs):
+def _csv(path, stream, tabs, columns):
     csv.field_size_limit(sys.maxsize)
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     # Quotation marks mean nothing in tab-separated files: their fields hold neither tabs nor line breaks.
-    rows = csv.DictReader(text, **({"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}))
+    format_ = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
+    if columns and all(map(str.isdecimal, columns)):
+        format_["fieldnames"] = [str(i + 1) for i in range(max(map(int, columns)))]
+    rows = csv.DictReader(text, **format_)
     try:
         for row in rows:
             yield f"{path}, line {rows.line_num}", row

@@ -99,7 +99,7 @@ def main(config: Config) -> None:
     from model import GPT, GPTConfig
     from trainer import Trainer, claim_output
 
-    resumed = claim_output(config)
+    resumed = claim_output(config, "base")
     config = prepare_first(config)
     meta = read_token_meta(config.data)
     tokenizer = tokenizers.load_beside(config.data, meta)

@@ -1,16 +1,17 @@
 """Step 5: a language model → one that answers. Fine-tunes on conversations; loss on the assistant's tokens only."""
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import TrainerConfig, UserError, require, run
+from cli import SamplingConfig, TrainerConfig, UserError, require, run
 
 
 @dataclass(frozen=True)
 class Config(TrainerConfig):
     preset: str = "gpt2"
-    """gpt2 or demo: the defaults of everything else"""
+    """gpt2, lora or demo: the defaults of everything else"""
     model: Path = Path("checkpoints/pretrained.pt")
     """checkpoint to start from"""
     data: Path = Path("data")
@@ -37,15 +38,29 @@ class Config(TrainerConfig):
     """steps between saves of what --resume needs"""
     dropout: float = 0.0
     """share of activations dropped in training"""
+    lora_rank: int = 0
+    """rank of LoRA's adapters, which train alone and make a file of a few MB; 0 trains the whole model"""
+    lora_alpha: float = 32.0
+    """LoRA's corrections are scaled by alpha / rank"""
+    lora_dropout: float = 0.05
+    """share of an adapter's inputs dropped in training"""
+    merge: bool = False
+    """at the end, make --out a whole model instead of an adapter"""
 
     def __post_init__(self):
         super().__post_init__()
         require(self.epochs >= 1, "--epochs must be at least 1")
-        require(0 <= self.dropout < 1, "--dropout must be at least 0 and below 1")
+        require(self.lora_rank >= 0, "--lora-rank must not be negative")
+        require(self.lora_rank > 0 or not self.merge, "--merge belongs to --lora-rank")
+        require(
+            0 <= self.dropout < 1 and 0 <= self.lora_dropout < 1,
+            "--dropout and --lora-dropout must be at least 0 and below 1",
+        )
 
 
 PRESETS = {
     "gpt2": Config(),
+    "lora": Config(preset="lora", out=Path("checkpoints/lora.pt"), lora_rank=16, learning_rate=2e-4, min_lr=2e-5),
     "demo": Config(
         preset="demo",
         model=Path("checkpoints/demo/pretrained.pt"),
@@ -73,10 +88,17 @@ def main(config: Config) -> None:
     import checkpoint
     from files import read_meta
     from loader import Conversations
+    from lora import add_adapter
     from trainer import Trainer, claim_output
 
-    resumed = claim_output(config)
-    start, path = (resumed, config.out) if resumed else (checkpoint.load(config.model), config.model)
+    kind = "lora" if config.lora_rank else "sft"
+    resumed = claim_output(config, kind)
+    if resumed and kind == "sft":
+        start, path = resumed, config.out
+    elif resumed:
+        start, path = checkpoint.load_base(resumed, config.out), resumed["lora"]["base"]
+    else:
+        start, path = checkpoint.grow_vocabulary(checkpoint.load(config.model)), config.model
     meta = read_meta(config.data / "sft_meta.json", "prepare_sft_data.py")
     tokenizer = checkpoint.tokenizer(start)
     if meta["tokenizer"] != tokenizer.name:
@@ -88,20 +110,60 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     start["config"] = dataclasses.replace(start["config"], dropout=config.dropout)
     model = checkpoint.build(start, path)
+    facts = {"kind": kind, "tokenizer": tokenizer.spec, "template": meta["template"]}
+    if config.lora_rank:
+        facts["lora"] = (
+            resumed["lora"]
+            if resumed
+            else {
+                "rank": config.lora_rank,
+                "alpha": config.lora_alpha,
+                "base": str(config.model),
+                "base_sha256": checkpoint.file_sha256(config.model),
+            }
+        )
+        add_adapter(model, facts["lora"]["rank"], facts["lora"]["alpha"], config.lora_dropout, tokenizer.user)
+        if resumed:
+            checkpoint.restore_adapter(model, resumed, config.out)
     train_data, val_data = (
         Conversations(config.data, split, model.config.block_size, config.batch_size, config.seed)
         for split in ("train", "val")
     )
     config = dataclasses.replace(config, max_steps=config.max_steps or config.epochs * train_data.batches_per_epoch)
     print(f"{len(train_data):,} conversations, {config.max_steps:,} steps")
-    Trainer(
+    trainer = Trainer(
         model.train(),
         train_data,
         val_data,
         config,
-        {"kind": "sft", "tokenizer": tokenizer.spec, "template": meta["template"]},
+        facts,
         resumed=resumed,
-    ).run()
+        examine=functools.partial(answers, val_data.first_exchanges(5), tokenizer),
+    )
+    trainer.run()
+    if config.merge and trainer.rank == 0:
+        checkpoint.save(config.out, checkpoint.load(config.out))
+        print(f"{config.out} is a whole model now")
+
+
+def answers(exchanges: list, tokenizer, model, device, dtype) -> list[dict[str, str]]:
+    """Answers the first questions of held-out conversations greedily."""
+    from torch.nn.utils.parametrize import cached
+
+    from sampling import TextModel
+
+    text_model = TextModel(model, tokenizer, None, "", device, dtype)
+    config = SamplingConfig(greedy=True, max_new_tokens=60)
+
+    def text(ids):
+        return tokenizer.decode(i for i in ids if i < tokenizer.end_of_text).strip()
+
+    with cached():  # what LoRA makes of a weight is made once
+        outputs = ["".join(text_model.stream(asked, config)).strip() for asked, _ in exchanges]
+    return [
+        {"input": text(asked), "expected": text(answer), "output": output}
+        for (asked, answer), output in zip(exchanges, outputs, strict=True)
+    ]
 
 
 if __name__ == "__main__":

@@ -16,13 +16,16 @@ from tqdm import tqdm
 
 import checkpoint
 from cli import SamplingConfig, TrainerConfig, UserError, command_line, plain
-from device import autocast, choose_device, choose_dtype, fast_attention, keep_memory, peak_flops
-from loader import Batch, Conversations, Prefetcher, Windows, micro_batches, stack
-from logs import RunLog, draw_losses, parameter_table, summary
+from device import autocast, choose_device, choose_dtype, fast_attention, keep_memory, peak_flops, peak_memory
+from loader import Batch, Epochs, Prefetcher, Windows, micro_batches, stack
+from logs import RunLog, before_and_after, draw_losses, parameter_table, summary
 from model import GPT
 from optim import build_optimizers
 from sampling import TextModel
 from tokenizer import from_spec
+
+Examine = Callable[[GPT, torch.device, torch.dtype], list[dict[str, str]]]
+"""Gives a model the same few held-out inputs each time; returns for each `input`, `expected` and `output`."""
 
 
 class Trainer:
@@ -35,20 +38,22 @@ class Trainer:
     def __init__(
         self,
         model: GPT,
-        train_data: Windows | Conversations,
-        val_data: Windows | Conversations,
+        train_data: Windows | Epochs,
+        val_data: Windows | Epochs,
         config: TrainerConfig,
         facts: dict,
         bytes_per_token: float | None = None,
         resumed: dict | None = None,
         model_is_fresh: bool = False,
+        examine: Examine | None = None,
     ):
         """`facts` go into the checkpoint (kind, tokenizer, template); `resumed` is a loaded `.last.pt`.
 
         With `bytes_per_token`, UTF-8 bytes per token of the validation text, bits per byte are reported too.
-        `model_is_fresh` says that the weights are random, so that the first loss is known beforehand.
+        `model_is_fresh` says that the weights are random, so that the first loss is known beforehand. What `examine`
+        gives before and after training is shown and kept.
         """
-        self.config, self.facts, self.bytes_per_token = config, facts, bytes_per_token
+        self.config, self.facts, self.bytes_per_token, self.examine = config, facts, bytes_per_token, examine
         self.train_data, self.val_data = train_data, val_data
         self.rank, self.world_size, local_rank = (
             int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
@@ -257,6 +262,12 @@ class Trainer:
         improved = loss < self.best_val_loss
         self.best_val_loss = min(loss, self.best_val_loss)
         self.bad_evaluations = 0 if improved else self.bad_evaluations + 1
+        is_kept = improved or c.keep == "last"
+        if self.examine and is_kept:
+            for old in self.history[1:]:
+                old.pop("examples", None)
+            entry["examples"] = self.examine(self.model.eval(), self.device, self.dtype)
+            self.model.train()
         self.history.append(entry)
         if self.rank == 0:
             self.log.write(entry)
@@ -266,7 +277,7 @@ class Trainer:
                 self.bar.write(f"warning: random weights should give about ln(vocabulary) = {expected:.2f}")
             if c.sample_prompt:
                 self.bar.write(self._sample())
-            if improved or c.keep == "last":
+            if is_kept:
                 self._save(c.out)
         if c.target_loss_on == "val" and loss <= c.target_loss:
             return f"reached the target loss {c.target_loss}"
@@ -351,6 +362,13 @@ class Trainer:
         print(parameter_table(self.model))
         per_epoch = getattr(data, "batches_per_epoch", data.n_tokens / config.batch_size / self.model.config.block_size)
         tokens_per_batch = data.n_tokens / per_epoch
+        all_, trained = self.model.n_parameters(), sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        if trained < all_:  # in float32: weights, gradients, AdamW's two means
+            whole = all_ - trained if self.facts["kind"] == "lora" else all_
+            print(
+                f"{trained:,} of {all_:,} parameters train ({trained / all_:.2%}): weights, gradients and AdamW's "
+                f"state take {(4 * all_ + 12 * trained) / 1e6:,.1f} MB; if all did, {16 * whole / 1e6:,.1f} MB"
+            )
         print(
             f"{data.n_tokens:,} training tokens, {per_epoch:,.0f} batches of {config.batch_size} sequences an epoch, "
             f"{self.model.flops_per_token() * tokens_per_batch / 1e12:.3g} TFLOP a step"
@@ -360,8 +378,12 @@ class Trainer:
         """Prints what the run came to, and how to go on with one that was interrupted."""
         c = self.config
         print(f"{stop_reason} at step {self.step:,}; model in {c.out}, curves in {c.plot}")
-        print(summary(self.best_val_loss, self.bytes_per_token, self.tokens, self.model, self.log.seconds))
-        if not c.sample_prompt and not self.facts["template"]:
+        is_text = self.facts["kind"] != "classifier"
+        print(summary(self.best_val_loss, self.bytes_per_token, self.tokens, self.model, self.log.seconds, is_text))
+        print(f"peak memory {peak_memory(self.device) / 1e6:,.0f} MB")
+        if self.examine:
+            print(before_and_after(self.history))
+        elif not c.sample_prompt:
             print(f"it writes:\n{self._sample()}")
         self.log.close()
         if stop_reason == "interrupted":
@@ -412,8 +434,8 @@ def last_path(out: Path) -> Path:
     return out.with_suffix(".last.pt")
 
 
-def claim_output(config: TrainerConfig) -> dict | None:
-    """Returns the loaded state to resume from, or None for a new run.
+def claim_output(config: TrainerConfig, *kinds: str) -> dict | None:
+    """Returns the loaded state to resume from, which is of one of the `kinds`, or None for a new run.
 
     Raises UserError where a checkpoint would be overwritten unasked, or where there is nothing to resume.
     """
@@ -423,7 +445,7 @@ def claim_output(config: TrainerConfig) -> dict | None:
     if config.resume:
         if not last.exists():
             raise UserError(f"nothing to resume: {last} is missing; start without --resume")
-        return checkpoint.load(last, verify=True)
+        return checkpoint.load(last, verify=True, kinds=kinds)
     if not config.overwrite and (taken := next((path for path in (config.out, last) if path.exists()), None)):
         raise UserError(
             f"{taken} exists: add --resume to go on with it, --overwrite to replace it, or choose another --out"

@@ -229,6 +229,8 @@ def test_help_is_quick_and_names_every_flag():
         ("generate.py", "--top-p"),
         ("prepare_sft_data.py", "--template"),
         ("train_sft.py", "--epochs"),
+        ("train_classifier.py", "--train-layers"),
+        ("classify.py", "--json"),
         ("demo.py", "--input"),
     ):
         code = (
@@ -257,6 +259,7 @@ SHORT = {
     "PREPARE": "prepare_data.py --out data/new",
     "PREPARE_SFT": "prepare_sft_data.py --out data/new",
     "GENERATE": "generate.py",
+    "CLASSIFIER": "train_classifier.py --model checkpoints/toy.pt --out NEW",
 }
 BAD_INPUT = [  # exit status, a part of the message, the command
     (2, "--no-such-flag", "train.py --no-such-flag"),
@@ -281,6 +284,11 @@ BAD_INPUT = [  # exit status, a part of the message, the command
     (1, "tokenizer", "train.py --data data/other --init-from checkpoints/toy.pt --out NEW"),
     (1, "no checkpoint", "SFT --model checkpoints/none.pt"),
     (1, "run prepare_sft_data.py first", "SFT --data data/other"),
+    (1, "is a classifier", "SFT --model bad/classifier.pt"),
+    (1, "it is missing: put that file back", "SFT --model bad/adapter.pt"),
+    (1, "is of the kind 'sft', wanted base", "train.py --data data/toy --resume --out checkpoints/sft.pt"),
+    (1, "is of the kind 'sft', wanted lora", "SFT --resume --out checkpoints/sft.pt --lora-rank 2"),
+    (2, "--merge belongs to --lora-rank", "SFT --merge"),
     (2, "at least 1", "SFT --epochs 0"),
     (1, "no text in", "PREPARE --input none.txt"),
     (1, "no text in", "PREPARE --input bad/empty"),
@@ -314,6 +322,10 @@ BAD_INPUT = [  # exit status, a part of the message, the command
     (1, "cannot read", "PREPARE_SFT --input none.jsonl"),
     (1, "not JSON", "PREPARE_SFT --input bad/text.txt"),
     (1, "do not take turns", "PREPARE_SFT --input bad/turns.jsonl"),
+    (1, "1 conversations without an answer were dropped", "PREPARE_SFT --input bad/no_answer.jsonl"),
+    (1, "with an empty turn were dropped", "PREPARE_SFT --input bad/empty_turn.jsonl"),
+    (1, "with a role like 'tool'", "PREPARE_SFT --input bad/role.jsonl"),
+    (1, "one exchange alone is as long", "PREPARE_SFT --dataset pydocs-qa --max-conversations 9 --block-size 2"),
     (1, "wanted an object", "PREPARE_SFT --input bad/other.json"),
     (1, "wanted a list of messages", "PREPARE_SFT --input bad/number.json"),
     (1, "fewer than two", "PREPARE_SFT --input bad/one.jsonl"),
@@ -325,6 +337,21 @@ BAD_INPUT = [  # exit status, a part of the message, the command
     (1, "newer version", "GENERATE --model bad/newer.pt --prompt x"),
     (1, "only completes text", "GENERATE --model checkpoints/toy.pt --chat"),
     (1, "only completes text", "GENERATE --model checkpoints/toy.pt --instruction x"),
+    (1, "is a classifier", "GENERATE --model bad/classifier.pt --prompt x"),
+    (1, "does not say what it adapts", "GENERATE --model bad/no_base.pt --prompt x"),
+    (1, "cannot read none.csv", "CLASSIFIER --input none.csv"),
+    (1, "no column 'text', but ham", "CLASSIFIER --input bad/labels.tsv"),
+    (1, "no column 'class', but ham", "CLASSIFIER --input bad/labels.tsv --text-column ham --label-column class"),
+    (1, "the label 'rare' is seen once", "CLASSIFIER --input bad/labels.tsv --label-column 1 --text-column 2"),
+    (1, "all rows have the label 'ham'", "CLASSIFIER --input bad/one_label.tsv --label-column 1 --text-column 2"),
+    (1, "holds no labelled text", "CLASSIFIER --input bad/blank.txt"),
+    (1, "Hub", "CLASSIFIER --dataset sms-spam"),
+    (2, "no data set 'everything'", "CLASSIFIER --dataset everything"),
+    (2, "together below 1", "CLASSIFIER --val-fraction 0.5 --test-fraction 0.5"),
+    (1, "not a classifier", "classify.py --model checkpoints/toy.pt x"),
+    (1, "no checkpoint", "classify.py --model checkpoints/none.pt x"),
+    (1, "line 1 is not UTF-8", "classify.py --model bad/classifier.pt --input bad/latin1.txt"),
+    (2, "exclude each other", "classify.py x --input bad/latin1.txt"),
     (2, "--temperature", "generate.py --temperature -1"),
     (2, "--top-p", "generate.py --top-p 0"),
     (2, "exclude", "generate.py --chat --prompt x"),
@@ -365,6 +392,12 @@ def bad(toy):
         "other.json": b'[{"a": 1}]',
         "number.json": b'[{"messages": 3}]',
         "turns.jsonl": json.dumps({"messages": [turn, turn, {"role": "assistant", "content": "y"}]}).encode(),
+        "no_answer.jsonl": json.dumps({"messages": [turn]}).encode(),
+        "empty_turn.jsonl": json.dumps({"messages": [turn, {"role": "assistant", "content": " "}]}).encode(),
+        "role.jsonl": json.dumps({"messages": [turn, {"role": "tool", "content": "y"}]}).encode(),
+        "labels.tsv": b"ham\tsee you\nspam\twin\nham\tbye\nspam\tfree\nham\thome\nspam\tnow\nrare\tx\n",
+        "one_label.tsv": b"ham\tsee you\nham\tbye\n",
+        "latin1.txt": "naïve".encode("latin-1"),
         "one.jsonl": json.dumps({"messages": [turn, {"role": "assistant", "content": "y"}]}).encode(),
     }.items():
         (folder / name).write_bytes(content)
@@ -373,6 +406,14 @@ def bad(toy):
     good = torch.load(toy / "checkpoints/toy.pt", weights_only=True)
     torch.save({**good, "config": {**good["config"], "n_embd": 64}}, folder / "misfit.pt")
     torch.save({**good, "format_version": 99}, folder / "newer.pt")
+    config = {**good["config"], "n_classes": 2, "tie_weights": False}
+    head = {"lm_head.weight": torch.zeros(2, config["n_embd"])}
+    torch.save(
+        {**good, "kind": "classifier", "labels": ["a", "b"], "config": config, "model": good["model"] | head},
+        folder / "classifier.pt",
+    )
+    torch.save({**good, "kind": "lora"}, folder / "no_base.pt")
+    torch.save({**good, "kind": "lora", "lora": {"base": "gone.pt", "base_sha256": "0" * 64}}, folder / "adapter.pt")
     torch.save({"model": os.system}, folder / "pickle.pt")  # would be executed by an unsafe loader
     succeed(toy, "prepare_data.py", "--input", "text", "--vocab-size", "300", "--out", "data/other")
     for name, tokens in (("ids", [60_000] * 5000), ("short", [1] * 5000)):  # GPT-2's ids end before 60,000

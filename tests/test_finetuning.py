@@ -1,0 +1,365 @@
+"""Fine-tuning for chat and for labels: the whole model or an adapter, and what is said of it before and after."""
+
+import csv
+import json
+import os
+import re
+import shlex
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from conftest import run_script, succeed
+
+import checkpoint
+import train_classifier
+import train_sft
+from classification import Classifier, Example, Examples, balance, from_hub, read_table, split
+from cli import UserError
+from loader import Conversations
+from lora import add_adapter
+from model import GPT, GPTConfig
+from sources import Notes
+from trainer import evaluate
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def here(toy, tmp_path, monkeypatch) -> Path:
+    """A folder of one's own with the toy's base model and data, as the current one."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(toy / "data/toy", tmp_path / "data")
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copy(toy / "checkpoints/toy.pt", tmp_path / "checkpoints/pretrained.pt")
+    return tmp_path
+
+
+def sft(**options) -> dict:
+    """Fine-tunes on the toy's conversations for a few steps; returns what --out holds."""
+    defaults = {"batch_size": 16, "max_steps": 6, "learning_rate": 3e-3, "min_lr": 3e-3, "warmup_steps": 0}
+    config = train_sft.Config(**{**defaults, "save_every": 3, "eval_every": 3, "device": "cpu", **options})
+    train_sft.main(config)
+    return torch.load(config.out, weights_only=True)
+
+
+def loss_after_the_role_token(state: dict, **changed) -> float:
+    """The loss at the first token of each answer to be learnt, in nats."""
+    model = checkpoint.build({**state, "model": {**state["model"], **changed}}, "x")
+    rows = Conversations(Path("data"), "train", 64, 1, 0).in_order()
+    return evaluate(model, (replace(row, counted=row.counted[:1]) for row in rows), 8, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_the_role_tokens_are_learnt(here, lora_rank):
+    base = checkpoint.load("checkpoints/pretrained.pt")
+    sft(max_steps=60, eval_every=60, batch_size=32, lora_rank=lora_rank, learning_rate=2e-2)
+    tuned = checkpoint.load("checkpoints/sft.pt")
+    user = checkpoint.tokenizer(base).user
+    rows = tuned["model"]["wte.weight"].clone()
+    rows[user : user + 2] = base["model"]["wte.weight"][user : user + 2]  # as they were before
+    assert loss_after_the_role_token(tuned) < loss_after_the_role_token(tuned, **{"wte.weight": rows}) - 0.01
+    if lora_rank:  # every other row is frozen
+        others = [i for i in range(len(rows)) if i not in (user, user + 1)]
+        torch.testing.assert_close(
+            tuned["model"]["wte.weight"][others], base["model"]["wte.weight"][others], rtol=0, atol=0
+        )
+
+
+def test_an_adapter_is_saved_alone_and_equals_the_merged_model(here):
+    base_file = Path("checkpoints/pretrained.pt").read_bytes()
+    adapter = sft(lora_rank=4, lora_alpha=8.0)
+    assert adapter["kind"] == "lora" and {name.rpartition(".")[2] for name in adapter["model"]} == {
+        "lora_A",
+        "lora_B",
+        "role_rows",
+    }
+    assert len(adapter["model"]) == 2 * 4 * 2 + 1  # A and B of four matrices in two layers, and the rows
+    state = torch.load("checkpoints/sft.last.pt", weights_only=True)["optimizer"]
+    assert sum(len(part["state"]) for part in state) == len(adapter["model"])
+    assert Path("checkpoints/pretrained.pt").read_bytes() == base_file
+
+    live = checkpoint.build(checkpoint.grow_vocabulary(checkpoint.load("checkpoints/pretrained.pt")), "x")
+    tokenizer = checkpoint.tokenizer(adapter)
+    add_adapter(live, 4, 8.0, 0.5, tokenizer.user)
+    checkpoint.restore_adapter(live, adapter, "x")
+    tokens = torch.randint(tokenizer.n_tokens, (3, 64))
+    with torch.no_grad():
+        expected = live.eval()(tokens)
+        plain = checkpoint.build(checkpoint.load("checkpoints/pretrained.pt"), "x")(tokens)
+        loaded = checkpoint.build(checkpoint.load("checkpoints/sft.pt"), "x")(tokens)
+    torch.testing.assert_close(loaded, expected, rtol=0, atol=1e-5)
+    assert (plain - expected).abs().max() > 0.01
+
+    merged = sft(lora_rank=4, lora_alpha=8.0, merge=True, out=Path("checkpoints/merged.pt"))
+    assert merged["kind"] == "sft" and merged["model"].keys() == checkpoint.load("checkpoints/sft.pt")["model"].keys()
+    Path("checkpoints/pretrained.pt").unlink()  # not needed any more
+    with torch.no_grad():
+        on_its_own = checkpoint.build(checkpoint.load("checkpoints/merged.pt"), "x")(tokens)
+    torch.testing.assert_close(on_its_own, expected, rtol=0, atol=1e-5)
+
+
+def test_an_adapter_goes_with_its_base_model_only(here):
+    sft(lora_rank=2, max_steps=1)
+    base = Path("checkpoints/pretrained.pt")
+    base.rename(here / "elsewhere.pt")
+    with pytest.raises(UserError, match="adapts the model .*pretrained.pt.*missing"):
+        checkpoint.load("checkpoints/sft.pt")
+    shutil.copy("elsewhere.pt", "checkpoints/pretrained.pt")
+    os.utime(base)
+    checkpoint.load("checkpoints/sft.pt")
+    torch.save({**torch.load(base, weights_only=True), "step": 1}, base)
+    with pytest.raises(UserError, match="has changed since"):
+        checkpoint.load("checkpoints/sft.pt")
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_an_interrupted_fine_tuning_resumes_to_the_same_weights(here, lora_rank):
+    whole = sft(lora_rank=lora_rank, keep="last")
+    for resume, steps in ((False, 3), (True, 6)):
+        again = sft(lora_rank=lora_rank, keep="last", out=Path("checkpoints/b.pt"), max_steps=steps, resume=resume)
+    assert again["step"] == whole["step"] == 6
+    for name, tensor in whole["model"].items():
+        assert torch.equal(tensor, again["model"][name]), name
+
+
+def test_a_vocabulary_without_role_tokens_grows_and_no_logit_changes(here):
+    small = torch.load("checkpoints/pretrained.pt", weights_only=True)
+    n = checkpoint.tokenizer(small).end_of_text + 1  # as in OpenAI's GPT-2: nothing behind <|endoftext|>
+    small["model"]["wte.weight"] = small["model"]["wte.weight"][:n].clone()
+    small["config"] |= {"vocab_size": n, "n_tokens": n}
+    torch.save(small, "checkpoints/pretrained.pt")
+    small = checkpoint.load("checkpoints/pretrained.pt")
+    grown = checkpoint.grow_vocabulary(small)
+    assert (grown["config"].n_tokens, grown["config"].vocab_size) == (n + 2, 448)
+    tokens = torch.randint(n, (2, 64))
+    with torch.no_grad():
+        before, after = (checkpoint.build(state, "x")(tokens) for state in (small, grown))
+    torch.testing.assert_close(after[..., :n], before, rtol=0, atol=1e-6)
+    for lora_rank in (0, 2):
+        sft(lora_rank=lora_rank, max_steps=2, overwrite=True)
+        answer = succeed(here, "generate.py", "--model", "checkpoints/sft.pt", "--chat", "--greedy", stdin="Hello\n")
+        assert answer
+
+
+def test_what_it_says_before_and_after_is_kept(here, capsys):
+    state = sft(max_steps=6, learning_rate=1e-2)
+    out = capsys.readouterr().out
+    entries = [entry for entry in state["history"] if "examples" in entry]
+    assert len(entries) == 2 and entries[0]["step"] == 0 and entries[1]["val_loss"] < entries[0]["val_loss"]
+    before, after = (entry["examples"] for entry in entries)
+    n = min(5, len(Conversations(Path("data"), "val", 64, 1, 0)))
+    assert len(before) == n > 1 and [e["input"] for e in before] == [e["input"] for e in after]
+    assert [e["output"] for e in before] != [e["output"] for e in after]
+    assert not any("<|" in text for e in before + after for text in e.values())
+    assert all(e["input"] and e["expected"] for e in before)
+    loss = f"held-out loss {entries[0]['val_loss']:.4f} before, {entries[1]['val_loss']:.4f} after"
+    assert loss in out and len(re.findall(r"^  (before|after|wanted) ", out, re.M)) == 3 * n
+    log = [json.loads(line) for line in Path("checkpoints/sft.jsonl").read_text().splitlines()]
+    assert [entry["examples"] for entry in log if "examples" in entry][-1] == after
+    sft(max_steps=1, lora_rank=2, overwrite=True)
+    assert re.search(r"parameters train \(\d+\.\d+%\): .* take [\d.]+ MB; if all did", capsys.readouterr().out)
+
+
+# ---- classification
+
+
+WORDS = {"animal": "cat dog horse cow", "colour": "red green blue white", "number": "one two three four"}
+
+
+def labelled(n: int) -> list[tuple[str, str]]:
+    """`n` different texts of three labels, one of them rare."""
+    labels = [label for label in WORDS for _ in range(2 if label == "number" else 5)]
+    rows = [(labels[i % len(labels)], i) for i in range(n)]
+    return [(f"{WORDS[label].split()[i % 4]} of the {i}", label) for label, i in rows]
+
+
+def classify_config(**options) -> train_classifier.Config:
+    defaults = {"input": Path("t.csv"), "max_steps": 60, "batch_size": 16, "learning_rate": 3e-3, "warmup_steps": 5}
+    return train_classifier.Config(**{**defaults, "eval_every": 20, "device": "cpu", "dropout": 0.0, **options})
+
+
+def write_csv(path: str, rows: list, header: tuple = ("text", "label")) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+@pytest.fixture(scope="module")
+def classifier(toy, tmp_path_factory) -> Path:
+    """A folder with a classifier of three labels, made by the command."""
+    folder = tmp_path_factory.mktemp("classifier")
+    (folder / "checkpoints").mkdir()
+    shutil.copy(toy / "checkpoints/toy.pt", folder / "checkpoints/pretrained.pt")
+    write_csv(str(folder / "t.csv"), [*labelled(240), ("", "animal"), ("x", ""), ("cat of the 0", "animal")])
+    out = succeed(
+        folder,
+        "train_classifier.py",
+        *shlex.split("--input t.csv --max-steps 100 --learning-rate 3e-3 --warmup-steps 5 --eval-every 25 --dropout 0"),
+    )
+    (folder / "out.txt").write_text(out)
+    return folder
+
+
+def test_a_classifier_learns_and_is_tested(classifier):
+    out = (classifier / "out.txt").read_text()
+    assert "train: 168 texts" in out and "test: 48 texts, 20 animal, 20 colour, 8 number" in out
+    for line in (
+        "1 rows without text were dropped, the first in t.csv, line 242",
+        "1 rows without a label were dropped, the first in t.csv, line 243",
+        "1 rows that repeat another",
+    ):
+        assert line in out
+    state = checkpoint.load(classifier / "checkpoints/spam.pt", kinds=("classifier",))
+    test = state["test"]
+    assert f"balanced accuracy {test['balanced_accuracy']:.4f}" in out and test["balanced_accuracy"] > 0.9
+    assert sum(map(sum, test["confusion"])) == 48 and test["classes"]["number"]["support"] == 8
+    assert state["labels"] == ["animal", "colour", "number"]
+    assert [len(e["examples"]) for e in state["history"] if "examples" in e] == [5, 5]
+    for name in ("spam_loss", "spam_confusion"):
+        assert (classifier / f"plots/{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_classify_reads_arguments_a_file_and_standard_input(classifier):
+    texts = ["cat of the 500", "blue of the 501", "three of the 502"]
+    expected = ["animal", "colour", "number"]
+    by_argument = succeed(classifier, "classify.py", *texts)
+    assert [line.split("\t")[0] for line in by_argument.splitlines()] == expected
+    assert all(re.fullmatch(r"\w+\t[01]\.\d{4}", line) for line in by_argument.splitlines())
+    (classifier / "texts.txt").write_text("\n".join(texts) + "\n\n")
+    assert succeed(classifier, "classify.py", "--input", "texts.txt") == by_argument
+    lines = [
+        json.loads(line)
+        for line in succeed(classifier, "classify.py", "--json", stdin="\n".join(texts)).split("\n")
+        if line
+    ]
+    assert [line["label"] for line in lines] == expected and [line["text"] for line in lines] == texts
+    for line in lines:
+        assert abs(sum(line["probabilities"].values()) - 1) < 1e-5
+        assert line["probability"] == max(line["probabilities"].values()) == line["probabilities"][line["label"]]
+    empty = run_script(classifier, "classify.py", stdin="\n\n")
+    assert (empty.returncode, empty.stdout) == (0, "") and "2 empty lines" in empty.stderr
+
+
+def test_neither_padding_nor_text_beyond_the_context_changes_a_prediction(classifier):
+    model = Classifier.load(classifier / "checkpoints/spam.pt", "cpu")
+    long = "red horse of the three " * 40
+    texts = ["cat", "blue of the 7", long, long + "and much more"]
+    assert len(model.tokenizer.encode(long)) > 64
+    together = list(model.probabilities(texts))
+    for text, p in zip(texts, together, strict=True):
+        torch.testing.assert_close(p, next(model.probabilities([text])), rtol=1e-4, atol=1e-6)
+    assert torch.equal(together[2], together[3])
+    with pytest.raises(UserError, match="empty"):
+        list(model.probabilities(["a", " "]))
+
+
+@pytest.mark.parametrize(
+    ("layers", "trained"),
+    [("head", {"lm_head"}), (1, {"lm_head", "ln_f", "h.1"}), (2, {"lm_head", "ln_f", "h.0", "h.1"})],
+)
+def test_only_the_chosen_layers_train(here, layers, trained):
+    write_csv("t.csv", labelled(60))
+    train_classifier.main(classify_config(train_layers=layers, max_steps=2, weight_decay=0.0, keep="last"))
+    before, after = (
+        torch.load(f"checkpoints/{name}.pt", weights_only=True)["model"] for name in ("pretrained", "spam")
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])} | {"lm_head.weight"}
+    assert {".".join(name.split(".")[: 2 if name.startswith("h.") else 1]) for name in changed} == trained
+
+
+def test_all_layers_train_by_default_and_a_run_resumes(here):
+    write_csv("t.csv", labelled(60))
+    options = {"save_every": 2, "min_lr": 3e-3, "warmup_steps": 0, "keep": "last", "dropout": 0.1, "balance": True}
+    train_classifier.main(classify_config(max_steps=4, **options))
+    for steps in (2, 4):
+        train_classifier.main(classify_config(max_steps=steps, resume=steps == 4, out=Path("b.pt"), **options))
+    base, whole, again = (
+        torch.load(name, weights_only=True)["model"]
+        for name in ("checkpoints/pretrained.pt", "checkpoints/spam.pt", "b.pt")
+    )
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert not any(torch.equal(base[name], whole[name]) for name in base if name != "lm_head.weight")
+
+
+def test_a_split_keeps_the_share_of_every_label_and_balancing_evens_it():
+    examples = [Example(*row) for row in labelled(600)]
+    parts = split(examples, 0.1, 0.2, seed=0)
+    assert [len(parts[name]) for name in ("train", "val", "test")] == [420, 60, 120]
+    assert sorted(sum(parts.values(), []), key=str) == sorted(examples, key=str)  # none twice, none lost
+    for part in parts.values():
+        shares = [sum(example.label == label for example in part) / len(part) for label in WORDS]
+        assert shares == pytest.approx([5 / 12, 5 / 12, 2 / 12], abs=0.01)
+    assert parts == split(examples, 0.1, 0.2, seed=0) != split(examples, 0.1, 0.2, seed=1)
+    even = balance(parts["train"], seed=0)
+    assert sorted(example.label for example in even) == sorted([*WORDS] * 70) and set(even) <= set(parts["train"])
+    tiny = split(examples[:12] + [examples[-1]], 0.1, 0.2, seed=0)
+    assert all({example.label for example in part} == set(WORDS) for part in tiny.values())
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json", "parquet", "numbered.tsv", "numbered.csv"])
+def test_tables_of_every_kind_are_read(tmp_path, kind):
+    rows = [('one, "two"', "a"), ("naïve 日本", "b"), ("three", "7")]
+    path = tmp_path / f"t.{kind}"
+    records = [{"text": text, "label": label} for text, label in rows]
+    if kind.endswith("sv"):
+        header = [] if "numbered" in kind else [("text", "label")]
+        tabs = kind.endswith("tsv")
+        lines = ["\t".join(row) for row in header + rows]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8") if tabs else write_csv(
+            path, rows, *header or rows[:1]
+        )
+    elif kind == "jsonl":
+        records[2]["label"] = 7
+        path.write_text("\n".join(map(json.dumps, records)))
+    elif kind == "json":
+        path.write_text(json.dumps(records))
+    else:
+        datasets.Dataset.from_list(records).to_parquet(path)
+    notes = Notes()
+    columns = ("1", "2") if "numbered" in kind else ("text", "label")
+    assert read_table(path, *columns, notes) == [Example(*row) for row in rows]
+    assert len(notes) == (kind == "numbered.csv")  # its first row stood there twice
+
+
+def test_the_hubs_numbered_classes_get_their_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    features = datasets.Features(sms=datasets.Value("string"), label=datasets.ClassLabel(names=["ham", "spam"]))
+    rows = {"sms": [f"text {i}\n" for i in range(20)], "label": [i % 2 for i in range(19)] + [-1]}
+    (tmp_path / "ucirvine/sms_spam").mkdir(parents=True)
+    datasets.Dataset.from_dict(rows, features).to_parquet("ucirvine/sms_spam/train.parquet")
+    notes = Notes()
+    found = from_hub("ucirvine/sms_spam", "sms", "label", notes)
+    assert found == [Example(f"text {i}", ("ham", "spam")[i % 2]) for i in range(19)]
+    assert list(notes.values()) == [(1, "ucirvine/sms_spam, row 20")]
+    assert train_classifier.read_examples(train_classifier.Config()) == found
+
+
+def test_an_ambiguous_text_is_dropped_under_every_label(tmp_path):
+    write_csv(str(tmp_path / "t.csv"), [("a", "x"), ("b", "y"), ("a", "y"), ("b", "y"), ("a", "x")])
+    notes = Notes()
+    assert read_table(tmp_path / "t.csv", "text", "label", notes) == [Example("b", "y")]
+    assert sum(number for number, _ in notes.values()) == 4
+
+
+def test_a_batch_of_labels_counts_last_positions_only(toy):
+    state = checkpoint.load(toy / "checkpoints/toy.pt")
+    tokenizer = checkpoint.tokenizer(state)
+    data = Examples([Example("one two", "b"), Example("three", "a")], ["a", "b"], tokenizer, 64, batch_size=2)
+    rows = data.batch(0)
+    assert sorted((int(row.targets[0, -1]), row.counted.tolist()) for row in rows) == sorted(
+        (label, [len(tokenizer.encode(text)) - 1]) for text, label in (("one two", 1), ("three", 0))
+    )
+    model = GPT(
+        GPTConfig(
+            block_size=64, vocab_size=448, n_tokens=403, n_layer=1, n_head=1, n_embd=8, n_classes=2, tie_weights=False
+        )
+    )
+    loss = evaluate(model, data.in_order(), 2, CPU, torch.float32)
+    by_hand = [
+        torch.nn.functional.cross_entropy(model(torch.tensor([tokenizer.encode(text)]))[0, -1], torch.tensor(label))
+        for text, label in (("one two", 1), ("three", 0))
+    ]
+    assert loss == pytest.approx(sum(by_hand).item() / 2, abs=1e-6)
