@@ -120,12 +120,21 @@ def counts(examples: list[Example]) -> str:
 
 
 def encode(text: str, tokenizer: Tokenizer, block_size: int) -> list[int]:
-    """Returns the ids of a text, the first `block_size` of a longer one. `[]` for a text of white space."""
-    return tokenizer.encode(text.strip()[: 64 * block_size])[:block_size]
+    """Returns the ids of a text, cut to `block_size`, the last of which is `<|endoftext|>`.
+
+    That is the token where a classification is read off, as in the first GPT (Radford et al. 2018). Raises UserError
+    for a text of nothing but white space.
+    """
+    if not (text := text.strip()):
+        raise UserError("an empty text cannot be classified")
+    return [*tokenizer.encode(text[: 64 * block_size])[: block_size - 1], tokenizer.end_of_text]
 
 
 class Examples(Epochs):
-    """Labelled texts as batches: of each row only the last position counts, and its target is the label."""
+    """Labelled texts as batches: of each row only the last position counts, and its target is the label.
+
+    With `weights`, texts of a rare label count as often as makes all labels count about the same.
+    """
 
     def __init__(
         self,
@@ -135,19 +144,22 @@ class Examples(Epochs):
         block_size: int,
         batch_size: int = 1,
         seed: int = 0,
+        weights: bool = False,
     ):
         self.ids = [encode(example.text, tokenizer, block_size) for example in examples]
         self.classes = np.array([labels.index(example.label) for example in examples])
         self.lengths = np.array([len(ids) for ids in self.ids])
+        n = np.bincount(self.classes, minlength=len(labels))
+        self.times = np.round(n.max() / n.clip(1)).astype(int) if weights else np.ones(len(labels), dtype=int)
         self.batch_size, self.seed = batch_size, seed
 
     def _row(self, i):
-        return _row(self.ids[i], self.classes[i])
+        return _row(self.ids[i], self.classes[i], self.times[self.classes[i]])
 
 
-def _row(ids, target=0):
+def _row(ids, target=0, times=1):
     tokens = torch.tensor([ids])
-    return Batch(tokens, torch.full_like(tokens, int(target)), torch.tensor([len(ids) - 1]))
+    return Batch(tokens, torch.full_like(tokens, int(target)), torch.tensor([len(ids) - 1] * times))
 
 
 @dataclass(frozen=True)
@@ -174,8 +186,6 @@ class Classifier:
         """
         ids = (encode(text, self.tokenizer, self.model.config.block_size) for text in texts)
         while batch := list(islice(ids, batch_size)):
-            if not all(batch):
-                raise UserError("an empty text cannot be classified")
             yield from self._probabilities(batch)
 
     def show(self, examples: list[Example]) -> list[dict[str, str]]:

@@ -30,6 +30,8 @@ class Config(TrainerConfig):
     """what trains: all, the head alone, or the head and that many of the last blocks"""
     balance: bool = False
     """train on as many texts of each label as the rarest has"""
+    class_weights: bool = False
+    """let a text of a rare label count more in the loss, so that all labels count the same"""
     val_fraction: float = 0.1
     """share of the texts to validate on"""
     test_fraction: float = 0.2
@@ -76,6 +78,8 @@ PRESETS = {
         compile="off",
         learning_rate=2e-3,
         beta2=0.99,
+        epochs=2,
+        class_weights=True,
     ),
 }
 
@@ -109,7 +113,7 @@ def main(config: Config) -> None:
     freeze(model, config.train_layers)
     block_size = model.config.block_size
     data = {
-        name: Examples(examples, labels, tokenizer, block_size, config.batch_size, config.seed)
+        name: Examples(examples, labels, tokenizer, block_size, config.batch_size, config.seed, config.class_weights)
         for name, examples in parts.items()
     }
     if full := sum(int((part.lengths == block_size).sum()) for part in data.values()):

@@ -13,6 +13,7 @@ import datasets
 import pytest
 import torch
 from conftest import run_script, succeed
+from torch.nn.functional import cross_entropy
 
 import checkpoint
 import train_classifier
@@ -344,22 +345,20 @@ def test_an_ambiguous_text_is_dropped_under_every_label(tmp_path):
     assert sum(number for number, _ in notes.values()) == 4
 
 
-def test_a_batch_of_labels_counts_last_positions_only(toy):
-    state = checkpoint.load(toy / "checkpoints/toy.pt")
-    tokenizer = checkpoint.tokenizer(state)
-    data = Examples([Example("one two", "b"), Example("three", "a")], ["a", "b"], tokenizer, 64, batch_size=2)
-    rows = data.batch(0)
-    assert sorted((int(row.targets[0, -1]), row.counted.tolist()) for row in rows) == sorted(
-        (label, [len(tokenizer.encode(text)) - 1]) for text, label in (("one two", 1), ("three", 0))
+def test_of_a_text_the_last_position_alone_counts(toy):
+    tokenizer = checkpoint.tokenizer(checkpoint.load(toy / "checkpoints/toy.pt"))
+    examples = [Example("one two", "b"), Example("three", "a"), Example("four", "a")]
+    data = Examples(examples, ["a", "b"], tokenizer, 64, batch_size=3)
+    ids = {text: [*tokenizer.encode(text), tokenizer.end_of_text] for text in ("one two", "three", "four")}
+    assert sorted((int(row.targets[0, -1]), row.counted.tolist()) for row in data.batch(0)) == sorted(
+        (int(example.label == "b"), [len(ids[example.text]) - 1]) for example in examples
     )
-    model = GPT(
-        GPTConfig(
-            block_size=64, vocab_size=448, n_tokens=403, n_layer=1, n_head=1, n_embd=8, n_classes=2, tie_weights=False
-        )
-    )
-    loss = evaluate(model, data.in_order(), 2, CPU, torch.float32)
+    model = GPT(GPTConfig(64, 448, 403, n_layer=1, n_head=1, n_embd=8, n_classes=2, tie_weights=False))
     by_hand = [
-        torch.nn.functional.cross_entropy(model(torch.tensor([tokenizer.encode(text)]))[0, -1], torch.tensor(label))
-        for text, label in (("one two", 1), ("three", 0))
+        cross_entropy(model(torch.tensor([ids[e.text]]))[0, -1], torch.tensor(int(e.label == "b"))).item()
+        for e in examples
     ]
-    assert loss == pytest.approx(sum(by_hand).item() / 2, abs=1e-6)
+    assert evaluate(model, data.in_order(), 2, CPU, torch.float32) == pytest.approx(sum(by_hand) / 3, abs=1e-6)
+    weighted = Examples(examples, ["a", "b"], tokenizer, 64, weights=True)  # b counts twice
+    expected = (2 * by_hand[0] + by_hand[1] + by_hand[2]) / 4
+    assert evaluate(model, weighted.in_order(), 2, CPU, torch.float32) == pytest.approx(expected, abs=1e-6)
