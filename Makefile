@@ -28,7 +28,7 @@ demo: venv
 	$(BIN)/python demo.py $(if $(INPUT),--input $(INPUT))
 
 test: venv-dev
-	$(BIN)/python -m pytest -q -m "not slow" tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests
 
 test-slow: venv-dev
 	$(BIN)/python -m pytest -q -m slow tests

@@ -27,8 +27,10 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as in the authors' code
 
     def forward(self, x: Tensor) -> Tensor:
-        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)
-        return self.linear(x) + self.scale * F.linear(low, self.lora_B)
+        y = self.linear(x)
+        if self.training and self.dropout:
+            x, _ = torch.native_dropout(x, self.dropout, True)  # on the CPU, F.dropout would keep three times as much
+        return y + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
 
 
 class RoleRows(nn.Module):
