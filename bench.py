@@ -1,5 +1,6 @@
 """How fast training is, and what each optimisation gives: every row of the table is the row above with one more.
 
+    python bench.py --generation     # how fast text is written, by GPT-2 small
     python bench.py                  # on the CPU a small model with GPT-2's vocabulary, on CUDA GPT-2 small
     python bench.py --json bench.json
 
@@ -48,6 +49,9 @@ CUDA_ROWS = [
 ]
 
 
+INTERNAL = ("json", "row", "generation", "prompts", "new_tokens")  # not handed on to the processes of the rows
+
+
 @dataclass(frozen=True)
 class Config:
     device: str = "auto"
@@ -68,6 +72,12 @@ class Config:
     """measured steps a round, after two that are not"""
     rounds: int = 3
     """times that each row is measured, in turn"""
+    generation: bool = False
+    """measure generation instead of training"""
+    prompts: tuple[int, ...] = (8, 512)
+    """of --generation: lengths of the prompt"""
+    new_tokens: int = 100
+    """of --generation: tokens written after it"""
     json: Path | None = None
     """write the figures here too"""
     row: str | None = None
@@ -86,6 +96,9 @@ def main(config: Config) -> None:
         return
     device = choose_device(config.device)
     on_cpu = device.type == "cpu"
+    if config.generation:
+        measure_generation(config, device)
+        return
     shape = {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256, "batch_size": 8} if on_cpu else {
         "n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 32
     }  # fmt: skip
@@ -103,9 +116,23 @@ def main(config: Config) -> None:
         write_json(config.json, {"machine": platform.processor() or platform.machine(), "rows": table})
 
 
+def measure_generation(config: Config, device) -> None:
+    """Measures the ways to generate in turn; the shape is GPT-2 small's but for what flags say."""
+    import generation_bench
+    from files import write_json
+
+    names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+    shape = {name: getattr(config, name) for name in names if getattr(config, name)}
+    shape["n_tokens"] = min(50_259, config.vocab_size)
+    rows = generation_bench.measure(config.prompts, config.new_tokens, config.rounds, device, shape)
+    print(generation_bench.table(rows))
+    if config.json:
+        write_json(config.json, {"machine": platform.processor() or platform.machine(), "rows": rows})
+
+
 def in_a_process(config: Config, row: Row) -> dict:
     """Measures one row in a process of its own, so that no row sees the memory of another."""
-    flags = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in ("json", "row")}
+    flags = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in INTERNAL}
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
     result = subprocess.run(
         [sys.executable, __file__, *arguments, "--row", json.dumps(dataclasses.asdict(row))],

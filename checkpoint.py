@@ -132,20 +132,22 @@ def grow_vocabulary(checkpoint: dict) -> dict:
 
 
 def build(checkpoint: dict, path: str | Path, device: torch.device | str = "cpu") -> GPT:
-    """Builds the model of a loaded checkpoint, in evaluation mode. Raises UserError where the weights misfit."""
+    """Builds the model of a loaded checkpoint, in evaluation mode. Raises UserError where the weights misfit.
+
+    On the CPU its weights are the file's pages, read when they are first used, and copied where they are written to.
+    """
     with torch.device("meta"):
         model = GPT(checkpoint["config"])
-    model = model.to_empty(device=device)
-    if checkpoint["config"].tie_weights:
-        model.lm_head.weight = model.wte.weight
     try:
         weights = checkpoint["model"]
         if checkpoint["config"].tie_weights:
             weights = {**weights, "lm_head.weight": weights["wte.weight"]}
-        model.load_state_dict(weights)
+        model.load_state_dict(weights, assign=True)
     except (RuntimeError, KeyError):
         raise UserError(f"{path} is damaged: its weights do not fit its config") from None
-    return model.eval()
+    if checkpoint["config"].tie_weights:
+        model.lm_head.weight = model.wte.weight
+    return model.eval().to(device)
 
 
 def with_class_head(checkpoint: dict, n_classes: int) -> dict:

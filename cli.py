@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from tyro.conf import UseAppendAction
+
 Config = TypeVar("Config")
 
 
@@ -137,8 +139,14 @@ class SamplingConfig:
     """draw from this many likeliest tokens only"""
     top_p: float | None = None
     """draw from the fewest tokens that together have this probability"""
+    min_p: float | None = None
+    """draw from the tokens with at least this share of the likeliest one's probability"""
+    repetition_penalty: float = 1.0
+    """above 1 makes tokens that occurred less likely"""
     greedy: bool = False
     """always the likeliest token, the same as --temperature 0"""
+    stop: UseAppendAction[tuple[str, ...]] = ()
+    """end a text where this one comes, without it; may be given several times"""
     seed: int | None = None
     """makes the draws repeatable on one device"""
 
@@ -147,6 +155,8 @@ class SamplingConfig:
         require(self.temperature >= 0, "--temperature must not be negative")
         require(self.top_k is None or self.top_k >= 1, "--top-k must be at least 1")
         require(self.top_p is None or 0 < self.top_p <= 1, "--top-p must be above 0 and at most 1")
+        require(self.min_p is None or 0 <= self.min_p <= 1, "--min-p must lie between 0 and 1")
+        require(self.repetition_penalty > 0, "--repetition-penalty must be above 0")
         require(self.seed is None or self.seed >= 0, "--seed must not be negative")
 
 

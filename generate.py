@@ -1,15 +1,14 @@
 """Step 3: write with a model. Completes a prompt, or converses with --chat, streaming to the terminal."""
 
-import contextlib
+import json
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from cli import SamplingConfig, UserError, require, run
-
-HELP = "/reset forgets the conversation, /help shows this, /quit (or Ctrl-D) ends; Ctrl-C breaks off an answer."
 
 
 @dataclass(frozen=True)
@@ -18,6 +17,8 @@ class Config(SamplingConfig):
     """checkpoint to load"""
     prompt: str | None = None
     """text to complete; without it, standard input, or on a terminal one line after another"""
+    prompt_file: Path | None = None
+    """file with the text to complete"""
     chat: bool = False
     """converse with a model that train_sft.py fine-tuned"""
     instruction: str | None = None
@@ -25,7 +26,15 @@ class Config(SamplingConfig):
     context: str = ""
     """text that the instruction speaks of"""
     num_samples: int = 1
-    """completions of the prompt"""
+    """completions of the prompt, written as one batch"""
+    logprobs: int | None = None
+    """print each token with its probability and this many likeliest candidates"""
+    json: bool = False
+    """print one JSON object a completion: text, tokens, why it ended, and log-probabilities with --logprobs"""
+    verify: bool = False
+    """compare the checkpoint's checksums first, to find flipped bits"""
+    quantize: Literal["none", "int8"] = "none"
+    """int8: weights in 8 bits, on the CPU about twice as fast or faster, and a little less exact"""
     device: str = "auto"
     """auto, cpu, cuda, mps"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -34,84 +43,116 @@ class Config(SamplingConfig):
     def __post_init__(self):
         super().__post_init__()
         require(self.num_samples >= 1, "--num-samples must be at least 1")
+        require(self.logprobs is None or self.logprobs >= 1, "--logprobs must be at least 1")
+        texts = (self.prompt is not None, self.prompt_file is not None, self.instruction is not None)
+        require(self.chat + sum(texts) <= 1, "--prompt, --prompt-file, --chat and --instruction exclude each other")
         require(
-            sum((self.chat, self.prompt is not None, self.instruction is not None)) <= 1,
-            "--prompt, --chat and --instruction exclude each other",
+            not self.chat or (not self.json and self.logprobs is None and self.num_samples == 1),
+            "--json, --logprobs and --num-samples do not go with --chat",
         )
 
 
 def main(config: Config) -> None:
     """Loads the model and writes."""
-    from sampling import Chat, TextModel
+    from sampling import TextModel
 
-    text_model = TextModel.load(config.model, config.device, config.dtype)
+    text_model = TextModel.load(config.model, config.device, config.dtype, config.quantize, config.verify)
+    if config.chat and not text_model.template:
+        raise UserError(
+            f"{config.model} only completes text: leave --chat away, or fine-tune it: "
+            f"python train_sft.py --model {config.model}"
+        )
     if config.instruction is not None:
         message = {"role": "user", "content": config.instruction, "input": config.context}
-        write(text_model.answer([message], config))
+        write(text_model, text_model.answer_ids([message], config), "", config)
     elif config.chat:
-        if not text_model.template:
-            raise UserError(f"{config.model} only completes text: leave --chat away, or fine-tune it with train_sft.py")
-        chat = Chat(text_model, config)
-        print(text_model.facts, HELP, sep="\n", file=sys.stderr)
-        commands = {"/reset": chat.reset, "/help": lambda: print(HELP, file=sys.stderr)}
-        converse("you> ", lambda line: write(chat.reply(line)), commands)
-    elif config.prompt is not None or not sys.stdin.isatty():
-        prompt = read_standard_input() if config.prompt is None else config.prompt
-        for i in range(config.num_samples):
-            print("---\n" * bool(i), end="")
-            write(text_model.complete(prompt, with_seed(config, i)), prompt)
+        from terminal import chat
+
+        chat(text_model, config)
+    elif config.prompt is None and config.prompt_file is None and sys.stdin.isatty():
+        from terminal import complete
+
+        complete(text_model, config, lambda line: write(text_model, text_model.prompt_ids(line), line, config))
     else:
-        print(text_model.facts, "Type the beginning of a text; /quit (or Ctrl-D) ends.", sep="\n", file=sys.stderr)
-        converse("text> ", lambda line: write(text_model.complete(line, config), line), {})
+        prompt = config.prompt if config.prompt is not None else read_prompt(config.prompt_file)
+        write(text_model, text_model.prompt_ids(prompt), prompt, config)
 
 
-def with_seed(config: Config, i: int) -> Config:
-    """Returns the config of sample `i`, whose draws differ from those of the others."""
-    import dataclasses
+def write(text_model, ids: list[int], prompt: str, config: Config) -> None:
+    """Writes what follows token ids behind the prompt: streaming, or several samples, or as JSON.
 
-    return config if config.seed is None else dataclasses.replace(config, seed=config.seed + i)
+    Text alone goes to standard output; figures go to standard error.
+    """
+    from sampling import Sample
+
+    context = text_model.model.config.block_size
+    if len(ids) > context:
+        print(f"the prompt has {len(ids):,} tokens: the last {context:,}, the model's context, count", file=sys.stderr)
+    start = time.perf_counter()
+    if config.json or config.logprobs or config.num_samples > 1:
+        samples = text_model.samples(ids, config, config.num_samples, config.logprobs)
+        for i, sample in enumerate(samples):
+            if config.json:
+                print(json.dumps(as_json(text_model.tokenizer, prompt, sample, config), ensure_ascii=False))
+            else:
+                print("---\n" * bool(i) + prompt + sample.text)
+                print("".join(f"{line}\n" for line in token_lines(text_model.tokenizer, sample, config)), end="")
+    else:
+        samples = [Sample()]
+        stream(text_model.stream(ids, config, samples[0]), prompt)
+    seconds, n = time.perf_counter() - start, sum(len(sample.tokens) for sample in samples)
+    print(f"{n:,} tokens, {n / seconds:,.1f} tokens/s, prompt of {len(ids):,} tokens", file=sys.stderr)
+    if config.stop and not any(sample.finish_reason == "stop" for sample in samples):
+        print("the stop text did not come", file=sys.stderr)
 
 
-def write(pieces: Iterator[str], prompt: str = "") -> None:
-    """Streams text to standard output, and a newline behind it."""
+def stream(pieces: Iterator[str], prompt: str = "") -> None:
+    """Writes pieces of text to standard output as they come, and a newline behind them."""
     sys.stdout.write(prompt)
-    for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    print(flush=True)
-
-
-def converse(label: str, respond: Callable[[str], None], commands: dict[str, Callable[[], None]]) -> None:
-    """Answers line after line from standard input; a line that is a command is run instead."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  gives input() a history and line editing
-    while True:
-        try:
-            line = input(label if sys.stdin.isatty() else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            print(file=sys.stderr)
-            return
-        except UnicodeDecodeError:
-            raise UserError("standard input is not UTF-8 text") from None
-        if line == "/quit":
-            return
-        if line in commands:
-            commands[line]()
-        elif line.startswith("/") and " " not in line:
-            print(f"no command {line}; there are {', '.join([*commands, '/quit'])}", file=sys.stderr)
-        elif line:
-            try:
-                respond(line)
-            except KeyboardInterrupt:
-                print(flush=True)
-
-
-def read_standard_input() -> str:
-    """Reads all of standard input as UTF-8, less a newline at its end. Raises UserError where it is something else."""
     try:
-        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    finally:
+        print(flush=True)
+
+
+def as_json(tokenizer, prompt: str, sample, config: Config) -> dict:
+    """Returns one completion in a form fit for JSON."""
+    result = {
+        "prompt": prompt,
+        "text": sample.text,
+        "finish_reason": sample.finish_reason,
+        "tokens": [token.id for token in sample.tokens],
+    }
+    if config.logprobs:
+        result["logprobs"] = [
+            {
+                "token": tokenizer.decode([token.id]),
+                "logprob": token.logprob,
+                "top": [{"token": tokenizer.decode([i]), "id": i, "logprob": p} for i, p in token.candidates],
+            }
+            for token in sample.tokens
+        ]
+    return result
+
+
+def token_lines(tokenizer, sample, config: Config) -> Iterator[str]:
+    """Yields, where they are asked for, a line for each token: its probability and the likeliest candidates."""
+    from math import exp
+
+    for token in sample.tokens if config.logprobs else []:
+        others = ", ".join(f"{tokenizer.decode([i])!r} {exp(p):.1%}" for i, p in token.candidates)
+        yield f"{tokenizer.decode([token.id])!r:20} {exp(token.logprob):6.1%}   {others}"
+
+
+def read_prompt(path: Path | None) -> str:
+    """Reads a file or all of standard input as UTF-8, less a newline at its end. Raises UserError for anything else."""
+    try:
+        content = path.read_bytes() if path else sys.stdin.buffer.read()
+        return content.decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError:
-        raise UserError("standard input is not UTF-8 text") from None
+        raise UserError(f"{path or 'standard input'} is not UTF-8 text") from None
 
 
 if __name__ == "__main__":

@@ -161,37 +161,54 @@ class GPT(nn.Module):
         tokens: Tensor,
         max_new_tokens: int,
         *,
+        num_samples: int = 1,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
         generator: torch.Generator | None = None,
         use_cache: bool = True,
-    ) -> Iterator[Tensor]:
-        """Continues int64 tokens (B, T ≥ 1): yields one (B,) tensor of token ids at a time.
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Continues int64 tokens (B, T ≥ 1), each row `num_samples` times, N = B · num_samples rows in all.
 
-        `temperature` 0 is greedy. Past the context, the window slides: the newer half of it is read again and goes on.
-        `use_cache=False` recomputes every position for every token, as a reference.
+        Yields at each step the ids (N,) and the logits (N, n_tokens) that the model gave, before anything was done to
+        them. `temperature` 0 is greedy. `repetition_penalty` (Keskar et al. 2019, CTRL) divides the positive logits of
+        tokens that occurred, and multiplies the negative. Past the context, the window slides: the newer half of it is
+        read again and goes on. `use_cache=False` recomputes every position for every token, as a reference.
         """
         block_size = self.config.block_size
-        tokens = tokens[:, -block_size:]
-        cache = KVCache(self.config, tokens.size(0), self.wte.weight)
-        new = tokens
-        for _ in range(max_new_tokens):
-            if tokens.size(1) > block_size:
-                tokens = new = tokens[:, -(block_size // 2 or 1) :]
+        window = new = tokens[:, -block_size:]
+        cache = KVCache(self.config, len(tokens), self.wte.weight, min(block_size, window.size(1) + max_new_tokens))
+        occurred = None
+        if repetition_penalty != 1:
+            occurred = tokens.new_zeros(len(tokens), self.config.n_tokens, dtype=torch.bool).scatter_(1, tokens, True)
+            occurred = occurred.repeat_interleave(num_samples, dim=0)
+        for step in range(max_new_tokens):
+            if window.size(1) > block_size:
+                window = new = window[:, -(block_size // 2 or 1) :]
                 cache.clear()
-            x = self.hidden(new, cache) if use_cache else self.hidden(tokens)
-            logits = self.lm_head(x[:, -1, :])[:, : self.config.n_tokens]  # (B, n_tokens)
-            new = sample(logits, temperature, top_k, top_p, generator)[:, None]  # (B, 1)
-            tokens = torch.cat((tokens, new), dim=1)
-            yield new[:, 0]
+            x = self.hidden(new, cache) if use_cache else self.hidden(window)
+            logits = self.lm_head(x[:, -1, :])[:, : self.config.n_tokens]  # (N, n_tokens)
+            if step == 0 and num_samples > 1:  # the prompt was read once for all its samples
+                logits, window = (t.repeat_interleave(num_samples, dim=0) for t in (logits, window))
+                cache.repeat(num_samples)
+            chosen_from = logits
+            if occurred is not None:
+                penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+                chosen_from = torch.where(occurred, penalized, logits)
+            new = sample(chosen_from, temperature, top_k, top_p, min_p, generator)[:, None]  # (N, 1)
+            if occurred is not None:
+                occurred.scatter_(1, new, True)
+            window = torch.cat((window, new), dim=1)
+            yield new[:, 0], logits
 
 
 class LayerCache:
     """Keys and values of one layer's past positions, in buffers allocated once."""
 
     def __init__(self, keys: Tensor, values: Tensor):
-        self.keys, self.values, self.length = keys, values, 0  # each (B, nh, block_size, hs)
+        self.keys, self.values, self.length = keys, values, 0  # each (B, nh, positions, hs)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores k and v (B, nh, T, hs) behind the past; returns views of all that is stored."""
@@ -203,11 +220,11 @@ class LayerCache:
 
 
 class KVCache:
-    """The keys and values of every layer for B sequences of up to `block_size` tokens."""
+    """The keys and values of every layer, for B sequences of up to so many positions."""
 
-    def __init__(self, config: GPTConfig, batch_size: int, like: Tensor):
-        """`like` gives the dtype and the device."""
-        shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+    def __init__(self, config: GPTConfig, batch_size: int, like: Tensor, positions: int | None = None):
+        """`like` gives the dtype and the device; without `positions`, there is room for the whole context."""
+        shape = (batch_size, config.n_head, positions or config.block_size, config.n_embd // config.n_head)
         self.layers = [LayerCache(like.new_empty(shape), like.new_empty(shape)) for _ in range(config.n_layer)]
 
     @property
@@ -220,32 +237,52 @@ class KVCache:
         for layer in self.layers:
             layer.length = 0
 
+    def repeat(self, n: int) -> None:
+        """Repeats every sequence `n` times."""
+        for layer in self.layers:
+            layer.keys = layer.keys.repeat_interleave(n, dim=0)
+            layer.values = layer.values.repeat_interleave(n, dim=0)
+
 
 def sample(
     logits: Tensor,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Draws one token id (B,) from logits (B, n) over the tokens in use; temperature 0 takes the likeliest.
 
-    In this order: temperature, the `top_k` likeliest tokens (Fan et al. 2018), of these the smallest set that holds
-    the probability `top_p` (nucleus sampling, Holtzman et al. 2019).
+    In this order: temperature; the `top_k` likeliest tokens (Fan et al. 2018); of these the smallest set that holds
+    the probability `top_p` (nucleus sampling, Holtzman et al. 2019); of these the tokens with at least `min_p` times
+    the probability of the likeliest (Nguyen et al. 2024).
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits, ids = logits.float() / temperature, None
     if top_k is not None and top_k < logits.size(-1):
         logits, ids = logits.topk(top_k, dim=-1)
-    elif top_p is not None and top_p < 1:
-        logits, ids = logits.sort(dim=-1, descending=True)
     probabilities = logits.softmax(dim=-1)
     if top_p is not None and top_p < 1:
+        if ids is None:
+            probabilities, ids = _likeliest(probabilities, top_p)
         mass_before = probabilities.cumsum(dim=-1) - probabilities
         probabilities = probabilities.masked_fill(mass_before >= top_p, 0.0)  # the first token always stays
+    if min_p is not None and min_p > 0:
+        likeliest = probabilities.amax(dim=-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < min_p * likeliest, 0.0)
     choice = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1)
     return (choice if ids is None else ids.gather(-1, choice))[:, 0]
+
+
+def _likeliest(probabilities: Tensor, mass: float) -> tuple[Tensor, Tensor]:
+    """Returns the largest of probabilities (B, n), in falling order, and their ids: enough of them to hold `mass`."""
+    if probabilities.device.type == "cpu" and probabilities.size(-1) > 1024:  # sorting the vocabulary takes long here
+        some, ids = probabilities.topk(1024, dim=-1)
+        if some.sum(dim=-1).min() > mass:
+            return some, ids
+    return probabilities.sort(dim=-1, descending=True)
 
 
 @torch.compiler.disable  # lengths that change from batch to batch would have it compiled again and again

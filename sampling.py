@@ -1,7 +1,8 @@
 """Text in, text out: a model with its tokenizer that completes texts and holds conversations, streaming."""
 
 import codecs
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,14 +10,65 @@ import torch
 
 import checkpoint
 from cli import SamplingConfig, UserError
-from device import autocast, choose_device, choose_dtype
+from device import autocast, choose_device, choose_dtype, quantize_weights, speed_up_decoding
 from model import GPT
 from tokenizer import Message, Tokenizer, encode_prompt
 
 
 @dataclass(frozen=True)
+class Token:
+    """A token that was written, with what the model thought of it before temperature and the like."""
+
+    id: int
+    logprob: float | None = None
+    """natural logarithm of its probability"""
+    candidates: tuple[tuple[int, float], ...] = ()
+    """the likeliest ids there and their log-probabilities"""
+
+
+@dataclass
+class Sample:
+    """One text written by a model: grows while it is being written."""
+
+    tokens: list[Token] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str = "length"
+    """"length", "end" where the model ended it, or "stop" where a stop text came"""
+
+
+class TextWriter:
+    """Turns token ids into text, piece by piece: whole UTF-8 characters only, and nothing from a stop text on."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Iterable[str] = ()):
+        self.tokenizer, self.stops = tokenizer, [stop for stop in stops if stop]
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.held, self.stopped = "", False
+
+    def feed(self, token: int) -> str:
+        """Takes one token; returns the text that is certain by now, perhaps none."""
+        return self._release(self.decoder.decode(self.tokenizer.decode_bytes([token])))
+
+    def finish(self) -> str:
+        """Returns the rest of the text."""
+        rest = self._release(self.decoder.decode(b"", final=True)) + self.held
+        return "" if self.stopped else rest
+
+    def _release(self, piece):
+        self.held += piece
+        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        if found:
+            self.held, self.stopped = self.held[: min(found)], True
+        may_begin = max(
+            (n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0
+        )
+        certain = len(self.held) if self.stopped else len(self.held) - may_begin
+        piece, self.held = self.held[:certain], self.held[certain:]
+        return piece
+
+
+@dataclass(frozen=True)
 class TextModel:
-    """A model ready to write."""
+    """A model ready to write: `TextModel.load("checkpoints/pretrained.pt")`."""
 
     model: GPT
     tokenizer: Tokenizer
@@ -28,63 +80,153 @@ class TextModel:
     dtype: torch.dtype = torch.float32
 
     @classmethod
-    def load(cls, path: str | Path, device: str = "auto", dtype: str = "auto") -> "TextModel":
-        """Loads a checkpoint. Raises UserError where there is none, or no such device."""
-        state, place = checkpoint.load(path), choose_device(device)
-        model = checkpoint.build(state, path, place)
+    def load(
+        cls,
+        path: str | Path,
+        device: str = "auto",
+        dtype: str = "auto",
+        quantize: str = "none",
+        verify: bool = False,
+    ) -> "TextModel":
+        """Loads a checkpoint. `quantize` "int8" makes it twice as fast on a CPU, and a little less exact; `verify`
+        compares the file's checksums first.
+
+        Raises UserError where there is none, or no such device.
+        """
+        state, place = checkpoint.load(path, verify), choose_device(device)
+        precision = choose_dtype(dtype, place)
+        if quantize == "int8" and (place.type != "cpu" or precision != torch.float32):
+            raise UserError("--quantize int8 is for the CPU, in float32: --device cpu --dtype float32")
+        model = checkpoint.build(state, path, place).to(precision)
         facts = f"{path}: {checkpoint.describe(state)}, {model.n_parameters() / 1e6:.1f}M parameters"
-        return cls(model, checkpoint.tokenizer(state), state.get("template"), facts, place, choose_dtype(dtype, place))
+        if quantize == "int8":
+            quantize_weights(model)
+        else:
+            speed_up_decoding(model)
+        return cls(model, checkpoint.tokenizer(state), state.get("template"), facts, place, precision)
 
     def complete(self, prompt: str, config: SamplingConfig) -> Iterator[str]:
         """Continues a text; yields it in pieces of whole characters. An empty prompt begins a new document."""
-        return self.stream(self.tokenizer.encode(prompt) or [self.tokenizer.end_of_text], config)
+        return self.stream(self.prompt_ids(prompt), config)
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Returns the ids of a text to be continued: of an empty one, what stands before every document."""
+        return self.tokenizer.encode(prompt) or [self.tokenizer.end_of_text]
 
     def answer(self, messages: list[Message], config: SamplingConfig) -> Iterator[str]:
         """Answers a conversation that ends with the user's turn; the oldest exchanges give way to the context's length.
 
         Raises UserError where the model was not fine-tuned to answer.
         """
+        first = True
+        for piece in self.stream(self.answer_ids(messages, config), config):
+            piece, first = (piece.lstrip() if first else piece), first and not piece.strip()
+            if piece:
+                yield piece
+
+    def answer_ids(self, messages: list[Message], config: SamplingConfig) -> list[int]:
+        """Returns the ids of a conversation up to its answer, for which a quarter of the context is kept free."""
         if not self.template:
             raise UserError(
                 "this model only completes text: fine-tune it first with train_sft.py, or leave --chat away"
             )
         block_size = self.model.config.block_size
         room = block_size - min(config.max_new_tokens, block_size // 4)
-        ids = encode_prompt(messages, self.tokenizer, self.template, max_tokens=room)
-        first = True
-        for piece in self.stream(ids, config):
-            piece, first = (piece.lstrip() if first else piece), first and not piece.strip()
+        return encode_prompt(messages, self.tokenizer, self.template, max_tokens=room)
+
+    def stream(self, ids: list[int], config: SamplingConfig, sample: Sample | None = None) -> Iterator[str]:
+        """Continues token ids until the model ends its text or a stop text comes; yields pieces of whole characters.
+
+        What was written is recorded in `sample`, if given.
+        """
+        sample = Sample() if sample is None else sample
+        writer = TextWriter(self.tokenizer, config.stop)
+        for [token] in self.steps(ids, config):
+            if token is None:
+                sample.finish_reason = "end"
+                break
+            sample.tokens.append(token)
+            piece = writer.feed(token.id)
+            sample.text += piece
             if piece:
                 yield piece
-
-    def stream(self, ids: list[int], config: SamplingConfig) -> Iterator[str]:
-        """Continues token ids until the model ends its text; yields pieces of whole UTF-8 characters."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for token in self.tokens(ids, config):
-            if piece := decoder.decode(self.tokenizer.decode_bytes([token])):
-                yield piece
-        if piece := decoder.decode(b"", final=True):
+            if writer.stopped:
+                sample.finish_reason = "stop"
+                break
+        if piece := writer.finish():
+            sample.text += piece
             yield piece
 
-    def tokens(self, ids: list[int], config: SamplingConfig) -> Iterator[int]:
-        """Continues token ids until the model ends its text, which any control token does; yields token ids."""
+    def samples(self, ids: list[int], config: SamplingConfig, n: int, top: int | None = None) -> list[Sample]:
+        """Continues token ids `n` times, as one batch; with `top`, log-probabilities and so many candidates a token."""
+        samples, writers = [Sample() for _ in range(n)], [TextWriter(self.tokenizer, config.stop) for _ in range(n)]
+        is_open = [True] * n
+        for step in self.steps(ids, config, n, top):
+            for i in [i for i in range(n) if is_open[i]]:
+                if step[i] is None:
+                    samples[i].finish_reason, is_open[i] = "end", False
+                    continue
+                samples[i].tokens.append(step[i])
+                samples[i].text += writers[i].feed(step[i].id)
+                if writers[i].stopped:
+                    samples[i].finish_reason, is_open[i] = "stop", False
+            if not any(is_open):
+                break
+        for sample, writer in zip(samples, writers, strict=True):
+            sample.text += writer.finish()
+        return samples
+
+    def steps(
+        self, ids: list[int], config: SamplingConfig, n: int = 1, top: int | None = None
+    ) -> Iterator[list[Token | None]]:
+        """Continues token ids in `n` ways; yields at each step a token for each, None where the model ended its text.
+
+        Any control token ends a text. With `top`, tokens carry log-probabilities and that many candidates.
+        """
         generator = torch.Generator(self.device)
         generator.seed() if config.seed is None else generator.manual_seed(config.seed)
-        tokens = torch.tensor([ids], dtype=torch.int64, device=self.device)
+        if config.top_k is not None and config.top_k > self.tokenizer.n_tokens:
+            raise UserError(f"--top-k {config.top_k} is more than the model's {self.tokenizer.n_tokens:,} tokens")
         stream = self.model.generate(
-            tokens,
+            torch.tensor([ids], dtype=torch.int64, device=self.device),
             config.max_new_tokens,
+            num_samples=n,
             temperature=0.0 if config.greedy else config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
+            min_p=config.min_p,
+            repetition_penalty=config.repetition_penalty,
             generator=generator,
         )
-        while True:
-            with autocast(self.device, self.dtype):
-                token = next(stream, None)
-            if token is None or token.item() >= self.tokenizer.end_of_text:
+        is_open = [True] * n
+        while any(is_open):
+            with self._precision():
+                found = next(stream, None)
+            if found is None:
                 return
-            yield token.item()
+            tokens = self._described(*found, top)
+            is_open = [o and token.id < self.tokenizer.end_of_text for o, token in zip(is_open, tokens, strict=True)]
+            yield [token if o else None for o, token in zip(is_open, tokens, strict=True)]
+
+    def _precision(self):
+        stored_so = self.model.wpe.weight.dtype == self.dtype
+        return contextlib.nullcontext() if stored_so else autocast(self.device, self.dtype)
+
+    def _described(self, ids, logits, top):
+        if top is None:
+            return [Token(i) for i in ids.tolist()]
+        logprobs = logits.float().log_softmax(dim=-1)  # (n, n_tokens)
+        values, candidates = logprobs.topk(min(top, logprobs.size(-1)), dim=-1)
+        return [
+            Token(i, logprob, tuple(zip(others, theirs, strict=True)))
+            for i, logprob, others, theirs in zip(
+                ids.tolist(),
+                logprobs.gather(-1, ids[:, None])[:, 0].tolist(),
+                candidates.tolist(),
+                values.tolist(),
+                strict=True,
+            )
+        ]
 
     @torch.inference_mode()
     def token_probabilities(self, text: str, top: int = 5) -> list[dict]:
@@ -93,7 +235,7 @@ class TextModel:
         Keys: `token`, its `probability` after the tokens before it, and the `top` likeliest `candidates` there.
         """
         ids = [self.tokenizer.end_of_text, *self.tokenizer.encode(text)][-self.model.config.block_size :]
-        with autocast(self.device, self.dtype):
+        with self._precision():
             logits = self.model(torch.tensor([ids], device=self.device))[0, :-1, : self.tokenizer.n_tokens]
         probabilities = logits.float().softmax(dim=-1)  # (T - 1, n_tokens)
         likeliest = probabilities.topk(top, dim=-1)
@@ -128,6 +270,13 @@ class Chat:
                 yield piece
         finally:
             self.messages.append({"role": "assistant", "content": answer})
+
+    def undo(self) -> str | None:
+        """Takes back the last exchange; returns what the user had said, None where nothing was."""
+        if not self.messages:
+            return None
+        self.messages.pop()
+        return self.messages.pop()["content"]
 
     def reset(self) -> None:
         """Forgets the conversation."""

@@ -66,7 +66,7 @@ def test_greedy_tokens_equal_transformers(reference):
     prompt = torch.tensor([[5, 17, 200, 3]])
     expected = theirs.generate(prompt, max_new_tokens=200, do_sample=False, pad_token_id=0, eos_token_id=None)[0, 4:]
     assert len(set(expected.tolist())) >= 50  # so that a wrong token shows
-    assert [int(token) for token in ours.generate(prompt, 200, temperature=0)] == expected.tolist()
+    assert [int(token) for token, _ in ours.generate(prompt, 200, temperature=0)] == expected.tolist()
 
 
 def test_gpt2_small_has_124_million_parameters():
@@ -154,6 +154,8 @@ def test_overfits_one_batch():
         {"top_k": 5},
         {"top_p": 0.7},
         {"top_k": 20, "top_p": 0.9, "temperature": 0.8},
+        {"min_p": 0.1, "repetition_penalty": 1.2},
+        {"temperature": 0, "repetition_penalty": 1.5},
     ],
     ids=str,
 )
@@ -167,7 +169,8 @@ def test_cached_generation_equals_uncached_past_the_context(how):
 
     def run(use_cache):
         generator = torch.Generator().manual_seed(7)
-        return torch.stack(list(model.generate(prompt, 70, generator=generator, use_cache=use_cache, **how)), dim=1)
+        steps = model.generate(prompt, 70, generator=generator, use_cache=use_cache, num_samples=2, **how)
+        return torch.stack([ids for ids, _ in steps], dim=1)
 
     cached = run(True)
     assert cached.unique().numel() > 10
@@ -192,7 +195,7 @@ def test_padding_ids_are_never_sampled():
         model.ln_f.bias.fill_(1.0)
         model.lm_head.weight[100:] = 10.0
     for how in ({"temperature": 0}, {"temperature": 2.0}, {"top_k": 3}, {"top_p": 0.5}):
-        tokens = torch.cat(list(model.generate(torch.zeros(8, 1, dtype=torch.int64), 20, **how)))
+        tokens = torch.cat([ids for ids, _ in model.generate(torch.zeros(8, 1, dtype=torch.int64), 20, **how)])
         assert tokens.max() < 100
 
 

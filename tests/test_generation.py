@@ -1,0 +1,364 @@
+"""Writing: how tokens are chosen, how text is made of them, and what a person at the terminal gets."""
+
+import fcntl
+import json
+import math
+import os
+import pty
+import random
+import select
+import signal
+import struct
+import subprocess
+import termios
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ENVIRONMENT, command, run_script, succeed
+from scipy.stats import chisquare
+
+import checkpoint
+import tokenizer as tokenizers
+from cli import SamplingConfig, UserError
+from device import quantize_weights, speed_up_decoding
+from files import read_tokens
+from model import GPT, GPTConfig, sample
+from sampling import TextModel, TextWriter
+
+
+def defined(logits: np.ndarray, temperature=1.0, top_k=None, top_p=None, min_p=None) -> np.ndarray:
+    """The distribution that sampling should have, straight from the definitions."""
+    p = np.exp(logits / temperature)
+    p /= p.sum()
+    order = np.argsort(-p)
+    if top_k:
+        p[order[top_k:]] = 0
+        p /= p.sum()
+    if top_p:
+        before = np.cumsum(p[order]) - p[order]
+        p[order[before >= top_p]] = 0
+    if min_p:
+        p[p < min_p * p.max()] = 0
+    return p / p.sum()
+
+
+@pytest.mark.parametrize("n", [40, 3000])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"temperature": 0.6},
+        {"top_k": 7},
+        {"top_p": 0.6},
+        {"top_p": 0.999},
+        {"min_p": 0.2},
+        {"temperature": 1.4, "top_k": 25, "top_p": 0.8, "min_p": 0.1},
+    ],
+    ids=str,
+)
+def test_sampling_has_the_distribution_of_its_definition(how, n):
+    logits = np.random.default_rng(0).normal(0, 2.0, n)
+    expected = defined(logits, **how)
+    draws = 60_000
+    generator = torch.Generator().manual_seed(1)
+    batches = [sample(torch.tensor(logits).expand(1000, n), generator=generator, **how) for _ in range(draws // 1000)]
+    counts = torch.cat(batches).bincount(minlength=n).numpy()
+    assert counts[expected == 0].sum() == 0
+    often = expected * draws >= 8  # the rest in one bin
+    observed = [*counts[often], counts[~often].sum()]
+    wanted = [*expected[often] * draws, expected[~often].sum() * draws]
+    keep = np.array(wanted) > 0
+    assert chisquare(np.array(observed)[keep], np.array(wanted)[keep]).pvalue > 1e-3
+
+
+def varied(**shape) -> GPT:
+    """A random model whose output has many different tokens."""
+    torch.manual_seed(0)
+    shape = {"block_size": 64, "vocab_size": 320, "n_tokens": 300, "n_layer": 2, "n_head": 2, "n_embd": 48, **shape}
+    model = GPT(GPTConfig(**shape)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    torch.nn.init.normal_(model.wpe.weight)
+    return model
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
+def test_the_repetition_penalty_equals_transformers(penalty):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=320, n_positions=256, n_embd=48, n_layer=2, n_head=2)).eval()
+    ours = varied(block_size=256, n_tokens=320)
+    weights = {}
+    for name, tensor in ours.state_dict().items():
+        is_matrix = tensor.dim() == 2 and name.startswith("h.")
+        weights[f"transformer.{name}" if name != "lm_head.weight" else name] = tensor.t() if is_matrix else tensor
+    theirs.load_state_dict(weights)
+    prompt = torch.randint(300, (1, 5))
+    expected = theirs.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=120,
+        do_sample=False,
+        repetition_penalty=penalty,
+        pad_token_id=0,
+        eos_token_id=None,
+    )[0, 5:].tolist()
+    found = [int(i) for i, _ in ours.generate(prompt, 120, temperature=0, repetition_penalty=penalty)]
+    assert found == expected and (penalty < 1 or len(set(found)) > 50)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 8, 31, 33])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_for_few_rows_equal_the_usual_ones(rows, bias):
+    layer = torch.nn.Linear(24, 48, bias=bias)
+    x = torch.randn(rows, 1, 24)
+    with torch.inference_mode():
+        expected = layer(x)
+        speed_up_decoding(layer)
+        assert type(layer) is not torch.nn.Linear
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(layer(x.transpose(0, 1)), expected.transpose(0, 1), rtol=1e-5, atol=1e-6)
+
+
+def test_samples_of_one_prompt_are_a_batch():
+    model = varied()
+    speed_up_decoding(model)
+    prompt = torch.randint(300, (1, 9))
+
+    def tokens(**how):
+        return torch.stack([ids for ids, _ in model.generate(prompt, 90, **how)], dim=1)  # past the context too
+
+    greedy = tokens(temperature=0, num_samples=3)
+    assert torch.equal(greedy, tokens(temperature=0).expand(3, -1)) and greedy.unique().numel() > 30
+    drawn = tokens(num_samples=3, generator=torch.Generator().manual_seed(5))
+    assert not torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn, tokens(num_samples=3, generator=torch.Generator().manual_seed(5)))
+
+
+def test_logits_come_with_the_tokens():
+    model = varied()
+    prompt = torch.randint(300, (1, 9))
+    steps = list(model.generate(prompt, 20, temperature=0))
+    written = torch.cat([prompt, *(ids[:, None] for ids, _ in steps)], dim=1)
+    with torch.no_grad():
+        expected = model(written)[:, 8:-1, :300]
+    torch.testing.assert_close(torch.stack([logits for _, logits in steps], dim=1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_int8_weights_change_the_perplexity_by_less_than_a_hundredth(toy):
+    state = checkpoint.load(toy / "checkpoints/toy.pt")
+    ids = torch.from_numpy(read_tokens(toy / "data/toy/val.bin").astype("int64"))
+    ids = ids[: len(ids) // 65 * 65].view(-1, 65)
+
+    def perplexity(model):
+        with torch.inference_mode():
+            logits = model(ids[:, :-1])
+        return math.exp(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item())
+
+    plain, int8 = checkpoint.build(state, "x"), checkpoint.build(state, "x")
+    quantize_weights(int8)
+    assert perplexity(int8) != perplexity(plain)
+    assert perplexity(int8) == pytest.approx(perplexity(plain), rel=0.01)
+
+
+# ---- text
+
+
+def test_text_comes_in_whole_characters_and_ends_before_a_stop_text():
+    tokenizer, rng = tokenizers.gpt2(), random.Random(0)
+    alphabet = "ab \n🙂日é<|" + "stop"
+    for _ in range(300):
+        text = "".join(rng.choice(alphabet) for _ in range(rng.randrange(40)))
+        stops = ["".join(rng.choices(alphabet, k=rng.randrange(1, 4))) for _ in range(rng.randrange(3))]
+        writer, pieces = TextWriter(tokenizer, stops), []
+        for token in tokenizer.encode(text):
+            pieces.append(writer.feed(token))
+            if writer.stopped:
+                break
+        pieces.append(writer.finish())
+        ends = [text.find(stop) for stop in stops if stop in text]
+        assert "".join(pieces) == text[: min(ends, default=len(text))]
+        assert writer.stopped == bool(ends)
+
+
+def test_bytes_that_are_no_character_are_replaced_at_the_end_only():
+    tokenizer = tokenizers.gpt2()
+    first_half = tokenizer.encode("🙂")[0]
+    writer = TextWriter(tokenizer)
+    assert writer.feed(first_half) == "" and writer.finish() == "\ufffd"
+
+
+def test_five_lines_of_python(toy):
+    model = TextModel.load(toy / "checkpoints/toy.pt", device="cpu")
+    config = SamplingConfig(max_new_tokens=12, seed=3)
+    text = "".join(model.complete("What is", config))
+    [found] = model.samples(model.prompt_ids("What is"), config, 1, top=4)
+    assert found.text == text and len(found.tokens) <= 12
+    with torch.no_grad():
+        ids = torch.tensor([model.prompt_ids("What is") + [token.id for token in found.tokens]])
+        logprobs = model.model(ids)[0, :, : model.tokenizer.n_tokens].log_softmax(dim=-1)
+    start = len(model.prompt_ids("What is")) - 1
+    for i, token in enumerate(found.tokens):
+        assert token.logprob == pytest.approx(logprobs[start + i, token.id].item(), abs=1e-3)
+        assert [p for _, p in token.candidates] == pytest.approx(logprobs[start + i].topk(4).values.tolist(), abs=1e-3)
+    with pytest.raises(UserError, match="--top-k 100000 is more than"):
+        list(model.complete("x", SamplingConfig(top_k=100_000)))
+
+
+GENERATE = ["generate.py", "--model", "checkpoints/toy.pt", "--device", "cpu", "--max-new-tokens", "24", "--seed", "1"]
+
+
+def test_text_goes_to_the_pipe_and_figures_to_standard_error(toy):
+    (toy / "prompt.txt").write_text("What is 日本\n", encoding="utf-8")
+    result = run_script(toy, *GENERATE, "--prompt-file", "prompt.txt")
+    assert result.returncode == 0 and result.stdout.startswith("What is 日本")
+    assert "tokens/s, prompt of" in result.stderr
+    assert succeed(toy, *GENERATE, stdin="What is 日本\n") == result.stdout
+    written = result.stdout[len("What is 日本") : -1]
+    stop = next(c for c in written[3:] if c not in written[:3] and c != "\ufffd")
+    stopped = run_script(toy, *GENERATE, "--prompt-file", "prompt.txt", "--stop", "no such text", "--stop", stop)
+    assert stopped.stdout == "What is 日本" + written[: written.index(stop)] + "\n"
+    never = run_script(toy, *GENERATE, "--prompt-file", "prompt.txt", "--stop", "no such text")
+    assert never.stdout == result.stdout and "the stop text did not come" in never.stderr
+
+
+def test_json_and_log_probabilities(toy):
+    arguments = [*GENERATE, "--prompt", "What is", "--num-samples", "2", "--logprobs", "3"]
+    lines = [json.loads(line) for line in succeed(toy, *arguments, "--json").splitlines()]
+    assert len(lines) == 2 and lines[0]["text"] != lines[1]["text"]
+    for line in lines:
+        assert line["prompt"] == "What is" and line["finish_reason"] in ("length", "end")
+        assert len(line["tokens"]) == len(line["logprobs"]) <= 24
+        for entry in line["logprobs"]:
+            top = [candidate["logprob"] for candidate in entry["top"]]
+            assert len(top) == 3 and top == sorted(top, reverse=True) and entry["logprob"] <= top[0] + 1e-6
+    for_people = succeed(toy, *arguments)
+    assert for_people.count("---\n") == 1 and for_people.count("%   ") == sum(len(line["tokens"]) for line in lines)
+    int8 = succeed(toy, *GENERATE, "--prompt", "What is", "--quantize", "int8")
+    assert int8.startswith("What is") and len(int8) > 9
+
+
+def test_the_chat_obeys_its_commands(toy):
+    lines = [
+        "/retry", "/undo", "Hello", "/save talk.jsonl", "/retry", "/undo", "/undo", "/load talk.jsonl", "/undo",
+        "/temperature 0.7", "/top-k none", "/top-p 2", "/seed x", "/save", "/load none.jsonl", "/load my.bin",
+        "/nothing",
+    ]  # fmt: skip
+    (toy / "my.bin").write_bytes(b"\xff\xfe")
+    result = run_script(
+        toy, "generate.py", "--model", "checkpoints/sft.pt", "--chat", "--greedy", "--max-new-tokens", "9",
+        stdin="\n".join(lines) + "\n",
+    )  # fmt: skip
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    first, second = result.stdout.splitlines()
+    assert first == second and "\x1b" not in result.stdout
+    said = result.stderr.split("begins a new line\n")[1].splitlines()
+    for i, part in enumerate(
+        [
+            "nothing was said yet",
+            "nothing was said yet",
+            "saved 1 exchanges in talk.jsonl",
+            "taken back: Hello",
+            "nothing was said yet",
+            "loaded 1 exchanges",
+            "taken back: Hello",
+            "temperature is 0.7",
+            "top-k is None",
+            "error: --top-p must be above 0",
+            "error: /seed wants a number",
+            "error: /save wants the name",
+            "error: cannot read none.jsonl",
+            "error: my.bin",
+            "error: no command /nothing",
+        ]  # fmt: skip
+    ):
+        assert part in said[i], (part, said)
+    saved = json.loads((toy / "talk.jsonl").read_text(encoding="utf-8"))["messages"]
+    assert [m["role"] for m in saved] == ["user", "assistant"] and saved[1]["content"].strip() == first.strip()
+
+
+def test_at_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_the_program(toy):
+    terminal, their_end = pty.openpty()
+    fcntl.ioctl(their_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    process = subprocess.Popen(
+        command("generate.py", "--model", "checkpoints/sft.pt", "--chat", "--max-new-tokens", "100000",
+                "--device", "cpu", "--temperature", "3", "--top-k", "300"),
+        cwd=toy, env={**ENVIRONMENT, "TERM": "xterm"}, stdin=their_end, stdout=their_end, stderr=their_end,
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(their_end)
+    seen = b""
+
+    def read_until(mark, seconds=60):
+        nonlocal seen
+        deadline = time.monotonic() + seconds
+        while mark not in seen:
+            assert time.monotonic() < deadline, seen[-2000:]
+            if select.select([terminal], [], [], 0.5)[0]:
+                seen += os.read(terminal, 65536)
+                if b"\x1b[6n" in seen:  # it asks where the cursor is
+                    os.write(terminal, b"\x1b[24;1R")
+                    seen = seen.replace(b"\x1b[6n", b"")
+        before, _, seen = seen.partition(mark)
+        return before
+
+    try:
+        read_until(b"you>")
+        for _ in range(2):
+            os.write(terminal, b"Tell me a long story\r")
+            read_until(b"\x1b[36m")  # the answer's colour
+            time.sleep(0.3)
+            os.kill(process.pid, signal.SIGINT)
+            read_until(b"you>")
+            assert process.poll() is None
+        os.write(terminal, b"\x04")
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        os.close(terminal)
+
+
+# ---- damaged files
+
+
+def test_a_damaged_checkpoint_costs_one_line_and_runs_nothing(toy, tmp_path):
+    good, rng, path = (toy / "checkpoints/toy.pt").read_bytes(), random.Random(0), tmp_path / "x.pt"
+    payload = good.index(b"data/0") + 200  # inside the first tensor
+    for i in range(200):
+        damaged = bytearray(good)
+        kind = i % 5
+        if kind == 0:  # cut anywhere
+            del damaged[rng.randrange(len(damaged)) :]
+        elif kind == 1:  # header
+            damaged[rng.randrange(64)] ^= 1 << rng.randrange(8)
+        elif kind == 2:  # the pickle that describes the tensors
+            at = good.index(b"data.pkl") + rng.randrange(20, 3000)
+            damaged[at] = rng.randrange(256)
+        elif kind == 3:  # one bit of a weight
+            damaged[payload + rng.randrange(5000)] ^= 1 << rng.randrange(8)
+        else:  # foreign bytes
+            damaged = bytearray(rng.randbytes(rng.randrange(3000)))
+        path.write_bytes(damaged)
+        try:
+            checkpoint.build(checkpoint.load(path, verify=True), path)
+        except UserError as error:
+            assert "\n" not in str(error)
+        else:
+            assert kind == 1 or bytes(damaged) == good, f"damage {i} went unseen"
+        try:
+            checkpoint.build(checkpoint.load(path), path)
+        except UserError as error:
+            assert "\n" not in str(error)
+
+
+def test_flipped_bits_are_found_by_verify(toy, tmp_path):
+    damaged = bytearray((toy / "checkpoints/toy.pt").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (tmp_path / "x.pt").write_bytes(damaged)
+    quick = run_script(tmp_path, "generate.py", "--model", "x.pt", "--prompt", "x", "--max-new-tokens", "1")
+    assert quick.returncode == 0  # reads no more than it must
+    found = run_script(tmp_path, "generate.py", "--model", "x.pt", "--prompt", "x", "--verify")
+    assert found.returncode == 1 and "x.pt is damaged (checksum of" in found.stderr.splitlines()[-1]
