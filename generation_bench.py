@@ -41,9 +41,13 @@ def ways_to_sample(device: torch.device, shape: dict) -> dict[str, tuple[Way, in
         ways["transformers"] = (theirs, None)
     if device.type != "cpu":
         half = copy.deepcopy(plain).bfloat16()
+        compiled = copy.deepcopy(half)
+        compiled.compile_decoding()
+        ours(compiled)(8, 8)  # compiles
         return ways | {
             "float32": (ours(plain), None),
             "bfloat16": (ours(half), None),
+            "bfloat16, compiled": (ours(compiled), None),
             "bfloat16, batch of 8": (ours(half, num_samples=8), None),
         }
     fast, int8 = copy.deepcopy(plain), copy.deepcopy(plain)

@@ -46,21 +46,18 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, cache: "LayerCache | None" = None) -> Tensor:
+    def forward(self, x: Tensor, cache: "LayerCache | LayerSlot | None" = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = (
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
             for part in self.c_attn(x).split(C, dim=2)
         )
-        past = 0
+        mask, is_causal = None, True
         if cache is not None:
-            past = cache.length
-            k, v = cache.append(k, v)  # (B, nh, past + T, hs)
-        mask = None
-        if past and T > 1:  # a block of new positions, each of which sees the whole past
-            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+            k, v, mask = cache.append(k, v)  # (B, nh, past + T, hs)
+            is_causal = mask is None and T > 1
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=past == 0, dropout_p=self.dropout if self.training else 0.0
+            q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=self.dropout if self.training else 0.0
         )
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
@@ -90,7 +87,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: "LayerCache | None" = None) -> Tensor:
+    def forward(self, x: Tensor, cache: "LayerCache | LayerSlot | None" = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
@@ -102,6 +99,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self._compiled, self._caches = None, {}  # of `compile_decoding`
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -155,6 +153,36 @@ class GPT(nn.Module):
             return counted_cross_entropy(x, self.lm_head.weight, targets, counted)
         return linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
+    def decode(self, tokens: Tensor, position: Tensor, cache: "KVCache") -> Tensor:
+        """Logits (B, n_tokens) after one more token a row, int64 (B, 1), at `position`, int64 (1,).
+
+        Every shape and address is the same at each position, so that this is compiled once and, on CUDA, replayed as
+        a graph. The cache's length is the caller's to count.
+        """
+        x = self.wte(tokens) + self.wpe(position)
+        mask = torch.arange(cache.layers[0].keys.size(2), device=position.device) <= position[:, None]  # (1, positions)
+        for block, layer in zip(self.h, cache.layers, strict=True):
+            x = block(x, LayerSlot(layer, position, mask))
+        return self.lm_head(self.ln_f(x)[:, -1])[:, : self.config.n_tokens]
+
+    def compile_decoding(self) -> None:
+        """Has `generate` decode by a compiled function over a cache that is kept; on CUDA as a graph that is replayed.
+
+        The first tokens take a minute. Another number of samples is another compilation.
+        """
+        mode = "reduce-overhead" if self.wpe.weight.is_cuda else "default"
+        self._compiled = torch.compile(self.decode, mode=mode, fullgraph=True, dynamic=False)
+
+    def _static_cache(self, batch_size: int) -> "KVCache":
+        if batch_size not in self._caches:
+            self._caches[batch_size] = cache = KVCache(self.config, batch_size, self.wte.weight)
+            for layer in cache.layers:
+                layer.keys.zero_()  # what is masked must still be finite
+                layer.values.zero_()
+                torch._dynamo.mark_static_address(layer.keys)
+                torch._dynamo.mark_static_address(layer.values)
+        return self._caches[batch_size]
+
     @torch.inference_mode()
     def generate(
         self,
@@ -188,11 +216,18 @@ class GPT(nn.Module):
             if window.size(1) > block_size:
                 window = new = window[:, -(block_size // 2 or 1) :]
                 cache.clear()
-            x = self.hidden(new, cache) if use_cache else self.hidden(window)
-            logits = self.lm_head(x[:, -1, :])[:, : self.config.n_tokens]  # (N, n_tokens)
+            if self._compiled and use_cache and cache.length and new.size(1) == 1:
+                torch.compiler.cudagraph_mark_step_begin()  # the graph's output is overwritten by its next replay
+                logits = self._compiled(new, torch.tensor([cache.length], device=new.device), cache).clone()
+                cache.advance()
+            else:
+                x = self.hidden(new, cache) if use_cache else self.hidden(window)
+                logits = self.lm_head(x[:, -1, :])[:, : self.config.n_tokens]  # (N, n_tokens)
             if step == 0 and num_samples > 1:  # the prompt was read once for all its samples
                 logits, window = (t.repeat_interleave(num_samples, dim=0) for t in (logits, window))
                 cache.repeat(num_samples)
+            if step == 0 and self._compiled:
+                cache = self._static_cache(len(logits)).take(cache)
             chosen_from = logits
             if occurred is not None:
                 penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
@@ -210,13 +245,31 @@ class LayerCache:
     def __init__(self, keys: Tensor, values: Tensor):
         self.keys, self.values, self.length = keys, values, 0  # each (B, nh, positions, hs)
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k and v (B, nh, T, hs) behind the past; returns views of all that is stored."""
-        end = self.length + k.size(2)
-        self.keys[:, :, self.length : end] = k
-        self.values[:, :, self.length : end] = v
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Stores k and v (B, nh, T, hs) behind the past; returns views of all that is stored, and which of it each of
+        the new positions may see: bool (T, past + T), None where the causal rule says it."""
+        past, T = self.length, k.size(2)
+        end = past + T
+        self.keys[:, :, past:end] = k
+        self.values[:, :, past:end] = v
         self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        mask = torch.ones(T, end, dtype=torch.bool, device=k.device).tril(past) if past and T > 1 else None
+        return self.keys[:, :, :end], self.values[:, :, :end], mask
+
+
+@dataclass(frozen=True)
+class LayerSlot:
+    """One position of a layer's cache, about to be written: a tensor, so that no shape depends on it."""
+
+    layer: LayerCache
+    position: Tensor
+    mask: Tensor
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Stores k and v (B, nh, 1, hs); returns the whole buffers, and the mask of the positions that count."""
+        self.layer.keys.index_copy_(2, self.position, k)
+        self.layer.values.index_copy_(2, self.position, v)
+        return self.layer.keys, self.layer.values, self.mask
 
 
 class KVCache:
@@ -236,6 +289,19 @@ class KVCache:
         """Forgets all positions."""
         for layer in self.layers:
             layer.length = 0
+
+    def advance(self) -> None:
+        """Counts one more position."""
+        for layer in self.layers:
+            layer.length += 1
+
+    def take(self, other: "KVCache") -> "KVCache":
+        """Copies what another cache holds; returns this one."""
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            mine.keys[:, :, : theirs.length] = theirs.keys[:, :, : theirs.length]
+            mine.values[:, :, : theirs.length] = theirs.values[:, :, : theirs.length]
+            mine.length = theirs.length
+        return self
 
     def repeat(self, n: int) -> None:
         """Repeats every sequence `n` times."""

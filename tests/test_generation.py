@@ -138,6 +138,19 @@ def test_samples_of_one_prompt_are_a_batch():
     assert torch.equal(drawn, tokens(num_samples=3, generator=torch.Generator().manual_seed(5)))
 
 
+def test_decoding_over_a_static_cache_equals_decoding_over_a_growing_one():
+    model, other = varied(), varied()
+    other._compiled = other.decode  # what is compiled, as it is
+
+    for num_samples in (1, 3, 1):
+        for prompt in (torch.randint(300, (1, 9)), torch.randint(300, (1, 1))):
+            written = [
+                torch.stack([ids for ids, _ in m.generate(prompt, 90, temperature=0, num_samples=num_samples)], dim=1)
+                for m in (model, other)
+            ]
+            assert torch.equal(*written) and written[0].unique().numel() > 20
+
+
 def test_logits_come_with_the_tokens():
     model = varied()
     prompt = torch.randint(300, (1, 9))
