@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import lora
+import pretrained
 import tokenizer as tokenizers
 from cli import UserError
 from files import atomic_write
@@ -43,17 +44,22 @@ def save(path: str | Path, checkpoint: dict) -> None:
 def load(path: str | Path, verify: bool = False, kinds: tuple[str, ...] = ("base", "sft")) -> dict:
     """Reads a checkpoint onto the CPU, its tensors mapped from the file; `verify` compares the checksums first.
 
+    `path` may also name a model of the Hugging Face Hub ("gpt2"), a folder in its format, or nanoGPT's `ckpt.pt`.
     `kinds` are those wanted; an adapter, of kind "lora", becomes the whole model unless it is wanted itself. Raises
     UserError where the file is missing, damaged, of another kind, no checkpoint of this project, or from a newer
     version.
     """
     path = Path(path)
     if not path.is_file():
+        if folder := pretrained.find_folder(path):
+            return _of_a_kind(pretrained.from_folder(folder), path, kinds)
         raise UserError(f"no checkpoint {path}: train one with train.py, or name one with --model")
     try:
         if verify and (damaged := zipfile.ZipFile(path).testzip()):
             raise UserError(f"{path} is damaged (checksum of {damaged})")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if isinstance(checkpoint, dict) and "model_args" in checkpoint:
+            return _of_a_kind(pretrained.from_nanogpt(checkpoint, path), path, kinds)
         config = GPTConfig(**checkpoint["config"])
         checkpoint["model"], checkpoint["tokenizer"], checkpoint["kind"]  # noqa: B018
     except UserError:
@@ -67,6 +73,10 @@ def load(path: str | Path, verify: bool = False, kinds: tuple[str, ...] = ("base
     checkpoint["config"] = config
     if checkpoint["kind"] == "lora" and "lora" not in kinds:
         checkpoint = _with_base(checkpoint, path)
+    return _of_a_kind(checkpoint, path, kinds)
+
+
+def _of_a_kind(checkpoint, path, kinds):
     if checkpoint["kind"] not in kinds:
         if checkpoint["kind"] == "classifier":
             raise UserError(f"{path} is a classifier, it writes no text: ask it with classify.py")
@@ -86,16 +96,21 @@ def load_base(adapter: dict, path: str | Path) -> dict:
     except (KeyError, TypeError):
         raise UserError(f"{path} is damaged: it does not say what it adapts") from None
     found = [base for base in (Path(name), Path(path).parent / Path(name).name) if base.is_file()]
-    if base := next((base for base in found if file_sha256(base) == sha256), None):
+    found = found or [Path(name)] * (pretrained.find_folder(name) is not None)
+    if base := next((base for base in found if sha256_of(base) == sha256), None):
         return grow_vocabulary(load(base))
     what = f"{found[0]} has changed since" if found else "it is missing"
     raise UserError(f"{path} adapts the model {name} (SHA-256 {sha256[:12]}…), but {what}: put that file back")
 
 
-def file_sha256(path: str | Path) -> str:
-    """Returns the SHA-256 sum of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(path: str | Path) -> str:
+    """Returns the SHA-256 sum of a checkpoint's file, in hexadecimal; of several files, that of their sums."""
+    folder = None if Path(path).is_file() else pretrained.find_folder(path)
+    sums = []
+    for part in pretrained.weight_files(folder) if folder else [path]:
+        with open(part, "rb") as file:
+            sums.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
 def _with_base(adapter, path):

@@ -14,7 +14,7 @@ from cli import SamplingConfig, UserError, require, run
 @dataclass(frozen=True)
 class Config(SamplingConfig):
     model: Path = Path("checkpoints/pretrained.pt")
-    """checkpoint to load"""
+    """checkpoint to load, or gpt2 or another model of the Hugging Face Hub"""
     prompt: str | None = None
     """text to complete; without it, standard input, or on a terminal one line after another"""
     prompt_file: Path | None = None

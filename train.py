@@ -15,7 +15,7 @@ class Config(TrainerConfig):
     data: Path = Path("data")
     """folder written by prepare_data.py; or what is prepared first: a text file, shakespeare, war-and-peace, pydocs"""
     init_from: str = "scratch"
-    """scratch, or a checkpoint whose weights (and shape) to start from"""
+    """scratch, or whose weights and shape to start from: a checkpoint, gpt2 or another model of the Hugging Face Hub"""
     block_size: int = 1024
     """context in tokens"""
     n_layer: int = 12
@@ -106,6 +106,7 @@ def main(config: Config) -> None:
 
     torch.manual_seed(config.seed)
     start = resumed or (None if config.init_from == "scratch" else checkpoint.load(config.init_from))
+    start = start and checkpoint.grow_vocabulary(start)
     if start:
         if checkpoint.tokenizer(start).name != tokenizer.name:
             raise UserError(

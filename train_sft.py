@@ -13,7 +13,7 @@ class Config(TrainerConfig):
     preset: str = "gpt2"
     """gpt2, lora or demo: the defaults of everything else"""
     model: Path = Path("checkpoints/pretrained.pt")
-    """checkpoint to start from"""
+    """what to start from: a checkpoint, or gpt2 or another model of the Hugging Face Hub"""
     data: Path = Path("data")
     """folder written by prepare_sft_data.py"""
     out: Path = Path("checkpoints/sft.pt")
@@ -119,7 +119,7 @@ def main(config: Config) -> None:
                 "rank": config.lora_rank,
                 "alpha": config.lora_alpha,
                 "base": str(config.model),
-                "base_sha256": checkpoint.file_sha256(config.model),
+                "base_sha256": checkpoint.sha256_of(config.model),
             }
         )
         add_adapter(model, facts["lora"]["rank"], facts["lora"]["alpha"], config.lora_dropout, tokenizer.user)

@@ -1,0 +1,142 @@
+"""Weights that others trained, as checkpoints of ours: Hugging Face's GPT-2 folders and models, nanoGPT's `ckpt.pt`."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import tokenizer as tokenizers
+from cli import UserError
+from model import GPTConfig
+
+HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")} | {
+    "distilgpt2": "distilbert/distilgpt2"
+}
+_FILES = ["config.json", "tokenizer.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
+_CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # stored transposed
+
+
+def find_folder(name: str | Path) -> Path | None:
+    """Returns the folder of a model in Hugging Face's format: a local one, or a model of the Hub, from its cache or
+    downloaded; None for what can be neither. Raises UserError where the Hub does not give it."""
+    path, name = Path(name), str(name)
+    if (path / "config.json").is_file():
+        return path
+    is_hub_name = name in HUB_NAMES or re.fullmatch(r"[\w-]+/[\w.-]+", name)
+    if not is_hub_name or path.suffix == ".pt" or path.exists() or (len(path.parts) > 1 and path.parent.exists()):
+        return None
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(HUB_NAMES.get(name, name), allow_patterns=_FILES))
+    except Exception as error:  # whatever the Hub's client raises
+        what = " ".join(str(error).split())[:150]
+        raise UserError(
+            f"cannot get {name} from the Hugging Face Hub, nor is it in the cache ({type(error).__name__}: {what}); "
+            "without a network, name a local folder or checkpoint"
+        ) from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Returns the safetensors files of a folder in order. Raises UserError where there are none, or one is missing."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else []
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index} is damaged") from None
+    files = [folder / Path(name).name for name in names] or [folder / "model.safetensors"]
+    if missing := next((file for file in files if not file.is_file()), None):
+        raise UserError(f"{missing} is missing: only weights in safetensors are read, never pickled ones")
+    return files
+
+
+def from_folder(folder: Path) -> dict:
+    """Returns the checkpoint in a folder of Hugging Face's format, its tensors mapped from the files.
+
+    Raises UserError for another architecture than GPT-2's, and for damaged files.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        _require_gpt2(facts, folder)
+        weights = {}
+        for file in weight_files(folder):
+            weights |= load_file(file)
+        weights = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+        vocab_size, n_embd = weights["wte.weight"].shape
+        tokenizer = _tokenizer_of(folder, vocab_size)
+        tied = facts.get("tie_word_embeddings", True)
+        config = GPTConfig(
+            block_size=weights["wpe.weight"].shape[0],
+            vocab_size=vocab_size,
+            n_tokens=min(vocab_size, tokenizer.n_tokens),
+            n_layer=facts["n_layer"],
+            n_head=facts["n_head"],
+            n_embd=n_embd,
+            tie_weights=tied,
+        )
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"{folder} holds no GPT-2 that can be read ({type(error).__name__}: {error})") from None
+    return _checkpoint(weights, config, tokenizer, transposed=True)
+
+
+def from_nanogpt(state: dict, path: str | Path) -> dict:
+    """Returns the checkpoint in what nanoGPT saved. Raises UserError where its tokenizer was not GPT-2's."""
+    try:
+        args = state["model_args"]
+        weights = {
+            name.removeprefix("_orig_mod.").removeprefix("transformer."): tensor
+            for name, tensor in state["model"].items()
+        }
+        tokenizer, vocab_size = tokenizers.gpt2(), args["vocab_size"]
+        if vocab_size <= tokenizer.end_of_text:
+            raise UserError(
+                f"{path} has a vocabulary of {vocab_size:,} tokens: only GPT-2's can be used, its file has no other"
+            )
+        names = ("block_size", "n_layer", "n_head", "n_embd", "bias")
+        config = GPTConfig(
+            **{name: args[name] for name in names}, vocab_size=vocab_size, n_tokens=tokenizer.end_of_text + 1
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a checkpoint of nanoGPT that can be read ({type(error).__name__})") from None
+    return _checkpoint(weights, config, tokenizer, transposed=False) | {"step": int(state.get("iter_num", 0))}
+
+
+def _checkpoint(weights: dict[str, Tensor], config: GPTConfig, tokenizer, transposed: bool) -> dict:
+    kept = {
+        name: tensor.t() if transposed and name.endswith(_CONV1D) else tensor
+        for name, tensor in weights.items()
+        if not name.endswith((".attn.bias", ".attn.masked_bias"))  # masks, not weights
+        and not (name == "lm_head.weight" and config.tie_weights)
+    }
+    kept = {name: tensor.to(torch.float32).contiguous() for name, tensor in kept.items()}
+    return {"kind": "base", "model": kept, "config": config, "tokenizer": tokenizer.spec, "template": None}
+
+
+def _require_gpt2(facts, folder):
+    wanted = {
+        "model_type": ("gpt2",),
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh", None),
+        "layer_norm_epsilon": (1e-5, None),
+        "n_inner": (None, 4 * facts.get("n_embd", 0)),
+        "scale_attn_by_inverse_layer_idx": (False, None),
+        "scale_attn_weights": (True, None),
+        "add_cross_attention": (False, None),
+    }
+    for name, values in wanted.items():
+        if facts.get(name) not in values:
+            raise UserError(f"{folder} is no GPT-2 as OpenAI's: its {name} is {facts.get(name)!r}")
+
+
+def _tokenizer_of(folder, vocab_size):
+    gpt2 = tokenizers.gpt2()
+    found = tokenizers.load(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else gpt2
+    if found.mergeable_ranks == gpt2.mergeable_ranks:
+        found = gpt2
+    if vocab_size <= found.end_of_text:
+        raise UserError(f"{folder} has {vocab_size:,} embeddings, fewer than its tokenizer has tokens")
+    return found
