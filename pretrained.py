@@ -85,7 +85,10 @@ def from_folder(folder: Path) -> dict:
 
 
 def from_nanogpt(state: dict, path: str | Path) -> dict:
-    """Returns the checkpoint in what nanoGPT saved. Raises UserError where its tokenizer was not GPT-2's."""
+    """Returns the checkpoint in what nanoGPT saved. Raises UserError where its tokenizer was not GPT-2's.
+
+    nanoGPT trains with the exact GELU, for which ours is GPT-2's approximation: activations differ by less than 5e-4.
+    """
     try:
         args = state["model_args"]
         weights = {
