@@ -115,6 +115,14 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
+    @classmethod
+    def from_pretrained(cls, name: str) -> "GPT":
+        """Returns a model on the CPU, in evaluation mode: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2",
+        another GPT-2 of the Hugging Face Hub, a folder in its format, or a checkpoint. Raises UserError for none."""
+        import checkpoint
+
+        return checkpoint.build(checkpoint.load(name), name)
+
     def n_parameters(self, positions: bool = True) -> int:
         """Number of parameters, the tied matrix counted once; `positions=False` leaves the position embedding out."""
         return sum(p.numel() for p in self.parameters()) - (0 if positions else self.wpe.weight.numel())

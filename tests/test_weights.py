@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import checkpoint
 import pretrained
 from cli import UserError
+from model import GPT
 
 GPT2 = {"n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
 
@@ -68,6 +69,9 @@ def test_models_of_the_hub_are_found_in_its_cache(folder, tmp_path, monkeypatch)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert pretrained.find_folder("gpt2") == snapshot
     assert_same_logits(theirs(), checkpoint.load("gpt2"))
+    tokens = torch.randint(50257, (1, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(GPT.from_pretrained("gpt2")(tokens), theirs()(tokens).logits, rtol=1e-4, atol=1e-5)
     for name in ("gpt2-medium", "org/name"):
         with pytest.raises(UserError, match=f"cannot get {name} from the Hugging Face Hub, nor is it in the cache"):
             checkpoint.load(name)
