@@ -186,6 +186,21 @@ class Conversations(Epochs):
         return Batch(row[None, :-1], row[None, 1:], torch.from_numpy(np.flatnonzero(mask[1:])))
 
 
+def strided(ids: np.ndarray, block_size: int, stride: int) -> Iterator[Batch]:
+    """Yields windows over ids (n,) in which every one but the first is scored exactly once.
+
+    The first window scores all of its `block_size` positions, each later one its last `stride`, so that what stands
+    before them in the window is context; `stride` is at most `block_size`.
+    """
+    scored = 1
+    while scored < len(ids):
+        end = min(max(block_size + 1, scored + stride), len(ids))
+        begin = max(0, end - 1 - block_size)
+        row = torch.from_numpy(ids[begin:end].astype(np.int64))
+        yield Batch(row[None, :-1], row[None, 1:], torch.arange(scored - 1 - begin, end - 1 - begin))
+        scored = end
+
+
 def stack(rows: list[Batch], multiple: int = 64, longest: int | None = None) -> Batch:
     """Stacks one-row batches into one; shorter rows are padded at the end, to a multiple of `multiple` positions.
 

@@ -232,6 +232,7 @@ def test_help_is_quick_and_names_every_flag():
         ("train_sft.py", "--epochs"),
         ("train_classifier.py", "--train-layers"),
         ("classify.py", "--json"),
+        ("evaluate.py", "--hellaswag"),
         ("demo.py", "--input"),
     ):
         code = (
