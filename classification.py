@@ -55,7 +55,7 @@ def _examples(rows, text_column, label_column, notes):
     labels_of, wheres = {}, {}
     for where, row in rows:
         text = text_of(row, text_column, where).strip()
-        label = _label_of(row, label_column, where)
+        label = text_of(row, label_column, where, "--label-column", str | int).strip()
         if not text or not label:
             notes.add(f"rows without {'a label' if text else 'text'} were dropped", where)
         elif label not in labels_of.setdefault(text, [label]):
@@ -67,16 +67,6 @@ def _examples(rows, text_column, label_column, notes):
         if len(labels) > 1:
             notes.add("rows whose text has another label elsewhere were dropped", wheres[text])
     return [Example(text, labels[0]) for text, labels in labels_of.items() if len(labels) == 1]
-
-
-def _label_of(row, column, where):
-    if column not in row:
-        has = ", ".join(map(str, row))[:100]
-        raise UserError(f"{where}: no column {column!r}, but {has}: name the right one with --label-column")
-    label = row[column]
-    if not isinstance(label, str | int | None):
-        raise UserError(f"{where}: column {column!r} holds a {type(label).__name__}, not a label")
-    return "" if label is None else str(label).strip()
 
 
 def split(examples: list[Example], val_fraction: float, test_fraction: float, seed: int) -> dict[str, list[Example]]:

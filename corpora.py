@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
+from types import UnionType
 from typing import TypeVar
 
 from cli import UserError
@@ -212,11 +213,12 @@ def find_files(patterns: Iterable[str]) -> list[Path]:
     return sorted(found)
 
 
-def text_of(row: object, column: str, where: str) -> str:
-    """Returns the text in a row, "" for null. Raises UserError, naming the place, where there is none."""
+def text_of(row: object, column: str, where: str, flag: str = "--text-column", kinds: type | UnionType = str) -> str:
+    """Returns the text in a row, "" for null; what else of `kinds` may stand there, as text. Raises UserError, naming
+    the place and the `flag` that names the column, where there is none."""
     if not isinstance(row, dict) or column not in row:
         has = ", ".join(map(str, row))[:100] if isinstance(row, dict) else f"a {type(row).__name__}"
-        raise UserError(f"{where}: no column {column!r}, but {has or 'nothing'}: name the right one with --text-column")
-    if not isinstance(row[column], str | None):
+        raise UserError(f"{where}: no column {column!r}, but {has or 'nothing'}: name the right one with {flag}")
+    if not isinstance(row[column], kinds | None):
         raise UserError(f"{where}: column {column!r} holds a {type(row[column]).__name__}, not text")
-    return row[column] or ""
+    return "" if row[column] is None else str(row[column])

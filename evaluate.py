@@ -11,8 +11,8 @@ from typing import Literal
 from cli import UserError, require, run
 
 PUBLISHED = (
-    "published for OpenAI's GPT-2 124M: completion style, as here, acc 0.2859 and acc_norm 0.2955 (Karpathy's "
-    "build-nanogpt); Eleuther's harness 0.2892 and 0.3114"
+    "published for OpenAI's GPT-2 124M: completion style, as here, acc 0.2859 and acc_norm 0.2955 (hellaswag.py "
+    "of llm.c); Eleuther's harness 0.2892 and 0.3114"
 )
 
 
@@ -51,9 +51,13 @@ class Config:
 
 def main(config: Config) -> None:
     """Evaluates one model."""
+    import checkpoint
+    from device import choose_device, choose_dtype
     from sampling import TextModel
 
-    text_model = TextModel.load(config.model, config.device, config.dtype)
+    state, device = checkpoint.load(config.model), choose_device(config.device)
+    model = checkpoint.build(state, config.model, device)  # its weights in float32, as in training
+    text_model = TextModel(model, checkpoint.tokenizer(state), None, "", device, choose_dtype(config.dtype, device))
     if config.hellaswag:
         figures = hellaswag(text_model, config)
         people = f"acc {figures['acc']:.4f}, acc_norm {figures['acc_norm']:.4f} on {figures['questions']:,} questions"
@@ -158,6 +162,8 @@ def ending_scores(text_model, questions: list) -> tuple:
 
     import torch
 
+    from device import autocast
+
     tokenizer, block_size = text_model.tokenizer, text_model.model.config.block_size
     rows, lengths = [], []
     for context, endings, _ in questions:
@@ -169,7 +175,7 @@ def ending_scores(text_model, questions: list) -> tuple:
     tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = torch.tensor(row)
-    with torch.inference_mode():
+    with torch.inference_mode(), autocast(text_model.device, text_model.dtype):
         logprobs = text_model.model(tokens[:, :-1].to(text_model.device)).float().log_softmax(dim=-1)
         of_tokens = logprobs.gather(-1, tokens[:, 1:, None].to(text_model.device))[..., 0].cpu()
     spans = [of_tokens[i, len(row) - 1 - n : len(row) - 1] for i, row, n in zip(count(), rows, lengths, strict=False)]

@@ -32,7 +32,7 @@ class Config(SamplingConfig):
     json: bool = False
     """print one JSON object a completion: text, tokens, why it ended, and log-probabilities with --logprobs"""
     compile: Literal["on", "off"] = "off"
-    """compile the step of one token: faster on a GPU, after a minute"""
+    """compile the step of one token, on CUDA as a graph; the first tokens wait for the compiler"""
     verify: bool = False
     """compare the checkpoint's checksums first, to find flipped bits"""
     quantize: Literal["none", "int8"] = "none"
@@ -76,7 +76,7 @@ def main(config: Config) -> None:
     elif config.prompt is None and config.prompt_file is None and sys.stdin.isatty():
         from terminal import complete
 
-        complete(text_model, config, lambda line: write(text_model, text_model.prompt_ids(line), line, config))
+        complete(text_model, lambda line: write(text_model, text_model.prompt_ids(line), line, config))
     else:
         prompt = config.prompt if config.prompt is not None else read_prompt(config.prompt_file)
         write(text_model, text_model.prompt_ids(prompt), prompt, config)

@@ -29,7 +29,7 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
         if self.training and self.dropout:
-            x, _ = torch.native_dropout(x, self.dropout, True)  # on the CPU, F.dropout would keep three times as much
+            x, _ = torch.native_dropout(x, self.dropout, True)  # on the CPU, F.dropout would keep four times as much
         return y + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
 
 

@@ -176,7 +176,7 @@ class GPT(nn.Module):
     def compile_decoding(self) -> None:
         """Has `generate` decode by a compiled function over a cache that is kept; on CUDA as a graph that is replayed.
 
-        The first tokens take a minute. Another number of samples is another compilation.
+        The first tokens wait for the compiler, and so do those of another number of samples.
         """
         mode = "reduce-overhead" if self.wpe.weight.is_cuda else "default"
         self._compiled = torch.compile(self.decode, mode=mode, fullgraph=True, dynamic=False)
@@ -305,10 +305,9 @@ class KVCache:
 
     def take(self, other: "KVCache") -> "KVCache":
         """Copies what another cache holds; returns this one."""
+        self.clear()
         for mine, theirs in zip(self.layers, other.layers, strict=True):
-            mine.keys[:, :, : theirs.length] = theirs.keys[:, :, : theirs.length]
-            mine.values[:, :, : theirs.length] = theirs.values[:, :, : theirs.length]
-            mine.length = theirs.length
+            mine.append(theirs.keys[:, :, : theirs.length], theirs.values[:, :, : theirs.length])
         return self
 
     def repeat(self, n: int) -> None:

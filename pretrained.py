@@ -1,5 +1,6 @@
 """Weights that others trained, as checkpoints of ours: Hugging Face's GPT-2 folders and models, nanoGPT's `ckpt.pt`."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -27,6 +28,11 @@ def find_folder(name: str | Path) -> Path | None:
     is_hub_name = name in HUB_NAMES or re.fullmatch(r"[\w-]+/[\w.-]+", name)
     if not is_hub_name or path.suffix == ".pt" or path.exists() or (len(path.parts) > 1 and path.parent.exists()):
         return None
+    return _from_hub(name)
+
+
+@functools.cache  # the Hub is asked once
+def _from_hub(name):
     from huggingface_hub import snapshot_download
 
     try:

@@ -65,7 +65,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def complete(text_model: TextModel, config: SamplingConfig, respond: Callable[[str], None]) -> None:
+def complete(text_model: TextModel, respond: Callable[[str], None]) -> None:
     """Completes what is typed, line after line."""
     say(f"{text_model.facts}\nType the beginning of a text; /quit or Ctrl-D ends; Ctrl-C breaks off a completion.")
     for line in Lines("text> "):

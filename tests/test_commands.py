@@ -28,7 +28,8 @@ def test_the_chain_leaves_models_logs_and_plots(toy):
 
 
 def test_a_completion_begins_with_its_prompt_and_repeats_under_a_seed(toy):
-    arguments = [*"--model checkpoints/toy.pt --max-new-tokens 20 --device cpu --prompt".split(), "What is 日本"]
+    model = ["--model", "checkpoints/toy.pt", "--device", "cpu"]
+    arguments = [*model, "--max-new-tokens", "20", "--prompt", "What is 日本"]
     first = succeed(toy, "generate.py", *arguments, "--seed", "1")
     assert first.startswith("What is 日本") and len(first) > 12
     assert succeed(toy, "generate.py", *arguments, "--seed", "1") == first
