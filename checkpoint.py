@@ -124,7 +124,7 @@ def _with_base(adapter, path):
 
 
 def grow_vocabulary(checkpoint: dict) -> dict:
-    """Returns a language model's checkpoint with a row for each token of its tokenizer, the role tokens included.
+    """Returns a checkpoint with a row for each token of its tokenizer, the role tokens included.
 
     OpenAI's GPT-2 has 50,257 rows and gets 50,304. New rows are the mean of the old (Hewitt 2021); no logit of an
     existing token changes.
@@ -139,7 +139,7 @@ def grow_vocabulary(checkpoint: dict) -> dict:
         return torch.cat((rows[:n], rows[:n].mean(dim=0, keepdim=True).expand(vocab_size - n, -1)))
 
     weights = {
-        name: grown(tensor) if name in ("wte.weight", "lm_head.weight") else tensor
+        name: grown(tensor) if name == "wte.weight" or (name == "lm_head.weight" and not config.n_classes) else tensor
         for name, tensor in checkpoint["model"].items()
     }
     config = dataclasses.replace(config, vocab_size=vocab_size, n_tokens=known.n_tokens)

@@ -1,12 +1,15 @@
 """What a model is worth: loss, perplexity and bits per byte on any text, accuracy on HellaSwag."""
 
+import contextlib
 import json
 import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from tyro.conf import arg
 
 from cli import UserError, require, run
 
@@ -24,8 +27,8 @@ class Config:
     """a folder of prepared data, whose validation split is read, or one token file (.bin)"""
     text: Path | None = None
     """a text file; without --data, --text and --hellaswag, standard input"""
-    hellaswag: Path | None = None
-    """HellaSwag's questions in the published format, such as hellaswag_val.jsonl"""
+    hellaswag: Annotated[tuple[Path, ...] | None, arg(metavar="[FILE]")] = None
+    """HellaSwag's questions: a file in the published format, hellaswag_val.jsonl; without one, from the Hub"""
     stride: int | None = None
     """tokens scored at a time, with the rest of the context before them; half of the context where it is not given"""
     max_tokens: int | None = None
@@ -47,6 +50,7 @@ class Config:
             )
         given = sum(source is not None for source in (self.data, self.text, self.hellaswag))
         require(given <= 1, "--data, --text and --hellaswag exclude each other")
+        require(len(self.hellaswag or ()) <= 1, "--hellaswag takes one file")
 
 
 def main(config: Config) -> None:
@@ -58,7 +62,7 @@ def main(config: Config) -> None:
     state, device = checkpoint.load(config.model), choose_device(config.device)
     model = checkpoint.build(state, config.model, device)  # its weights in float32, as in training
     text_model = TextModel(model, checkpoint.tokenizer(state), None, "", device, choose_dtype(config.dtype, device))
-    if config.hellaswag:
+    if config.hellaswag is not None:
         figures = hellaswag(text_model, config)
         people = f"acc {figures['acc']:.4f}, acc_norm {figures['acc_norm']:.4f} on {figures['questions']:,} questions"
         people += f"\n({PUBLISHED})"
@@ -129,7 +133,7 @@ def hellaswag(text_model, config: Config) -> dict:
     from tqdm import tqdm
 
     right, right_norm, n = 0, 0, 0
-    questions = iter(tqdm(read_questions(config.hellaswag), unit=" questions", leave=False))
+    questions = iter(tqdm(read_questions(*config.hellaswag), unit=" questions", leave=False))
     while batch := list(islice(questions, config.batch_size)):
         sums, means = ending_scores(text_model, batch)
         labels = [label for _, _, label in batch]
@@ -137,16 +141,24 @@ def hellaswag(text_model, config: Config) -> dict:
         right_norm += sum(int(row.argmax()) == label for row, label in zip(means, labels, strict=True))
         n += len(batch)
     if not n:
-        raise UserError(f"{config.hellaswag} holds no question")
+        raise UserError("there is no question in HellaSwag's file")
     return {"acc": right / n, "acc_norm": right_norm / n, "questions": n}
 
 
-def read_questions(path: Path) -> Iterator[tuple[str, list[str], int]]:
-    """Yields context, four endings and the true one's number. Raises UserError, naming the place, for anything else."""
-    from sources import opened, records
+def read_questions(path: Path | None = None) -> Iterator[tuple[str, list[str], int]]:
+    """Yields context, four endings and the true one's number, of a file or of the Hub's split "validation".
 
-    with opened(path) as (_, stream):
-        for where, row in records(path, stream):
+    Raises UserError, naming the place, for anything else.
+    """
+    from sources import hub_rows, load_hub, opened, records
+
+    with contextlib.ExitStack() as stack:
+        if path:
+            rows = records(path, stack.enter_context(opened(path))[1])
+        else:
+            name = "Rowan/hellaswag"
+            rows = hub_rows(name, load_hub(name, "--hellaswag FILE works", split="validation")[0])
+        for where, row in rows:
             try:
                 context, endings, label = row["ctx"], row["endings"], int(row["label"])
                 if not isinstance(context, str) or len(endings) != 4 or not 0 <= label < 4:

@@ -1,5 +1,6 @@
 """Weights that others trained, as checkpoints of ours: Hugging Face's GPT-2 folders and models, nanoGPT's `ckpt.pt`."""
 
+import contextlib
 import functools
 import json
 import re
@@ -15,8 +16,15 @@ from model import GPTConfig
 HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")} | {
     "distilgpt2": "distilbert/distilgpt2"
 }
-_FILES = ["config.json", "tokenizer.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
-_CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # stored transposed
+_FILES = [
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors.index.json",
+]
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # stored transposed
 
 
 def find_folder(name: str | Path) -> Path | None:
@@ -87,7 +95,17 @@ def from_folder(folder: Path) -> dict:
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder} holds no GPT-2 that can be read ({type(error).__name__}: {error})") from None
-    return _checkpoint(weights, config, tokenizer, transposed=True)
+    return _checkpoint(weights, config, tokenizer, transposed=True) | _kind_of(folder)
+
+
+def _kind_of(folder):
+    """Tells a folder that `export.py` wrote of a model that answers, by its template."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        written = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+        for template in ("chat", "alpaca"):
+            if written == tokenizers.jinja_template(template):
+                return {"kind": "sft", "template": template}
+    return {}
 
 
 def from_nanogpt(state: dict, path: str | Path) -> dict:
@@ -117,7 +135,7 @@ def from_nanogpt(state: dict, path: str | Path) -> dict:
 
 def _checkpoint(weights: dict[str, Tensor], config: GPTConfig, tokenizer, transposed: bool) -> dict:
     kept = {
-        name: tensor.t() if transposed and name.endswith(_CONV1D) else tensor
+        name: tensor.t() if transposed and name.endswith(CONV1D) else tensor
         for name, tensor in weights.items()
         if not name.endswith((".attn.bias", ".attn.masked_bias"))  # masks, not weights
         and not (name == "lm_head.weight" and config.tie_weights)

@@ -6,6 +6,7 @@ Text is always encoded as ordinary text: whatever a user or a file says, control
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -183,6 +184,42 @@ def from_spec(spec: str) -> Tokenizer:
     return Tokenizer(ranks, spec)
 
 
+def to_json(tokenizer: Tokenizer, n_tokens: int, ends_texts: bool = False) -> str:
+    """Returns the text of a `tokenizer.json` (the format of `tokenizers`) that gives the same ids.
+
+    Its control tokens are those below `n_tokens`, and unlike here they are recognised in text. With `ends_texts`,
+    texts are stripped and get an `<|endoftext|>` behind them, as `classification.encode` does.
+    """
+    from tokenizers import Tokenizer as BPE
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+    ranks = tokenizer.mergeable_ranks
+    character_of = {byte: character for character, byte in _byte_of_character().items()}
+
+    def written(token):
+        return "".join(character_of[byte] for byte in token)
+
+    def halves(token):  # what the BPE merges last
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            pairs = [left + right for left, right in itertools.pairwise(parts)]
+            i = min(range(len(pairs)), key=lambda i: ranks.get(pairs[i], len(ranks)))
+            parts[i : i + 2] = [pairs[i]]
+        return parts
+
+    merges = [tuple(map(written, halves(token))) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    bpe = BPE(models.BPE({written(token): rank for token, rank in ranks.items()}, merges))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens([END_OF_TEXT, USER, ASSISTANT][: n_tokens - tokenizer.end_of_text])
+    if ends_texts:
+        bpe.normalizer = normalizers.Strip()
+        bpe.post_processor = processors.TemplateProcessing(
+            f"$A {END_OF_TEXT}", special_tokens=[(END_OF_TEXT, tokenizer.end_of_text)]
+        )
+    return bpe.to_str(pretty=True)
+
+
 def load(path: str | Path) -> Tokenizer:
     """Reads a `tokenizer.json`. Raises UserError where it is missing or not one."""
     try:
@@ -258,6 +295,50 @@ def encode_prompt(
         if excess > 0:
             turns = [turns[0][:1] + turns[0][1 + excess :]]
     return sum(turns, []) + header
+
+
+def jinja_template(template: str) -> str:
+    """Returns the template that renders a conversation for `apply_chat_template` of `transformers`.
+
+    The ids are those of `encode_prompt`, a leading system message put before the first user's text, unless somebody
+    typed a control token: that library takes it for one.
+    """
+    user, assistant, header = {
+        "chat": (
+            f"'{USER} ' ~ text ~ ('\\n\\n' ~ given if given else '') ~ '{END_OF_TEXT}\\n'",
+            f"'{ASSISTANT} ' ~ text ~ '{END_OF_TEXT}\\n'",
+            ASSISTANT,
+        ),
+        "alpaca": (
+            "'### Instruction:\\n' ~ text ~ ('\\n\\n### Input:\\n' ~ given if given else '')"
+            " ~ '\\n\\n### Response:\\n'",
+            f"text ~ '{END_OF_TEXT}'",
+            "",
+        ),
+    }[template]
+    return _JINJA.replace("AS_USER", user).replace("AS_ASSISTANT", assistant).replace("HEADER", header)
+
+
+_JINJA = """{%- set ns = namespace(system='') -%}
+{%- for message in messages -%}
+{%- set text = message['content'] | trim -%}
+{%- set given = message['input'] | default('', true) | trim -%}
+{%- if message['role'] == 'system' and loop.first -%}
+{%- set ns.system = text ~ '\\n\\n' -%}
+{%- elif message['role'] == 'user' -%}
+{%- set text = (ns.system ~ text) | trim -%}
+{%- set ns.system = '' -%}
+{{- AS_USER -}}
+{%- elif message['role'] == 'assistant' -%}
+{{- AS_ASSISTANT -}}
+{%- else -%}
+{{- raise_exception('the roles are user and assistant, perhaps after one system message') -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- 'HEADER' -}}
+{%- endif -%}
+"""
 
 
 def _byte_of_character() -> dict[str, int]:

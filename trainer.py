@@ -292,6 +292,7 @@ class Trainer:
                 self.model,
                 **self.facts,
                 step=self.step,
+                tokens=self.tokens,
                 best_val_loss=self.best_val_loss,
                 train_config=plain(self.config),
                 history=self.history,
@@ -312,7 +313,6 @@ class Trainer:
             scaler=self.scaler.state_dict(),
             rng=rng,
             bad_evaluations=self.bad_evaluations,
-            tokens=self.tokens,
             recent_losses=self.recent_losses,
         )
         draw_losses(self.log_path, self.config.plot)

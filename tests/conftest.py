@@ -1,8 +1,10 @@
 """What the tests share: the scripts as real processes, and one toy model trained through them, chat model included."""
 
+import http.server
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -123,3 +125,31 @@ def toy(tmp_path_factory) -> Path:
         "cpu",
     )
     return folder
+
+
+@pytest.fixture()
+def serve(tmp_path):
+    """Runs an HTTP server in a thread for the length of a test; returns its address."""
+    servers = []
+
+    def start(handler):
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def hub_environment(address: str, cache: Path) -> dict[str, str]:
+    """The environment of a process for which the Hugging Face Hub is at an address."""
+    return {
+        **ENVIRONMENT,
+        "HF_HUB_OFFLINE": "0",
+        "HF_ENDPOINT": address,
+        "HF_HOME": str(cache),
+        "no_proxy": "127.0.0.1",
+    }

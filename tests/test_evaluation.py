@@ -2,12 +2,17 @@
 
 import json
 import math
+import subprocess
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import run_script, succeed
+from conftest import command, hub_environment, run_script, succeed
+from hub_server import HubHandler
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import tokenizer as tokenizers
@@ -93,6 +98,24 @@ def test_hellaswag_takes_the_likeliest_ending(reference, folder):
     (folder / "h.jsonl").write_text('{"ctx": "a", "endings": ["b"], "label": 0}')
     bad = run_script(folder, *arguments)
     assert bad.returncode == 1 and "h.jsonl, line 1: wanted `ctx`" in bad.stderr.splitlines()[-1]
+
+
+def test_hellaswag_comes_from_the_hub_where_no_file_is_named(serve, folder, tmp_path):
+    rows = [{"ctx": f"The cat {i}", "endings": ["a b", "c d", "e", "f g h"], "label": str(i % 4)} for i in range(7)]
+    (folder / "local.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = tmp_path / "www/Rowan/hellaswag/main/data"
+    data.mkdir(parents=True)
+    for split in ("train", "validation"):
+        pq.write_table(pa.Table.from_pylist(rows[split == "train" :]), data / f"{split}-00000-of-00001.parquet")
+    environment = hub_environment(serve(partial(HubHandler, tmp_path / "www")), tmp_path / "cache")
+    arguments = ["evaluate.py", "--model", "tiny", "--json", "--device", "cpu", "--hellaswag"]
+    found = subprocess.run(
+        command(*arguments), cwd=folder, env=environment, capture_output=True, encoding="utf-8", check=False
+    )
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout) == json.loads(succeed(folder, *arguments, "local.jsonl"))
+    offline = run_script(folder, *arguments)
+    assert offline.returncode == 1 and "--hellaswag FILE works" in offline.stderr.splitlines()[-1]
 
 
 def test_the_evaluator_is_the_trainers(toy):

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ENVIRONMENT, command, run_script, succeed
+from conftest import ENVIRONMENT, command, hub_environment, run_script, succeed
 from hub_server import HubHandler
 
 import sources
@@ -231,23 +231,6 @@ def test_openwebtext_is_split_as_nanogpt_splits_it(hub, tmp_path):
     assert split_files(tmp_path / "data") == expected(("val" if text in held_out else "train", text) for text in texts)
 
 
-@pytest.fixture()
-def serve(tmp_path):
-    """Runs an HTTP server in a thread for the length of a test; returns its address."""
-    servers = []
-
-    def start(handler):
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
 def test_a_data_set_that_is_still_a_script_is_read_from_its_conversion_to_parquet(serve, tmp_path):
     folder = tmp_path / "www/Skylion007/openwebtext"
     (folder / "main").mkdir(parents=True)
@@ -257,11 +240,7 @@ def test_a_data_set_that_is_still_a_script_is_read_from_its_conversion_to_parque
     texts = [f"page {i} of the web" for i in range(3000)]
     for k in range(2):
         pq.write_table(pa.table({"text": texts[k * 1500 : (k + 1) * 1500]}), parquet / f"000{k}.parquet")
-    address = serve(partial(HubHandler, tmp_path / "www"))
-    environment = {
-        **ENVIRONMENT, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"),
-        "no_proxy": "127.0.0.1",
-    }  # fmt: skip
+    environment = hub_environment(serve(partial(HubHandler, tmp_path / "www")), tmp_path / "cache")
     result = subprocess.run(
         command("prepare_data.py", "--out", "data"),
         cwd=tmp_path,

