@@ -1,117 +1,332 @@
-"""Step 6: a page to talk to the model and to see what it was about to say. Start it with `streamlit run app.py`."""
+"""Step 6: a page to talk to the model, and to see what it was about to say. Start it with `streamlit run app.py`."""
 
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import streamlit as st
 
 from cli import SamplingConfig, UserError
-from sampling import Chat, TextModel
 
 NO_MODEL = """There is no model yet. Either of these makes one:
 
-    make demo                # a small one, trained on this computer in a few minutes
+    make demo                                    # a small one, on this computer, in a few minutes
     python prepare_data.py && python train.py    # GPT-2, on a GPU"""
+MODES = ("Chat", "Completion", "Training")
+LONGEST = 20_000  # characters of one text on the page
 
 
 def main() -> None:
     """Draws the page."""
-    st.set_page_config("GPT-2", layout="centered")
-    st.title("GPT-2")
-    text_model = pick_model()
-    if text_model is None:
+    st.set_page_config("GPT-2", page_icon="💬", layout="centered")
+    for key in ("prompt", "step"):  # kept while another mode is on the page
+        if key in st.session_state:
+            st.session_state[key] = st.session_state[key]
+    with st.sidebar:
+        path = pick_model()
+    if path is None:
         return
-    config = pick_sampling()
-    chat_tab, completion_tab = st.tabs(["Chat", "Completion"])
-    with chat_tab:
-        chat_mode(text_model, config)
-    with completion_tab:
-        completion_mode(text_model, config)
+    place = st.container()  # what needs no model is drawn before one is loaded
+    with st.sidebar:
+        pick_sampling()
+        facts, model, problem = None, None, ""
+        try:
+            facts, model = load(str(path), path.stat().st_mtime)
+        except (UserError, OSError) as error:
+            problem = str(error)
+    with place:
+        mode = st.segmented_control(
+            "Mode",
+            MODES,
+            default="Chat" if model and model.template else "Completion",
+            required=True,
+            key=f"mode of {path}",
+            label_visibility="collapsed",
+        )
+    if facts:
+        with st.sidebar.expander("About this model"):
+            st.table(facts, border="horizontal")
+    if mode == "Training":
+        training_mode(path)
+    elif problem:
+        st.error(problem)
+    elif model is None:
+        st.info(f"This model tells texts apart, it writes none: `python classify.py --model {path}` asks it.")
+    elif mode == "Chat":
+        chat_mode(model)
+    else:
+        completion_mode(model, f"{path} {path.stat().st_mtime}")
 
 
-def pick_model() -> TextModel | None:
-    """Offers the checkpoints under `checkpoints/`, the newest first; returns the loaded one."""
-    paths = [path for path in Path("checkpoints").rglob("*.pt") if not path.name.endswith(".last.pt")]
-    if not paths:
+def pick_model() -> Path | None:
+    """Offers the checkpoints under `checkpoints/`, the newest first."""
+    times = {}
+    for path in Path("checkpoints").rglob("*.pt"):
+        with contextlib.suppress(OSError):  # one that is deleted meanwhile
+            if not path.name.endswith(".last.pt"):
+                times[path] = path.stat().st_mtime
+    if not times:
+        st.title("GPT-2")
         st.info(NO_MODEL)
         return None
-    paths.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    path = st.sidebar.selectbox("Model", paths)
-    try:
-        text_model = load(str(path), path.stat().st_mtime)
-    except (UserError, OSError) as error:
-        st.error(str(error))
-        return None
-    st.sidebar.text(text_model.facts)
-    return text_model
+    paths = sorted(times, key=lambda path: times[path], reverse=True)
+    if (gone := st.session_state.get("model")) is not None and gone not in paths:
+        st.warning(f"{gone} is gone.")
+    return st.selectbox("Model", paths, key="model", format_func=lambda path: str(path.relative_to("checkpoints")))
 
 
 @st.cache_resource(max_entries=1, show_spinner="Loading the model")
-def load(path: str, modified: float) -> TextModel:
-    """Loads a checkpoint once for all sessions; `modified`, its time stamp, tells a new one under the old name."""
-    return TextModel.load(path)
+def load(path: str, modified: float) -> tuple:
+    """Loads a checkpoint once for all sessions; `modified`, its time stamp, tells a new one under the old name.
+
+    Returns its facts and its TextModel, None for a classifier. Raises UserError where it cannot be read.
+    """
+    import checkpoint
+    from sampling import TextModel
+
+    state = checkpoint.load(path, kinds=("base", "sft", "classifier"))
+    return checkpoint.facts(state), None if state["kind"] == "classifier" else TextModel.load(path)
 
 
-def pick_sampling() -> SamplingConfig:
-    """Draws the controls of how tokens are chosen."""
-    with st.sidebar:
-        temperature = st.slider(
-            "Temperature",
-            0.0,
-            2.0,
-            0.8,
-            0.05,
-            help="Below 1 likely tokens become likelier, above 1 the text becomes wilder; 0 is greedy.",
-        )
-        top_k = st.slider("Top k", 1, 200, 50, help="Draw from this many likeliest tokens only.")
-        top_p = st.slider(
-            "Top p", 0.05, 1.0, 1.0, 0.05, help="Draw from the fewest tokens that together have this probability."
-        )
-        max_new_tokens = st.slider("Length", 1, 500, 100, help="Longest answer or completion, in tokens.")
-        seed = st.number_input(
-            "Seed", 0, None, None, help="The same seed gives the same text; empty for another each time."
-        )
-    return SamplingConfig(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+@st.fragment  # so that a change neither draws the page anew nor breaks off an answer
+def pick_sampling() -> None:
+    """Draws the controls of how tokens are chosen, and keeps what they say for the next answer."""
+    temperature = st.slider(
+        "Temperature",
+        0.0,
+        2.0,
+        0.8,
+        0.05,
+        help="Below 1 likely tokens become likelier, above 1 the text becomes wilder; 0 always takes the likeliest.",
+    )
+    top_k = st.slider("Top k", 0, 200, 50, help="Draw from this many likeliest tokens only; 0 for all.")
+    top_p = st.slider(
+        "Top p", 0.05, 1.0, 1.0, 0.05, help="Draw from the fewest tokens that together have this probability."
+    )
+    penalty = st.slider(
+        "Repetition penalty", 1.0, 2.0, 1.0, 0.05, help="Above 1 makes tokens that occurred less likely."
+    )
+    length = st.slider("Length", 1, 1000, 200, help="Longest answer or completion, in tokens.")
+    seed = st.number_input(
+        "Seed", 0, None, None, help="The same seed gives the same text; empty for another one each time."
+    )
+    st.session_state.sampling = SamplingConfig(
+        max_new_tokens=length,
+        temperature=temperature,
+        top_k=top_k or None,
+        top_p=top_p,
+        repetition_penalty=penalty,
+        seed=seed,
+    )
 
 
-def chat_mode(text_model: TextModel, config: SamplingConfig) -> None:
+def clipped(text: str) -> str:
+    """Returns a text as far as the page shows it: the end, where it is very long."""
+    return text if len(text) <= LONGEST else f"… ({len(text) - LONGEST:,} characters)\n{text[-LONGEST:]}"
+
+
+def stream(pieces: Iterator[str], place, text: Callable[[], str]) -> None:
+    """Shows what `text` returns while pieces come, as plain text.
+
+    Where somebody presses Stop, Streamlit runs the page anew in another thread, and raises in this one what ends it.
+    """
+    with contextlib.closing(pieces), writing():
+        drawn = time.monotonic()
+        for _ in pieces:
+            st.session_state.get("lock")  # this, too, ends here where the page is to be drawn anew
+            if time.monotonic() - drawn > 0.1:
+                place.text(clipped(text()))
+                drawn = time.monotonic()
+    place.text(clipped(text()))
+
+
+def writing() -> threading.Lock:
+    """Returns the lock that this session holds while a text is being written."""
+    return st.session_state.setdefault("lock", threading.Lock())
+
+
+def speed(n: int, start: float, before: int, model) -> str:
+    """Returns how fast `n` tokens were written since `start`, and what part of the context is used."""
+    context, seconds, used = model.model.config.block_size, time.monotonic() - start, before + n
+    return f"{n:,} tokens · {n / max(seconds, 1e-9):,.1f} tokens/s · context {min(used, context):,} of {context:,}"
+
+
+def chat_mode(model) -> None:
     """A conversation, kept as long as the page is open."""
-    if not text_model.template:
-        st.info("This model was not trained to chat, it completes text: use the tab Completion, or pick another model.")
+    from sampling import Chat
+
+    if not model.template:
+        st.info("This model was not trained to chat. Choose Completion above, or another model.")
         return
-    messages = st.session_state.setdefault("messages", [])
-    history = st.container()
-    for message in messages:
+    state = st.session_state
+    with writing():  # what was stopped has ended
+        chat = Chat(model, state.sampling, state.setdefault("messages", []))
+    history, below = st.container(), st.empty()
+    for message in chat.messages:
         with history.chat_message(message["role"]):
-            st.text(message["content"])
-    if text := st.chat_input("Your message"):
-        with history.chat_message("user"):
-            st.text(text)
-        with history.chat_message("assistant"):
-            show(Chat(text_model, config, messages).reply(text))
-    if messages and st.button("New chat"):
-        messages.clear()
+            st.text(clipped(message["content"]))
+    asked = st.chat_input("Your message", submit_mode="disable") or state.pop("asked", None)
+    if asked:
+        state.editing = False
+        answer(chat, asked, history, below)
+    if state.get("editing"):
+        with below.form("edit"):
+            text = st.text_area("Your last message", chat.messages[-2]["content"])
+            with st.container(horizontal=True):
+                send, cancel = st.form_submit_button("Send", type="primary"), st.form_submit_button("Cancel")
+        if cancel or (send and text.strip()):
+            state.editing = False
+            if send:
+                chat.undo()
+                state.asked = text
+            st.rerun()
+    elif chat.messages:
+        with below.container(), st.container(horizontal=True, vertical_alignment="center"):
+            st.button("Regenerate", on_click=lambda: state.update(asked=chat.undo()), icon=":material/refresh:")
+            st.button("Edit", on_click=lambda: state.update(editing=True), icon=":material/edit:")
+            st.button("Clear", on_click=chat.reset, icon=":material/delete:")
+            st.download_button(
+                "Download",
+                json.dumps({"messages": chat.messages}, ensure_ascii=False) + "\n",
+                "conversation.jsonl",
+                icon=":material/download:",
+                on_click="ignore",
+                help="One line of JSON, as `prepare_sft_data.py --input` reads it.",
+            )
+            st.caption(state.get("chat speed", [""])[0])
+
+
+def answer(chat, text: str, history, below) -> None:
+    """Streams the answer to a message; what came until Stop was pressed is kept."""
+    from sampling import Sample
+
+    sample, told = Sample(), st.session_state.setdefault("chat speed", [""])
+    with history.chat_message("user"):
+        st.text(clipped(text))
+    with history.chat_message("assistant"):
+        place = st.empty()
+    below.button("Stop", icon=":material/stop_circle:")
+    n = len(chat.text_model.answer_ids([*chat.messages, {"role": "user", "content": text}], chat.config))
+    start = time.monotonic()
+    try:
+        stream(chat.reply(text, sample), place, lambda: sample.text.lstrip())
+    finally:
+        told[0] = speed(len(sample.tokens), start, n, chat.text_model)
+    if not sample.text.strip():
+        place.caption("The model ended its answer at once.")
+
+
+@dataclass
+class Completion:
+    """A prompt and what a model wrote behind it, token by token."""
+
+    model: str
+    tokens: list = field(default_factory=list)
+    n_prompt: int = 0
+    n_left_out: int = 0
+    """tokens of the prompt that came before the context"""
+    is_scored: bool = False
+    """the tokens of the prompt have their probabilities"""
+    speed: str = ""
+
+
+def completion_mode(model, name: str) -> None:
+    """A prompt, its completion, and what the model thought at every token of the text."""
+    from sampling import Token
+    from token_view import TOP, token_view
+
+    state = st.session_state
+    prompt = st.text_area("Beginning of a text", key="prompt", placeholder="Once upon a time")
+    started, below = st.button("Complete", type="primary", icon=":material/play_arrow:"), st.empty()
+    with writing():  # what was stopped has ended
+        completion = state.get("completion")
+    if started:
+        ids, context = model.prompt_ids(prompt), model.model.config.block_size
+        kept = ids[-context:]
+        completion = Completion(name, [Token(i) for i in kept], len(kept), len(ids) - len(kept))
+        state.completion, state.step = completion, len(kept) + 1
+    elif completion is None or completion.model != name:
+        return
+    with st.container(border=True):
+        place = st.empty()
+    if started or state.pop("branched", False):
+        complete(model, state.sampling, completion, place, below)
+    place.text(clipped(written(model, completion.tokens)))
+    if completion.n_left_out:
+        n = completion.n_prompt + completion.n_left_out
+        st.caption(f"Of the prompt's {n:,} tokens the last {completion.n_prompt:,}, the model's context, count.")
+    st.caption(completion.speed)
+    if not completion.is_scored:
+        with st.spinner("Reading the prompt once more, for its probabilities"):
+            ids = [token.id for token in completion.tokens[: completion.n_prompt]]
+            completion.tokens[: completion.n_prompt] = model.score(ids, TOP)
+            completion.is_scored = True
+    if branch := token_view(model.tokenizer, completion.tokens, completion.n_prompt):
+        step, token = branch
+        completion.tokens[step:] = [token]
+        completion.n_prompt = min(completion.n_prompt, step)
+        state.branched = True
         st.rerun()
 
 
-def completion_mode(text_model: TextModel, config: SamplingConfig) -> None:
-    """A prompt, its completion, and the probability that the model gave to each token of the text."""
-    prompt = st.text_area("Beginning of a text", key="prompt")
-    if st.button("Complete"):
-        st.session_state["completed"] = prompt + show(text_model.complete(prompt, config), prompt)
-    elif "completed" in st.session_state:
-        st.text(st.session_state["completed"])
-    if "completed" in st.session_state:
-        with st.expander("Token probabilities"):
-            st.dataframe(text_model.token_probabilities(st.session_state["completed"]), hide_index=True)
+def complete(model, config: SamplingConfig, completion: Completion, place, below) -> None:
+    """Streams what follows a completion's tokens; what came until Stop was pressed is kept."""
+    from sampling import Sample
+    from token_view import TOP
+
+    sample, before = Sample(), list(completion.tokens)
+    below.button("Stop", icon=":material/stop_circle:")
+    pieces, start = model.stream([token.id for token in before], config, sample, TOP), time.monotonic()
+    try:
+        stream(pieces, place, lambda: written(model, before + sample.tokens))
+    finally:
+        completion.tokens = before + sample.tokens
+        completion.speed = speed(len(sample.tokens), start, len(before), model)
+    below.empty()
 
 
-def show(pieces, text: str = "") -> str:
-    """Streams pieces behind a text into the page, as plain text; returns them joined."""
-    place, answer = st.empty(), ""
-    for piece in pieces:
-        answer += piece
-        place.text(text + answer)
-    return answer
+def written(model, tokens: list) -> str:
+    """Returns the text of tokens, without what opens a document."""
+    ids = [token.id for token in tokens]
+    return model.tokenizer.decode(ids[1:] if ids[:1] == [model.tokenizer.end_of_text] else ids)
+
+
+def training_mode(path: Path) -> None:
+    """The loss curves in the log beside a checkpoint, drawn again and again while it grows."""
+    log = path.with_suffix(".jsonl")
+    if not log.exists():
+        st.info(f"There is no log {log} beside this model.")
+        return
+    is_running = time.time() - log.stat().st_mtime < 60
+    st.fragment(draw_training, run_every=2 if is_running else None)(log)
+
+
+def draw_training(log: Path) -> None:
+    """Draws one log."""
+    from logs import read_log
+    from token_view import loss_chart
+
+    entries = read_log(log)
+    if not entries:
+        st.info("The log is empty as yet.")
+        return
+    values = {name: value for entry in entries for name, value in entry.items()}  # the latest of each
+    best = min((entry["val_loss"] for entry in entries if "val_loss" in entry), default=None)
+    age = time.time() - log.stat().st_mtime
+    with st.container(horizontal=True):
+        st.metric("Step", f"{values['step']:,}")
+        for label, value in (("Training loss", values.get("loss")), ("Best validation loss", best)):
+            if value is not None:
+                st.metric(label, f"{value:.4f}")
+        if "tokens" in values:
+            st.metric("Tokens", f"{values['tokens']:,}")
+        st.metric("Time", f"{values['seconds'] / 60:,.1f} min")
+    st.altair_chart(loss_chart(entries))
+    st.caption(f"{log}: " + ("running" if age < 60 else "at rest") + f", last written {age:,.0f} seconds ago")
 
 
 main()

@@ -183,12 +183,32 @@ def restore_adapter(model: GPT, adapter: dict, path: str | Path) -> None:
         raise UserError(f"{path} is damaged: its adapter does not fit its model") from None
 
 
+def facts(checkpoint: dict) -> dict[str, str]:
+    """Returns what is known of a checkpoint, for people; what is not known is left out."""
+    config, loss = checkpoint["config"], (checkpoint.get("history") or [{}])[-1].get("val_loss")
+    kinds = {"base": "completes text", "sft": "answers", "classifier": "tells texts apart"}
+    known = {
+        "kind": kinds[checkpoint["kind"]],
+        "labels": ", ".join(checkpoint.get("labels", [])),
+        "parameters": f"{sum(tensor.numel() for tensor in checkpoint['model'].values()):,}",
+        "shape": f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide",
+        "context": f"{config.block_size:,} tokens",
+        "vocabulary": f"{config.n_tokens:,} tokens, " + ("GPT-2's" if checkpoint["tokenizer"] == "gpt2" else "its own"),
+        "training steps": f"{checkpoint['step']:,}" if checkpoint.get("step") else "",
+        "training tokens": f"{checkpoint['tokens']:,}" if checkpoint.get("tokens") else "",
+        "validation loss": f"{loss:.4f}" if loss is not None else "",
+        "written": checkpoint.get("created", "")[:10],
+    }
+    return {name: value for name, value in known.items() if value}
+
+
 def describe(checkpoint: dict) -> str:
-    """Returns the facts of a checkpoint in a few words, for people."""
-    history = checkpoint.get("history") or [{}]
-    loss = history[-1].get("val_loss")
-    return f"{checkpoint['kind']}, step {checkpoint.get('step', 0):,}" + (
-        "" if loss is None else f", validation loss {loss:.3f}"
+    """Returns the main facts of a checkpoint in one line."""
+    known = facts(checkpoint)
+    return ", ".join(
+        f"{name} {known[name]}" if name != "kind" else known[name]
+        for name in ("kind", "parameters", "training steps", "validation loss")
+        if name in known
     )
 
 

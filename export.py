@@ -88,6 +88,7 @@ def model_config(state: dict, known, config: Config) -> dict:
         "model_type": "gpt2",
         "vocab_size": shape.n_tokens if config.trim_vocab else shape.vocab_size,
         "n_positions": shape.block_size,
+        "n_ctx": shape.block_size,
         "n_layer": shape.n_layer,
         "n_head": shape.n_head,
         "n_embd": shape.n_embd,

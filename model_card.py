@@ -1,5 +1,7 @@
 """The page about an exported model, in Markdown: what it is, how it was trained, how it is used."""
 
+from checkpoint import facts
+
 _FACTS = ("data", "batch_size", "block_size", "optimizer", "learning_rate", "min_lr", "warmup_steps", "weight_decay")
 _KINDS = {
     "base": "a GPT-2 that completes text",
@@ -39,21 +41,11 @@ text has.
 
 def model_card(checkpoint: dict, name: str) -> str:
     """Returns the model card of a checkpoint that is exported under a name."""
-    config, kind, trained = checkpoint["config"], checkpoint["kind"], checkpoint.get("train_config") or {}
-    facts = {
-        "parameters": f"{sum(tensor.numel() for tensor in checkpoint['model'].values()):,}",
-        "layers, heads, width": f"{config.n_layer}, {config.n_head}, {config.n_embd}",
-        "context": f"{config.block_size:,} tokens",
-        "vocabulary": f"{config.n_tokens:,} tokens, " + ("GPT-2's" if checkpoint["tokenizer"] == "gpt2" else "its own"),
-        "labels": ", ".join(checkpoint.get("labels", [])),
-        "best validation loss": "{:.4f} nats".format(checkpoint["best_val_loss"]) if trained else "",
-        "written": checkpoint.get("created", "")[:10],
-        "training steps": f"{checkpoint.get('step', 0):,}" if trained else "",
-        "training tokens": f"{checkpoint['tokens']:,}" if checkpoint.get("tokens") else "",
-    } | {fact.replace("_", " "): trained.get(fact) for fact in _FACTS}
+    kind, trained = checkpoint["kind"], checkpoint.get("train_config") or {}
+    known = facts(checkpoint) | {fact.replace("_", " "): trained[fact] for fact in _FACTS if fact in trained}
     task = "text-classification" if kind == "classifier" else "text-generation"
     usage = {"base": _COMPLETE, "sft": _ANSWER, "classifier": _CLASSIFY}[kind].format(name=name)
-    rows = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items() if value not in ("", None))
+    rows = "\n".join(f"| {fact} | {value} |" for fact, value in known.items())
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags: [gpt2]\n---\n\n"
         f"# {name}\n\nThis is {_KINDS[kind]}.\n\n| | |\n| --- | --- |\n{rows}\n\n## Use\n\n{usage}"

@@ -24,6 +24,8 @@ class Token:
     """natural logarithm of its probability"""
     candidates: tuple[tuple[int, float], ...] = ()
     """the likeliest ids there and their log-probabilities"""
+    entropy: float | None = None
+    """of the distribution there, in nats"""
 
 
 @dataclass
@@ -34,6 +36,19 @@ class Sample:
     text: str = ""
     finish_reason: str = "length"
     """"length", "end" where the model ended it, or "stop" where a stop text came"""
+    is_open: bool = True
+
+    def extend(self, token: Token | None, writer: "TextWriter") -> str:
+        """Adds what came at one step, None where the model ended the text; returns the text that is certain by then."""
+        if token is None:
+            self.finish_reason, self.is_open = "end", False
+            return ""
+        self.tokens.append(token)
+        piece = writer.feed(token.id)
+        self.text += piece
+        if writer.stopped:
+            self.finish_reason, self.is_open = "stop", False
+        return piece
 
 
 class TextWriter:
@@ -98,7 +113,7 @@ class TextModel:
         if quantize == "int8" and (place.type != "cpu" or precision != torch.float32):
             raise UserError("--quantize int8 is for the CPU, in float32: --device cpu --dtype float32")
         model = checkpoint.build(state, path, place).to(precision)
-        facts = f"{path}: {checkpoint.describe(state)}, {model.n_parameters() / 1e6:.1f}M parameters"
+        facts = f"{path}: {checkpoint.describe(state)}"
         if quantize == "int8":
             quantize_weights(model)
         else:
@@ -113,13 +128,14 @@ class TextModel:
         """Returns the ids of a text to be continued: of an empty one, what stands before every document."""
         return self.tokenizer.encode(prompt) or [self.tokenizer.end_of_text]
 
-    def answer(self, messages: list[Message], config: SamplingConfig) -> Iterator[str]:
+    def answer(self, messages: list[Message], config: SamplingConfig, sample: Sample | None = None) -> Iterator[str]:
         """Answers a conversation that ends with the user's turn; the oldest exchanges give way to the context's length.
 
-        Raises UserError where the model was not fine-tuned to answer.
+        What was written is recorded in `sample`, if given. Raises UserError where the model was not fine-tuned to
+        answer.
         """
         first = True
-        for piece in self.stream(self.answer_ids(messages, config), config):
+        for piece in self.stream(self.answer_ids(messages, config), config, sample):
             piece, first = (piece.lstrip() if first else piece), first and not piece.strip()
             if piece:
                 yield piece
@@ -134,24 +150,19 @@ class TextModel:
         room = block_size - min(config.max_new_tokens, block_size // 4)
         return encode_prompt(messages, self.tokenizer, self.template, max_tokens=room)
 
-    def stream(self, ids: list[int], config: SamplingConfig, sample: Sample | None = None) -> Iterator[str]:
+    def stream(
+        self, ids: list[int], config: SamplingConfig, sample: Sample | None = None, top: int | None = None
+    ) -> Iterator[str]:
         """Continues token ids until the model ends its text or a stop text comes; yields pieces of whole characters.
 
-        What was written is recorded in `sample`, if given.
+        What was written is recorded in `sample`, if given, with so many candidates a token as `top` says.
         """
         sample = Sample() if sample is None else sample
         writer = TextWriter(self.tokenizer, config.stop)
-        for [token] in self.steps(ids, config):
-            if token is None:
-                sample.finish_reason = "end"
-                break
-            sample.tokens.append(token)
-            piece = writer.feed(token.id)
-            sample.text += piece
-            if piece:
+        for [token] in self.steps(ids, config, top=top):
+            if piece := sample.extend(token, writer):
                 yield piece
-            if writer.stopped:
-                sample.finish_reason = "stop"
+            if not sample.is_open:
                 break
         if piece := writer.finish():
             sample.text += piece
@@ -160,17 +171,11 @@ class TextModel:
     def samples(self, ids: list[int], config: SamplingConfig, n: int, top: int | None = None) -> list[Sample]:
         """Continues token ids `n` times, as one batch; with `top`, log-probabilities and so many candidates a token."""
         samples, writers = [Sample() for _ in range(n)], [TextWriter(self.tokenizer, config.stop) for _ in range(n)]
-        is_open = [True] * n
         for step in self.steps(ids, config, n, top):
-            for i in [i for i in range(n) if is_open[i]]:
-                if step[i] is None:
-                    samples[i].finish_reason, is_open[i] = "end", False
-                    continue
-                samples[i].tokens.append(step[i])
-                samples[i].text += writers[i].feed(step[i].id)
-                if writers[i].stopped:
-                    samples[i].finish_reason, is_open[i] = "stop", False
-            if not any(is_open):
+            for sample, writer, token in zip(samples, writers, step, strict=True):
+                if sample.is_open:
+                    sample.extend(token, writer)
+            if not any(sample.is_open for sample in samples):
                 break
         for sample, writer in zip(samples, writers, strict=True):
             sample.text += writer.finish()
@@ -218,38 +223,28 @@ class TextModel:
         logprobs = logits.float().log_softmax(dim=-1)  # (n, n_tokens)
         values, candidates = logprobs.topk(min(top, logprobs.size(-1)), dim=-1)
         return [
-            Token(i, logprob, tuple(zip(others, theirs, strict=True)))
-            for i, logprob, others, theirs in zip(
+            Token(i, logprob, tuple(zip(others, theirs, strict=True)), entropy)
+            for i, logprob, others, theirs, entropy in zip(
                 ids.tolist(),
                 logprobs.gather(-1, ids[:, None])[:, 0].tolist(),
                 candidates.tolist(),
                 values.tolist(),
+                torch.special.entr(logprobs.exp()).sum(dim=-1).tolist(),
                 strict=True,
             )
         ]
 
     @torch.inference_mode()
-    def token_probabilities(self, text: str, top: int = 5) -> list[dict]:
-        """Returns what the model thought of each token of a text (of its end, where it is longer than the context).
-
-        Keys: `token`, its `probability` after the tokens before it, and the `top` likeliest `candidates` there.
-        """
-        ids = [self.tokenizer.end_of_text, *self.tokenizer.encode(text)][-self.model.config.block_size :]
+    def score(self, ids: list[int], top: int) -> list[Token]:
+        """Returns ids (at most as many as the context) as tokens, with what the model thought of each after those
+        before it; of the first nothing is known."""
+        tokens, rows = [Token(ids[0])], torch.tensor([ids], device=self.device)
         with self._precision():
-            logits = self.model(torch.tensor([ids], device=self.device))[0, :-1, : self.tokenizer.n_tokens]
-        probabilities = logits.float().softmax(dim=-1)  # (T - 1, n_tokens)
-        likeliest = probabilities.topk(top, dim=-1)
-        return [
-            {
-                "token": repr(self.tokenizer.decode([token]))[1:-1],
-                "probability": probabilities[i, token].item(),
-                "candidates": ", ".join(
-                    f"{self.tokenizer.decode([other])!r} {p:.0%}"
-                    for p, other in zip(likeliest.values[i].tolist(), likeliest.indices[i].tolist(), strict=True)
-                ),
-            }
-            for i, token in enumerate(ids[1:])
-        ]
+            x = self.model.hidden(rows[:, :-1]) if len(ids) > 1 else None
+            for start in range(0, len(ids) - 1, 128):  # the logits of a few positions at a time
+                logits = self.model.lm_head(x[0, start : start + 128])[:, : self.tokenizer.n_tokens]
+                tokens += self._described(rows[0, start + 1 : start + 1 + len(logits)], logits, top)
+        return tokens
 
 
 @dataclass
@@ -260,16 +255,15 @@ class Chat:
     config: SamplingConfig
     messages: list[Message] = field(default_factory=list)
 
-    def reply(self, text: str) -> Iterator[str]:
+    def reply(self, text: str, sample: Sample | None = None) -> Iterator[str]:
         """Answers one message in pieces; the exchange is kept, an answer that was broken off too."""
         self.messages.append({"role": "user", "content": text})
-        answer = ""
-        try:
-            for piece in self.text_model.answer(self.messages, self.config):
-                answer += piece
-                yield piece
-        finally:
-            self.messages.append({"role": "assistant", "content": answer})
+        pieces = self.text_model.answer(list(self.messages), self.config, sample)
+        turn = {"role": "assistant", "content": ""}
+        self.messages.append(turn)
+        for piece in pieces:
+            turn["content"] += piece
+            yield piece
 
     def undo(self) -> str | None:
         """Takes back the last exchange; returns what the user had said, None where nothing was."""

@@ -1,0 +1,158 @@
+"""The app in headless Chromium, from its first paint to a downloaded conversation; skipped where there is none."""
+
+import json
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from browser import CHROMIUM, DRIVER, Page, serve_app, wait
+
+import checkpoint
+from conversations import read_file
+from model import GPT, GPTConfig
+from sources import Notes
+
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER),
+    reason="no browser: apt install chromium chromium-driver",
+)
+PROMPT = "[data-testid=stTextArea] textarea"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with a chat model that knows nothing, but writes on and on, one token after another."""
+    path = tmp_path_factory.mktemp("app")
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=256, n_layer=4, n_head=4, n_embd=256))
+    state = checkpoint.pack(model, kind="sft", tokenizer="gpt2", template="chat", step=3)
+    checkpoint.save(path / "checkpoints/talker.pt", state)
+    return path
+
+
+@pytest.fixture(scope="module")
+def address(folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = serve_app(folder, port)
+    yield f"http://127.0.0.1:{port}"
+    server.terminate()
+    server.wait(30)
+
+
+@pytest.fixture
+def page(address, folder):
+    page = Page(address, downloads=str(folder))
+    wait(lambda: page.all("[data-testid=stChatInput] textarea"))
+    yield page
+    assert not page.all("[data-testid=stException]")
+    page.driver.quit()
+
+
+def lengthen(page: Page) -> None:
+    """Moves the slider of the length to its end."""
+    from selenium.webdriver.common.keys import Keys
+
+    slider = page.all("[data-testid=stSlider] input[type=range]")[4]
+    slider.send_keys(Keys.END)
+    wait(lambda: slider.get_attribute("value") == "1000")
+    page.idle()
+
+
+def test_chat_streams_stops_goes_on_and_is_read_back(page, folder):
+    page.driver.save_screenshot(str(folder / "first.png"))
+    lengthen(page)
+    page.type("Hello <b>there</b>")
+    seen = {len(wait(lambda: page.messages()[1])) for _ in range(20) if time.sleep(0.1) is None}
+    assert len(seen) > 3  # it grew while one looked
+    page.all("[data-testid=stSlider] input[type=range]")[0].send_keys("\ue012")  # another temperature: it goes on
+    time.sleep(0.5)
+    assert page.has("Stop") and len(page.messages()[1]) > max(seen)
+    page.click("Stop")
+    page.idle()
+    question, stopped = page.messages()
+    assert question.endswith("Hello <b>there</b>") and max(seen) <= len(stopped)
+    time.sleep(1)
+    assert page.messages() == [question, stopped] and not page.has("Stop")
+    page.click("Edit")
+    wait(lambda: page.all(PROMPT))
+    page.type("Something else", PROMPT, enter=False)
+    page.click("Send")
+    wait(lambda: page.has("Stop"))
+    page.click("Stop")
+    page.idle()
+    assert page.messages()[0].endswith("Something else")
+    page.click("Regenerate")
+    wait(lambda: page.has("Stop"))
+    page.click("Stop")
+    page.idle()
+    assert len(page.messages()) == 2
+    page.driver.save_screenshot(str(folder / "chat.png"))
+    page.click("Download")
+    path = folder / "conversation.jsonl"
+    wait(path.exists)
+    [line] = path.read_text(encoding="utf-8").splitlines()
+    messages = json.loads(line)["messages"]
+    assert messages[0] == {"role": "user", "content": "Something else"} and messages[1]["content"]
+    assert list(read_file(path, Notes())) == [[m | {"content": m["content"].strip()} for m in messages]]
+    page.click("Clear")
+    page.idle()
+    assert page.messages() == []
+
+
+def test_tokens_are_picked_and_a_text_is_branched(page, folder):
+    page.click("Completion")
+    page.idle()
+    hostile = "<img src=x onerror='window.hacked = 1'><script>window.hacked = 1</script> 日本"
+    page.type(hostile, PROMPT, enter=False)
+    page.click("Complete")
+    wait(lambda: len(page.chips()) > 150)
+    names = [chip.text for chip in page.chips()]
+    assert names[0] == "<" and "\\xe6" in "".join(names)  # half a character
+    assert page.texts("[data-testid=stText]")[0].startswith(hostile)
+    page.press(page.chips()[60])
+    wait(lambda: page.chips()[60].get_attribute("class").strip() == "chosen")
+    wait(lambda: len(page.all("[data-testid=stVegaLiteChart]")) == 3)
+    page.driver.save_screenshot(str(folder / "completion.png"))
+    page.click("Continue from here")
+    wait(lambda: len(page.chips()) > 150 and page.chips()[60].text != names[60])
+    assert [chip.text for chip in page.chips()][:60] == names[:60]
+    assert page.driver.execute_script("return window.hacked") is None
+    for name in ("first", "chat", "completion"):
+        assert (folder / f"{name}.png").stat().st_size > 10_000
+
+
+def test_two_sessions_stream_at_once_and_do_not_mix(page, address):
+    other = Page(address)
+    try:
+        wait(lambda: other.all("[data-testid=stChatInput] textarea"))
+        lengthen(page)
+        page.type("I am the first")
+        wait(lambda: len(page.messages()) == 2)
+        asked = threading.Event()
+        other.type("I am the second")
+        asked.set()
+        first, second = wait(lambda: len(other.messages()) == 2 and len(other.messages()[1]) > 30) and (page, other)
+        assert first.has("Stop")  # both are being answered
+        lengths = [len(p.messages()[1]) for p in (first, second)]
+        wait(lambda: all(len(p.messages()[1]) > n for p, n in zip((first, second), lengths, strict=True)))
+        for p, name in ((first, "first"), (second, "second")):
+            assert p.messages()[0].endswith(f"I am the {name}") and len(p.messages()) == 2
+        other.idle()  # its answer is the shorter
+        assert len(other.messages()) == 2
+        page.click("Stop")
+        page.idle()
+        assert len(page.messages()) == 2
+    finally:
+        other.driver.quit()
+
+
+def test_the_page_is_painted_soon(page, address):
+    start = time.perf_counter()
+    page.driver.get(address)
+    wait(lambda: page.all("[data-testid=stSelectbox]") and page.all("[data-testid=stSlider]"))
+    assert time.perf_counter() - start < 6  # 1.5 s on two quiet cores
