@@ -286,6 +286,7 @@ def complete(model, config: SamplingConfig, completion: Completion, place, below
     finally:
         completion.tokens = before + sample.tokens
         completion.speed = speed(len(sample.tokens), start, len(before), model)
+        completion.speed += " · the model ended the text" * (sample.finish_reason == "end")
     below.empty()
 
 

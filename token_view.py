@@ -29,6 +29,7 @@ _CHIPS = st.components.v2.component(
     js="""
         export default function ({ data, parentElement, setTriggerValue }) {
             const box = parentElement.querySelector(".chips");
+            const scrolled = box.scrollTop;
             box.replaceChildren();
             data.tokens.forEach((token, i) => {
                 const chip = document.createElement("button");
@@ -45,6 +46,7 @@ _CHIPS = st.components.v2.component(
                 box.append(chip);
                 if (token.text.includes("↵")) box.append(document.createElement("br"));
             });
+            box.scrollTop = scrolled;
         }
     """,
 )

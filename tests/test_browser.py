@@ -151,6 +151,17 @@ def test_two_sessions_stream_at_once_and_do_not_mix(page, address):
         other.driver.quit()
 
 
+def test_the_curves_of_a_running_training_are_drawn_again_by_themselves(page, folder):
+    log, entry = folder / "checkpoints/talker.jsonl", {"step": 10, "loss": 4.5, "tokens": 640, "seconds": 1.0}
+    log.write_text(json.dumps(entry) + "\n")
+    page.click("Training")
+    wait(lambda: "10" in page.texts("[data-testid=stMetricValue]"))
+    with open(log, "a") as file:
+        file.write(json.dumps(entry | {"step": 20, "loss": 4.25}) + "\n")
+    wait(lambda: page.texts("[data-testid=stMetricValue]")[:2] == ["20", "4.2500"])
+    log.unlink()
+
+
 def test_the_page_is_painted_soon(page, address):
     start = time.perf_counter()
     page.driver.get(address)

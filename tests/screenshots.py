@@ -1,0 +1,44 @@
+"""Takes the README's screenshots of the app, with the demo's own models: run it in a folder where `make demo` ran."""
+
+import os
+import time
+from pathlib import Path
+
+from browser import Page, serve_app, wait
+from conftest import REPOSITORY
+
+PORT = 8599
+
+
+def main() -> None:
+    """Asks the chat model, completes a text with the language model, and saves what the page shows."""
+    os.utime("checkpoints/demo/sft.pt")  # the newest model is on the page first
+    server = serve_app(Path.cwd(), PORT)
+    folder = REPOSITORY / "docs"
+    folder.mkdir(exist_ok=True)
+    try:
+        page = Page(f"http://127.0.0.1:{PORT}", height=880)
+        wait(lambda: page.all("[data-testid=stChatInput] textarea"))
+        for question in ("What is the capital of France?", "What does len do?"):
+            page.type(question)
+            wait(lambda: not page.has("Stop") and page.has("Regenerate"))
+            time.sleep(1)
+        page.driver.save_screenshot(str(folder / "chat.png"))
+        page.choose_model("demo/pretrained.pt")
+        page.type("1", "[data-testid=stNumberInput] input")
+        page.type("Return a copy of the", "[data-testid=stTextArea] textarea", enter=False)
+        page.driver.set_window_size(1200, 1500)
+        page.click("Complete")
+        wait(lambda: len(page.chips()) > 20)
+        page.press(page.chips()[5])
+        wait(lambda: page.chips()[5].get_attribute("class").strip() == "chosen")
+        page.driver.execute_script("document.activeElement.blur(); document.querySelector('section').scrollTo(0, 0)")
+        time.sleep(2)
+        page.driver.save_screenshot(str(folder / "completion.png"))
+        page.driver.quit()
+    finally:
+        server.terminate()
+
+
+if __name__ == "__main__":
+    main()
