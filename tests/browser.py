@@ -117,6 +117,7 @@ class Page:
 
     def idle(self) -> None:
         """Waits until the page is drawn and nothing runs."""
+        time.sleep(0.3)  # what was just clicked has to arrive
         wait(lambda: self.all("[data-testid=stApp][data-test-script-state=notRunning]"))
         time.sleep(0.2)
 

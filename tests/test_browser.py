@@ -73,7 +73,7 @@ def test_chat_streams_stops_goes_on_and_is_read_back(page, folder):
     time.sleep(0.5)
     assert page.has("Stop") and len(page.messages()[1]) > max(seen)
     page.click("Stop")
-    page.idle()
+    wait(lambda: page.has("Regenerate"))
     question, stopped = page.messages()
     assert question.endswith("Hello <b>there</b>") and max(seen) <= len(stopped)
     time.sleep(1)
@@ -84,12 +84,12 @@ def test_chat_streams_stops_goes_on_and_is_read_back(page, folder):
     page.click("Send")
     wait(lambda: page.has("Stop"))
     page.click("Stop")
-    page.idle()
-    assert page.messages()[0].endswith("Something else")
+    wait(lambda: page.has("Regenerate"))
+    wait(lambda: page.messages()[0].endswith("Something else"))
     page.click("Regenerate")
     wait(lambda: page.has("Stop"))
     page.click("Stop")
-    page.idle()
+    wait(lambda: page.has("Regenerate"))
     assert len(page.messages()) == 2
     page.driver.save_screenshot(str(folder / "chat.png"))
     page.click("Download")
@@ -100,8 +100,7 @@ def test_chat_streams_stops_goes_on_and_is_read_back(page, folder):
     assert messages[0] == {"role": "user", "content": "Something else"} and messages[1]["content"]
     assert list(read_file(path, Notes())) == [[m | {"content": m["content"].strip()} for m in messages]]
     page.click("Clear")
-    page.idle()
-    assert page.messages() == []
+    wait(lambda: page.messages() == [])
 
 
 def test_tokens_are_picked_and_a_text_is_branched(page, folder):
