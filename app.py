@@ -16,6 +16,7 @@ NO_MODEL = """There is no model yet. Either of these makes one:
 
     make demo                                    # a small one, on this computer, in a few minutes
     python prepare_data.py && python train.py    # GPT-2, on a GPU"""
+RUNNING = 300  # seconds after its last line of log that a training run is taken for running
 MODES = ("Chat", "Completion", "Training")
 LONGEST = 20_000  # characters of one text on the page
 
@@ -27,7 +28,7 @@ def main() -> None:
         if key in st.session_state:
             st.session_state[key] = st.session_state[key]
     with st.sidebar:
-        path = pick_model()
+        path, modified = pick_model()
     if path is None:
         return
     place = st.container()  # what needs no model is drawn before one is loaded
@@ -35,7 +36,7 @@ def main() -> None:
         pick_sampling()
         facts, model, problem = None, None, ""
         try:
-            facts, model = load(str(path), path.stat().st_mtime)
+            facts, model = load(str(path), modified)
         except (UserError, OSError) as error:
             problem = str(error)
     with place:
@@ -59,11 +60,11 @@ def main() -> None:
     elif mode == "Chat":
         chat_mode(model)
     else:
-        completion_mode(model, f"{path} {path.stat().st_mtime}")
+        completion_mode(model, f"{path} {modified}")
 
 
-def pick_model() -> Path | None:
-    """Offers the checkpoints under `checkpoints/`, the newest first."""
+def pick_model() -> tuple[Path | None, float]:
+    """Offers the checkpoints under `checkpoints/`, the newest first; returns one and when it was written."""
     times = {}
     for path in Path("checkpoints").rglob("*.pt"):
         with contextlib.suppress(OSError):  # one that is deleted meanwhile
@@ -72,11 +73,12 @@ def pick_model() -> Path | None:
     if not times:
         st.title("GPT-2")
         st.info(NO_MODEL)
-        return None
+        return None, 0.0
     paths = sorted(times, key=lambda path: times[path], reverse=True)
     if (gone := st.session_state.get("model")) is not None and gone not in paths:
         st.warning(f"{gone} is gone.")
-    return st.selectbox("Model", paths, key="model", format_func=lambda path: str(path.relative_to("checkpoints")))
+    path = st.selectbox("Model", paths, key="model", format_func=lambda path: str(path.relative_to("checkpoints")))
+    return path, times[path]
 
 
 @st.cache_resource(max_entries=1, show_spinner="Loading the model")
@@ -134,7 +136,7 @@ def stream(pieces: Iterator[str], place, text: Callable[[], str]) -> None:
 
     Where somebody presses Stop, Streamlit runs the page anew in another thread, and raises in this one what ends it.
     """
-    with contextlib.closing(pieces), writing():
+    with contextlib.closing(pieces):
         drawn = time.monotonic()
         for _ in pieces:
             st.session_state.get("lock")  # this, too, ends here where the page is to be drawn anew
@@ -212,10 +214,11 @@ def answer(chat, text: str, history, below) -> None:
     below.button("Stop", icon=":material/stop_circle:")
     n = len(chat.text_model.answer_ids([*chat.messages, {"role": "user", "content": text}], chat.config))
     start = time.monotonic()
-    try:
-        stream(chat.reply(text, sample), place, lambda: sample.text.lstrip())
-    finally:
-        told[0] = speed(len(sample.tokens), start, n, chat.text_model)
+    with writing():
+        try:
+            stream(chat.reply(text, sample), place, lambda: sample.text.lstrip())
+        finally:
+            told[0] = speed(len(sample.tokens), start, n, chat.text_model)
     if not sample.text.strip():
         place.caption("The model ended its answer at once.")
 
@@ -281,12 +284,13 @@ def complete(model, config: SamplingConfig, completion: Completion, place, below
     sample, before = Sample(), list(completion.tokens)
     below.button("Stop", icon=":material/stop_circle:")
     pieces, start = model.stream([token.id for token in before], config, sample, TOP), time.monotonic()
-    try:
-        stream(pieces, place, lambda: written(model, before + sample.tokens))
-    finally:
-        completion.tokens = before + sample.tokens
-        completion.speed = speed(len(sample.tokens), start, len(before), model)
-        completion.speed += " · the model ended the text" * (sample.finish_reason == "end")
+    with writing():
+        try:
+            stream(pieces, place, lambda: written(model, before + sample.tokens))
+        finally:
+            completion.tokens = before + sample.tokens
+            completion.speed = speed(len(sample.tokens), start, len(before), model)
+            completion.speed += " · the model ended the text" * (sample.finish_reason == "end")
     below.empty()
 
 
@@ -302,7 +306,7 @@ def training_mode(path: Path) -> None:
     if not log.exists():
         st.info(f"There is no log {log} beside this model.")
         return
-    is_running = time.time() - log.stat().st_mtime < 60
+    is_running = time.time() - log.stat().st_mtime < RUNNING
     st.fragment(draw_training, run_every=2 if is_running else None)(log)
 
 
@@ -327,7 +331,7 @@ def draw_training(log: Path) -> None:
             st.metric("Tokens", f"{values['tokens']:,}")
         st.metric("Time", f"{values['seconds'] / 60:,.1f} min")
     st.altair_chart(loss_chart(entries))
-    st.caption(f"{log}: " + ("running" if age < 60 else "at rest") + f", last written {age:,.0f} seconds ago")
+    st.caption(f"{log}: " + ("running" if age < RUNNING else "at rest") + f", last written {age:,.0f} seconds ago")
 
 
 main()
