@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -50,11 +51,12 @@ def main() -> None:
         )
     if facts:
         with st.sidebar.expander("About this model"):
-            st.table(facts, border="horizontal")
+            st.text("\n".join(f"{name}: {value}" for name, value in facts.items()))
     if mode == "Training":
         training_mode(path)
     elif problem:
-        st.error(problem)
+        st.error("This model cannot be loaded.")
+        st.text(problem)
     elif model is None:
         st.info(f"This model tells texts apart, it writes none: `python classify.py --model {path}` asks it.")
     elif mode == "Chat":
@@ -76,7 +78,8 @@ def pick_model() -> tuple[Path | None, float]:
         return None, 0.0
     paths = sorted(times, key=lambda path: times[path], reverse=True)
     if (gone := st.session_state.get("model")) is not None and gone not in paths:
-        st.warning(f"{gone} is gone.")
+        st.warning("The model that was picked is gone:")
+        st.text(gone)
     path = st.selectbox("Model", paths, key="model", format_func=lambda path: str(path.relative_to("checkpoints")))
     return path, times[path]
 
@@ -91,7 +94,12 @@ def load(path: str, modified: float) -> tuple:
     from sampling import TextModel
 
     state = checkpoint.load(path, kinds=("base", "sft", "classifier"))
-    return checkpoint.facts(state), None if state["kind"] == "classifier" else TextModel.load(path)
+    if state["kind"] == "classifier":
+        return checkpoint.facts(state), None
+    model = TextModel.of(state, path)
+    for parameter in model.model.parameters():  # no longer pages of the file, which somebody may write to
+        parameter.data = parameter.data.clone()
+    return checkpoint.facts(state), model
 
 
 @st.fragment  # so that a change neither draws the page anew nor breaks off an answer
@@ -109,13 +117,9 @@ def pick_sampling() -> None:
     top_p = st.slider(
         "Top p", 0.05, 1.0, 1.0, 0.05, help="Draw from the fewest tokens that together have this probability."
     )
-    penalty = st.slider(
-        "Repetition penalty", 1.0, 2.0, 1.0, 0.05, help="Above 1 makes tokens that occurred less likely."
-    )
+    penalty = st.slider("Repetition penalty", 1.0, 2.0, 1.0, 0.05, help="Above 1, what occurred becomes less likely.")
     length = st.slider("Length", 1, 1000, 200, help="Longest answer or completion, in tokens.")
-    seed = st.number_input(
-        "Seed", 0, None, None, help="The same seed gives the same text; empty for another one each time."
-    )
+    seed = st.number_input("Seed", 0, None, None, help="Equal seeds give equal texts; empty, every text is another.")
     st.session_state.sampling = SamplingConfig(
         max_new_tokens=length,
         temperature=temperature,
@@ -172,10 +176,11 @@ def chat_mode(model) -> None:
         with history.chat_message(message["role"]):
             st.text(clipped(message["content"]))
     asked = st.chat_input("Your message", submit_mode="disable") or state.pop("asked", None)
-    if asked:
+    if asked or not chat.messages:
         state.editing = False
+    if asked:
         answer(chat, asked, history, below)
-    if state.get("editing"):
+    if state.get("editing") and chat.messages:
         with below.form("edit"):
             text = st.text_area("Your last message", chat.messages[-2]["content"])
             with st.container(horizontal=True):
@@ -188,7 +193,7 @@ def chat_mode(model) -> None:
             st.rerun()
     elif chat.messages:
         with below.container(), st.container(horizontal=True, vertical_alignment="center"):
-            st.button("Regenerate", on_click=lambda: state.update(asked=chat.undo()), icon=":material/refresh:")
+            st.button("Regenerate", on_click=regenerate, args=(chat,), icon=":material/refresh:")
             st.button("Edit", on_click=lambda: state.update(editing=True), icon=":material/edit:")
             st.button("Clear", on_click=chat.reset, icon=":material/delete:")
             st.download_button(
@@ -200,6 +205,12 @@ def chat_mode(model) -> None:
                 help="One line of JSON, as `prepare_sft_data.py --input` reads it.",
             )
             st.caption(state.get("chat speed", [""])[0])
+
+
+def regenerate(chat) -> None:
+    """Takes back the last exchange, to ask the same again; once, however often the button was pressed."""
+    if not st.session_state.get("asked"):
+        st.session_state.asked = chat.undo()
 
 
 def answer(chat, text: str, history, below) -> None:
@@ -230,8 +241,9 @@ class Completion:
     model: str
     tokens: list = field(default_factory=list)
     n_prompt: int = 0
-    n_left_out: int = 0
-    """tokens of the prompt that came before the context"""
+    """how many of them were given"""
+    n_given: int = 0
+    """tokens of the prompt, those before the context too"""
     is_scored: bool = False
     """the tokens of the prompt have their probabilities"""
     speed: str = ""
@@ -248,27 +260,31 @@ def completion_mode(model, name: str) -> None:
     with writing():  # what was stopped has ended
         completion = state.get("completion")
     if started:
-        ids, context = model.prompt_ids(prompt), model.model.config.block_size
-        kept = ids[-context:]
-        completion = Completion(name, [Token(i) for i in kept], len(kept), len(ids) - len(kept))
+        ids = model.prompt_ids(prompt)
+        kept = ids[-model.model.config.block_size :]
+        completion = Completion(name, [Token(i) for i in kept], len(kept), len(ids))
         state.completion, state.step = completion, len(kept) + 1
     elif completion is None or completion.model != name:
         return
     with st.container(border=True):
         place = st.empty()
+    view = st.empty()  # empty while a text is being written
     if started or state.pop("branched", False):
         complete(model, state.sampling, completion, place, below)
     place.text(clipped(written(model, completion.tokens)))
-    if completion.n_left_out:
-        n = completion.n_prompt + completion.n_left_out
-        st.caption(f"Of the prompt's {n:,} tokens the last {completion.n_prompt:,}, the model's context, count.")
-    st.caption(completion.speed)
-    if not completion.is_scored:
-        with st.spinner("Reading the prompt once more, for its probabilities"):
-            ids = [token.id for token in completion.tokens[: completion.n_prompt]]
-            completion.tokens[: completion.n_prompt] = model.score(ids, TOP)
-            completion.is_scored = True
-    if branch := token_view(model.tokenizer, completion.tokens, completion.n_prompt):
+    with view.container():
+        if completion.n_given > (context := model.model.config.block_size):
+            st.caption(
+                f"Of the prompt's {completion.n_given:,} tokens the last {context:,} count, the model's context."
+            )
+        st.caption(completion.speed)
+        if not completion.is_scored:
+            with st.spinner("Reading the prompt once more, for its probabilities"):
+                ids = [token.id for token in completion.tokens[: completion.n_prompt]]
+                completion.tokens[: completion.n_prompt] = model.score(ids, TOP)
+                completion.is_scored = True
+        branch = token_view(model.tokenizer, completion.tokens, completion.n_prompt)
+    if branch:
         step, token = branch
         completion.tokens[step:] = [token]
         completion.n_prompt = min(completion.n_prompt, step)
@@ -302,12 +318,7 @@ def written(model, tokens: list) -> str:
 
 def training_mode(path: Path) -> None:
     """The loss curves in the log beside a checkpoint, drawn again and again while it grows."""
-    log = path.with_suffix(".jsonl")
-    if not log.exists():
-        st.info(f"There is no log {log} beside this model.")
-        return
-    is_running = time.time() - log.stat().st_mtime < RUNNING
-    st.fragment(draw_training, run_every=2 if is_running else None)(log)
+    st.fragment(draw_training, run_every=2)(path.with_suffix(".jsonl"))
 
 
 def draw_training(log: Path) -> None:
@@ -317,11 +328,11 @@ def draw_training(log: Path) -> None:
 
     entries = read_log(log)
     if not entries:
-        st.info("The log is empty as yet.")
+        st.info("There is no log of a training run beside this model.")
         return
     values = {name: value for entry in entries for name, value in entry.items()}  # the latest of each
     best = min((entry["val_loss"] for entry in entries if "val_loss" in entry), default=None)
-    age = time.time() - log.stat().st_mtime
+    age = time.time() - log.stat().st_mtime if log.exists() else math.inf
     with st.container(horizontal=True):
         st.metric("Step", f"{values['step']:,}")
         for label, value in (("Training loss", values.get("loss")), ("Best validation loss", best)):
@@ -329,9 +340,9 @@ def draw_training(log: Path) -> None:
                 st.metric(label, f"{value:.4f}")
         if "tokens" in values:
             st.metric("Tokens", f"{values['tokens']:,}")
-        st.metric("Time", f"{values['seconds'] / 60:,.1f} min")
+        st.metric("Time", f"{values.get('seconds', 0) / 60:,.1f} min")
     st.altair_chart(loss_chart(entries))
-    st.caption(f"{log}: " + ("running" if age < RUNNING else "at rest") + f", last written {age:,.0f} seconds ago")
+    st.caption(("running" if age < RUNNING else "at rest") + f", last written {age:,.0f} seconds ago")
 
 
 main()

@@ -7,6 +7,15 @@ from typing import Literal
 
 from cli import UserError, run
 
+NAMES = {
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
 
 @dataclass(frozen=True)
 class Config:
@@ -33,8 +42,7 @@ def main(config: Config) -> None:
     from model_card import model_card
     from tokenizer import to_json
 
-    if not config.overwrite and config.out.is_dir() and any(config.out.iterdir()):
-        raise UserError(f"{config.out} is not empty: choose another --out, or --overwrite what an export wrote there")
+    check_folder(config)
     state = checkpoint.load(config.model, verify=True, kinds=("base", "sft", "classifier"))
     checkpoint.build(state, config.model)  # weights that do not fit their config are found here
     if is_classifier := state["kind"] == "classifier":
@@ -49,7 +57,7 @@ def main(config: Config) -> None:
                 "config.json": model_config(state, known, config),
                 "tokenizer.json": to_json(known, state["config"].n_tokens, ends_texts=is_classifier),
                 "tokenizer_config.json": tokenizer_config(state),
-                "README.md": model_card(state, config.out.name),
+                "README.md": model_card(state, config.out.resolve().name),
             }
             if not is_classifier:
                 files["generation_config.json"] = generation_config(state, known, config)
@@ -58,7 +66,30 @@ def main(config: Config) -> None:
                 (folder / name).write_text(text, encoding="utf-8")
     except SafetensorError as error:  # how that library says that the disk is full
         raise UserError(f"cannot write to {config.out}: {error}; what was there is as it was") from None
+    for name in NAMES - files.keys() - {"model.safetensors"}:  # of an earlier export of another kind
+        (config.out / name).unlink(missing_ok=True)
     print(f"{config.out}: " + ", ".join(sorted(path.name for path in config.out.iterdir())))
+
+
+def check_folder(config: Config) -> None:
+    """Raises UserError where --out is not empty, unless --overwrite is given and an export wrote all that it holds."""
+    if not config.out.exists():
+        return
+    if not config.out.is_dir():
+        raise UserError(f"--out {config.out} is a file: name a folder")
+    names = {path.name for path in config.out.iterdir()} - {".prepare-config.json"}  # left by one that was killed
+    if names and not config.overwrite:
+        raise UserError(f"{config.out} is not empty: choose another --out, or --overwrite what an export wrote there")
+    if names - NAMES or (names and not is_ours(config.out)):
+        raise UserError(f"{config.out} holds more than an export: choose another --out")
+
+
+def is_ours(folder: Path) -> bool:
+    """Tells whether a folder holds a GPT-2's config."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "gpt2"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def named_as_theirs(state: dict, dtype, trim_vocab: bool) -> dict:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left_behind in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
+    for left_behind in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by a process that was killed
         if time.time() - left_behind.stat().st_mtime > 3600:
             left_behind.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -72,13 +72,13 @@ def _wandb(path, config):
 
 
 def read_log(path: Path) -> list[dict]:
-    """Reads a log; a last line that a kill cut short is passed over."""
+    """Reads a log; a last line that a kill cut short is passed over, and so is what is no entry."""
     entries = []
-    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             with contextlib.suppress(ValueError):
                 entries.append(json.loads(line))
-    return entries
+    return [entry for entry in entries if isinstance(entry, dict) and "step" in entry]
 
 
 def draw_losses(log_path: Path, plot_path: Path) -> None:

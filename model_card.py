@@ -45,7 +45,7 @@ def model_card(checkpoint: dict, name: str) -> str:
     known = facts(checkpoint) | {fact.replace("_", " "): trained[fact] for fact in _FACTS if fact in trained}
     task = "text-classification" if kind == "classifier" else "text-generation"
     usage = {"base": _COMPLETE, "sft": _ANSWER, "classifier": _CLASSIFY}[kind].format(name=name)
-    rows = "\n".join(f"| {fact} | {value} |" for fact, value in known.items())
+    rows = "\n".join(f"| {fact} | {str(value).replace('|', '&#124;')} |" for fact, value in known.items())
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags: [gpt2]\n---\n\n"
         f"# {name}\n\nThis is {_KINDS[kind]}.\n\n| | |\n| --- | --- |\n{rows}\n\n## Use\n\n{usage}"

@@ -20,6 +20,7 @@ _FILES = [
     "config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "chat_template.jinja",
     "model.safetensors",
     "model-*.safetensors",
     "model.safetensors.index.json",
@@ -81,6 +82,8 @@ def from_folder(folder: Path) -> dict:
         for file in weight_files(folder):
             weights |= load_file(file)
         weights = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+        if "score.weight" in weights:
+            raise UserError(f"{folder} holds a classifier: only language models are read from such a folder")
         vocab_size, n_embd = weights["wte.weight"].shape
         tokenizer = _tokenizer_of(folder, vocab_size)
         tied = facts.get("tie_word_embeddings", True)
@@ -99,12 +102,16 @@ def from_folder(folder: Path) -> dict:
 
 
 def _kind_of(folder):
-    """Tells a folder that `export.py` wrote of a model that answers, by its template."""
+    """Tells a model that answers, and that `export.py` once wrote, by its template: `transformers` saves it again in a
+    file of its own."""
+    written = ""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         written = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
-        for template in ("chat", "alpaca"):
-            if written == tokenizers.jinja_template(template):
-                return {"kind": "sft", "template": template}
+    with contextlib.suppress(OSError, ValueError):
+        written = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    for template in ("chat", "alpaca"):
+        if written == tokenizers.jinja_template(template):
+            return {"kind": "sft", "template": template}
     return {}
 
 

@@ -108,7 +108,14 @@ class TextModel:
 
         Raises UserError where there is none, or no such device.
         """
-        state, place = checkpoint.load(path, verify), choose_device(device)
+        return cls.of(checkpoint.load(path, verify), path, device, dtype, quantize)
+
+    @classmethod
+    def of(
+        cls, state: dict, path: str | Path, device: str = "auto", dtype: str = "auto", quantize: str = "none"
+    ) -> "TextModel":
+        """Makes a checkpoint that was read from `path` ready to write, as `load` does."""
+        place = choose_device(device)
         precision = choose_dtype(dtype, place)
         if quantize == "int8" and (place.type != "cpu" or precision != torch.float32):
             raise UserError("--quantize int8 is for the CPU, in float32: --device cpu --dtype float32")

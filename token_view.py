@@ -102,7 +102,7 @@ def token_view(tokenizer: Tokenizer, tokens: list[Token], n_prompt: int) -> tupl
     others = {other: logprob for other, logprob in token.candidates if other != token.id}
     with st.form("branch", border=False), st.container(horizontal=True, vertical_alignment="bottom"):
         other = st.selectbox(
-            f"Instead of {names[i]} at step {i + 1}",
+            f"Another token at step {i + 1}",
             others,
             format_func=lambda other: f"{legible(tokenizer.decode_bytes([other]))}  {math.exp(others[other]):.1%}",
             key=f"other {i} {token.id}",

@@ -23,7 +23,7 @@ import checkpoint
 import export
 import tokenizer as tokenizers
 from classification import Classifier
-from cli import SamplingConfig
+from cli import SamplingConfig, UserError
 from model import GPT, GPTConfig
 from sampling import TextModel
 
@@ -195,8 +195,20 @@ def test_a_classifier_gives_the_same_probabilities(toy, tmp_path, tokens):
         found = theirs(**batch).logits.softmax(-1)
     expected = torch.stack(list(ours.probabilities(texts)))
     assert (found - expected).abs().max() < 1e-4 and (expected[0] - expected[1]).abs().max() > 1e-2
+    with pytest.raises(UserError, match="holds a classifier"):
+        checkpoint.load(tmp_path / "out")
     label = pipeline("text-classification", str(tmp_path / "out"), device="cpu")(texts[0])[0]["label"]
     assert label == ours.labels[expected[0].argmax()]
+
+
+def test_a_chat_model_that_transformers_saved_again_is_one_still(toy, tmp_path):
+    saved(toy, tmp_path / "x.pt", kind="sft", template="chat")
+    export.main(export.Config(tmp_path / "out", tmp_path / "x.pt"))
+    for auto in (AutoModelForCausalLM, AutoTokenizer):
+        auto.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/chat_template.jinja").exists()
+    state = checkpoint.load(tmp_path / "again")
+    assert (state["kind"], state["template"]) == ("sft", "chat")
 
 
 def test_precision_and_trimming(toy, tmp_path):
@@ -238,5 +250,15 @@ def test_bad_input_costs_one_line_and_no_file(toy, tmp_path):
     for model, message in ((tmp_path / "x.pt", "damaged"), ("none.pt", "no checkpoint none.pt")):
         result = run_script(toy, "export.py", "--model", model, "--out", tmp_path / "out", "--overwrite")
         assert result.returncode == 1 and message in result.stderr.splitlines()[-1]
+    (tmp_path / "out/mine.txt").write_text("mine")
+    more = run_script(toy, *arguments[:3], "--out", tmp_path / "out", "--overwrite")
+    assert more.returncode == 1 and "more than an export" in more.stderr.splitlines()[-1]
+    (tmp_path / "out/mine.txt").unlink()
+    onto = run_script(toy, *arguments[:3], "--out", tmp_path / "x.pt")
+    assert onto.returncode == 1 and "x.pt is a file" in onto.stderr.splitlines()[-1]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/README.md").write_text("mine")
+    other = run_script(toy, *arguments[:3], "--out", tmp_path / "other", "--overwrite")
+    assert other.returncode == 1 and (tmp_path / "other/README.md").read_text() == "mine"
     assert run_script(toy, "export.py").stderr.splitlines()[-1].startswith("error:")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
