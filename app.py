@@ -273,10 +273,8 @@ def completion_mode(model, name: str) -> None:
         complete(model, state.sampling, completion, place, below)
     place.text(clipped(written(model, completion.tokens)))
     with view.container():
-        if completion.n_given > (context := model.model.config.block_size):
-            st.caption(
-                f"Of the prompt's {completion.n_given:,} tokens the last {context:,} count, the model's context."
-            )
+        if completion.n_given > (n := model.model.config.block_size):
+            st.caption(f"Of the prompt's {completion.n_given:,} tokens the last {n:,} count, the model's context.")
         st.caption(completion.speed)
         if not completion.is_scored:
             with st.spinner("Reading the prompt once more, for its probabilities"):
