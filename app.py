@@ -227,10 +227,10 @@ def answer(chat, text: str, history, below) -> None:
     start = time.monotonic()
     with writing():
         try:
-            stream(chat.reply(text, sample), place, lambda: sample.text.lstrip())
+            stream(chat.reply(text, sample), place, lambda: sample.text)
         finally:
             told[0] = speed(len(sample.tokens), start, n, chat.text_model)
-    if not sample.text.strip():
+    if not sample.text:
         place.caption("The model ended its answer at once.")
 
 

@@ -92,9 +92,9 @@ def write(text_model, ids: list[int], prompt: str, config: Config) -> None:
     context = text_model.model.config.block_size
     if len(ids) > context:
         print(f"the prompt has {len(ids):,} tokens: the last {context:,}, the model's context, count", file=sys.stderr)
-    start = time.perf_counter()
+    start, strip = time.perf_counter(), config.instruction is not None
     if config.json or config.logprobs or config.num_samples > 1:
-        samples = text_model.samples(ids, config, config.num_samples, config.logprobs)
+        samples = text_model.samples(ids, config, config.num_samples, config.logprobs, strip)
         for i, sample in enumerate(samples):
             if config.json:
                 print(json.dumps(as_json(text_model.tokenizer, prompt, sample, config), ensure_ascii=False))
@@ -103,7 +103,7 @@ def write(text_model, ids: list[int], prompt: str, config: Config) -> None:
                 print("".join(f"{line}\n" for line in token_lines(text_model.tokenizer, sample, config)), end="")
     else:
         samples = [Sample()]
-        stream(text_model.stream(ids, config, samples[0]), prompt)
+        stream(text_model.stream(ids, config, samples[0], strip=strip), prompt)
     seconds, n = time.perf_counter() - start, sum(len(sample.tokens) for sample in samples)
     print(f"{n:,} tokens, {n / seconds:,.1f} tokens/s, prompt of {len(ids):,} tokens", file=sys.stderr)
     if config.stop and not any(sample.finish_reason == "stop" for sample in samples):

@@ -52,10 +52,11 @@ class Sample:
 
 
 class TextWriter:
-    """Turns token ids into text, piece by piece: whole UTF-8 characters only, and nothing from a stop text on."""
+    """Turns token ids into text, piece by piece: whole UTF-8 characters only, and nothing from a stop text on; with
+    `strip`, no white space at the beginning."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Iterable[str] = ()):
-        self.tokenizer, self.stops = tokenizer, [stop for stop in stops if stop]
+    def __init__(self, tokenizer: Tokenizer, stops: Iterable[str] = (), strip: bool = False):
+        self.tokenizer, self.stops, self.strip = tokenizer, [stop for stop in stops if stop], strip
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.held, self.stopped = "", False
 
@@ -78,6 +79,9 @@ class TextWriter:
         )
         certain = len(self.held) if self.stopped else len(self.held) - may_begin
         piece, self.held = self.held[:certain], self.held[certain:]
+        if self.strip:
+            piece = piece.lstrip()
+            self.strip = not piece
         return piece
 
 
@@ -141,11 +145,7 @@ class TextModel:
         What was written is recorded in `sample`, if given. Raises UserError where the model was not fine-tuned to
         answer.
         """
-        first = True
-        for piece in self.stream(self.answer_ids(messages, config), config, sample):
-            piece, first = (piece.lstrip() if first else piece), first and not piece.strip()
-            if piece:
-                yield piece
+        return self.stream(self.answer_ids(messages, config), config, sample, strip=True)
 
     def answer_ids(self, messages: list[Message], config: SamplingConfig) -> list[int]:
         """Returns the ids of a conversation up to its answer, for which a quarter of the context is kept free."""
@@ -158,14 +158,20 @@ class TextModel:
         return encode_prompt(messages, self.tokenizer, self.template, max_tokens=room)
 
     def stream(
-        self, ids: list[int], config: SamplingConfig, sample: Sample | None = None, top: int | None = None
+        self,
+        ids: list[int],
+        config: SamplingConfig,
+        sample: Sample | None = None,
+        top: int | None = None,
+        strip: bool = False,
     ) -> Iterator[str]:
         """Continues token ids until the model ends its text or a stop text comes; yields pieces of whole characters.
 
-        What was written is recorded in `sample`, if given, with so many candidates a token as `top` says.
+        What was written is recorded in `sample`, if given, with so many candidates a token as `top` says. With `strip`
+        the text begins without white space, as an answer should.
         """
         sample = Sample() if sample is None else sample
-        writer = TextWriter(self.tokenizer, config.stop)
+        writer = TextWriter(self.tokenizer, config.stop, strip)
         for [token] in self.steps(ids, config, top=top):
             if piece := sample.extend(token, writer):
                 yield piece
@@ -175,9 +181,12 @@ class TextModel:
             sample.text += piece
             yield piece
 
-    def samples(self, ids: list[int], config: SamplingConfig, n: int, top: int | None = None) -> list[Sample]:
+    def samples(
+        self, ids: list[int], config: SamplingConfig, n: int, top: int | None = None, strip: bool = False
+    ) -> list[Sample]:
         """Continues token ids `n` times, as one batch; with `top`, log-probabilities and so many candidates a token."""
-        samples, writers = [Sample() for _ in range(n)], [TextWriter(self.tokenizer, config.stop) for _ in range(n)]
+        samples = [Sample() for _ in range(n)]
+        writers = [TextWriter(self.tokenizer, config.stop, strip) for _ in range(n)]
         for step in self.steps(ids, config, n, top):
             for sample, writer, token in zip(samples, writers, step, strict=True):
                 if sample.is_open:

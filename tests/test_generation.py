@@ -204,6 +204,13 @@ def test_bytes_that_are_no_character_are_replaced_at_the_end_only():
     assert writer.feed(first_half) == "" and writer.finish() == "\ufffd"
 
 
+def test_an_answer_begins_without_white_space():
+    tokenizer = tokenizers.gpt2()
+    writer = TextWriter(tokenizer, strip=True)
+    pieces = [writer.feed(token) for token in tokenizer.encode(" \n\n  \n Hello  you\n ")]
+    assert "".join([*pieces, writer.finish()]) == "Hello  you\n "
+
+
 def test_five_lines_of_python(toy):
     model = TextModel.load(toy / "checkpoints/toy.pt", device="cpu")
     config = SamplingConfig(max_new_tokens=12, seed=3)
