@@ -155,10 +155,11 @@ def writing() -> threading.Lock:
     return st.session_state.setdefault("lock", threading.Lock())
 
 
-def speed(n: int, start: float, before: int, model) -> str:
-    """Returns how fast `n` tokens were written since `start`, and what part of the context is used."""
-    context, seconds, used = model.model.config.block_size, time.monotonic() - start, before + n
-    return f"{n:,} tokens · {n / max(seconds, 1e-9):,.1f} tokens/s · context {min(used, context):,} of {context:,}"
+def speed(sample, start: float, model) -> str:
+    """Returns how fast a sample was written since `start`, and what part of the context is used."""
+    n, context, seconds = len(sample.tokens), model.model.config.block_size, time.monotonic() - start
+    used = min(sample.n_prompt + n, context)
+    return f"{n:,} tokens · {n / max(seconds, 1e-9):,.1f} tokens/s · context {used:,} of {context:,}"
 
 
 def chat_mode(model) -> None:
@@ -180,7 +181,7 @@ def chat_mode(model) -> None:
         state.editing = False
     if asked:
         answer(chat, asked, history, below)
-    if state.get("editing") and chat.messages:
+    if state.get("editing"):
         with below.form("edit"):
             text = st.text_area("Your last message", chat.messages[-2]["content"])
             with st.container(horizontal=True):
@@ -223,13 +224,12 @@ def answer(chat, text: str, history, below) -> None:
     with history.chat_message("assistant"):
         place = st.empty()
     below.button("Stop", icon=":material/stop_circle:")
-    n = len(chat.text_model.answer_ids([*chat.messages, {"role": "user", "content": text}], chat.config))
     start = time.monotonic()
     with writing():
         try:
             stream(chat.reply(text, sample), place, lambda: sample.text)
         finally:
-            told[0] = speed(len(sample.tokens), start, n, chat.text_model)
+            told[0] = speed(sample, start, chat.text_model)
     if not sample.text:
         place.caption("The model ended its answer at once.")
 
@@ -244,8 +244,6 @@ class Completion:
     """how many of them were given"""
     n_given: int = 0
     """tokens of the prompt, those before the context too"""
-    is_scored: bool = False
-    """the tokens of the prompt have their probabilities"""
     speed: str = ""
 
 
@@ -276,11 +274,10 @@ def completion_mode(model, name: str) -> None:
         if completion.n_given > (n := model.model.config.block_size):
             st.caption(f"Of the prompt's {completion.n_given:,} tokens the last {n:,} count, the model's context.")
         st.caption(completion.speed)
-        if not completion.is_scored:
+        if any(token.logprob is None for token in completion.tokens[1 : completion.n_prompt]):
             with st.spinner("Reading the prompt once more, for its probabilities"):
                 ids = [token.id for token in completion.tokens[: completion.n_prompt]]
                 completion.tokens[: completion.n_prompt] = model.score(ids, TOP)
-                completion.is_scored = True
         branch = token_view(model.tokenizer, completion.tokens, completion.n_prompt)
     if branch:
         step, token = branch
@@ -303,7 +300,7 @@ def complete(model, config: SamplingConfig, completion: Completion, place, below
             stream(pieces, place, lambda: written(model, before + sample.tokens))
         finally:
             completion.tokens = before + sample.tokens
-            completion.speed = speed(len(sample.tokens), start, len(before), model)
+            completion.speed = speed(sample, start, model)
             completion.speed += " · the model ended the text" * (sample.finish_reason == "end")
     below.empty()
 

@@ -56,7 +56,7 @@ def main(config: Config) -> None:
             files = {
                 "config.json": model_config(state, known, config),
                 "tokenizer.json": to_json(known, state["config"].n_tokens, ends_texts=is_classifier),
-                "tokenizer_config.json": tokenizer_config(state),
+                "tokenizer_config.json": tokenizer_config(state, known),
                 "README.md": model_card(state, config.out.resolve().name),
             }
             if not is_classifier:
@@ -163,12 +163,11 @@ def generation_config(state: dict, known, config: Config) -> dict:
     }
 
 
-def tokenizer_config(state: dict) -> dict:
+def tokenizer_config(state: dict, known) -> dict:
     """Returns the content of tokenizer_config.json, the chat template included."""
-    from checkpoint import tokenizer
     from tokenizer import ASSISTANT, END_OF_TEXT, USER, jinja_template
 
-    n_roles = state["config"].n_tokens - tokenizer(state).user
+    n_roles = state["config"].n_tokens - known.user
     facts = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": state["config"].block_size,

@@ -37,6 +37,8 @@ class Sample:
     finish_reason: str = "length"
     """"length", "end" where the model ended it, or "stop" where a stop text came"""
     is_open: bool = True
+    n_prompt: int = 0
+    """tokens that it continues"""
 
     def extend(self, token: Token | None, writer: "TextWriter") -> str:
         """Adds what came at one step, None where the model ended the text; returns the text that is certain by then."""
@@ -171,6 +173,7 @@ class TextModel:
         the text begins without white space, as an answer should.
         """
         sample = Sample() if sample is None else sample
+        sample.n_prompt = len(ids)
         writer = TextWriter(self.tokenizer, config.stop, strip)
         for [token] in self.steps(ids, config, top=top):
             if piece := sample.extend(token, writer):
@@ -185,7 +188,7 @@ class TextModel:
         self, ids: list[int], config: SamplingConfig, n: int, top: int | None = None, strip: bool = False
     ) -> list[Sample]:
         """Continues token ids `n` times, as one batch; with `top`, log-probabilities and so many candidates a token."""
-        samples = [Sample() for _ in range(n)]
+        samples = [Sample(n_prompt=len(ids)) for _ in range(n)]
         writers = [TextWriter(self.tokenizer, config.stop, strip) for _ in range(n)]
         for step in self.steps(ids, config, n, top):
             for sample, writer, token in zip(samples, writers, step, strict=True):
@@ -273,10 +276,9 @@ class Chat:
 
     def reply(self, text: str, sample: Sample | None = None) -> Iterator[str]:
         """Answers one message in pieces; the exchange is kept, an answer that was broken off too."""
-        self.messages.append({"role": "user", "content": text})
-        pieces = self.text_model.answer(list(self.messages), self.config, sample)
-        turn = {"role": "assistant", "content": ""}
-        self.messages.append(turn)
+        asked, turn = {"role": "user", "content": text}, {"role": "assistant", "content": ""}
+        pieces = self.text_model.answer([*self.messages, asked], self.config, sample)
+        self.messages += [asked, turn]
         for piece in pieces:
             turn["content"] += piece
             yield piece
