@@ -43,25 +43,15 @@ def main(config: Config) -> None:
     corpus = ["--input", *config.input] if config.input else ["--dataset", "pydocs"]
 
     title("1. Raw text becomes tokens")
-    script(
-        "prepare_data.py", *corpus, "--out", "data/demo", "--vocab-size", config.vocab_size, "--val-fraction", "0.05"
-    )
+    demo = ["--out", "data/demo", "--overwrite"]
+    script("prepare_data.py", *corpus, *demo, "--vocab-size", config.vocab_size, "--val-fraction", "0.05")
     title("2. A GPT learns to predict the next token")
     script("train.py", "--preset", "demo", "--overwrite", *flag("--max-steps", config.max_steps))
     title("3. It completes texts")
     completions("checkpoints/demo/pretrained.pt", held_out_beginnings() if config.input else PROMPTS)
     title("4. Questions and answers become tokens, with a mask on what is asked")
-    script(
-        "prepare_sft_data.py",
-        "--dataset",
-        "pydocs-qa",
-        "--out",
-        "data/demo",
-        "--max-conversations",
-        "714",
-        "--block-size",
-        "128",
-    )
+    conversations = ["--dataset", "pydocs-qa", "--max-conversations", "714", "--block-size", "128"]
+    script("prepare_sft_data.py", *conversations, *demo)
     title("5. It learns to answer")
     script("train_sft.py", "--preset", "demo", "--overwrite", *flag("--epochs", config.epochs))
     title("6. What it remembers")

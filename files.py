@@ -72,6 +72,12 @@ def atomic_folder(folder: str | Path, last: str) -> Iterator[Path]:
         unlock()
 
 
+def claim_folder(folder: Path, files: str, overwrite: bool) -> None:
+    """Raises UserError where a folder holds files of the pattern `files` and they are not to be replaced."""
+    if not overwrite and (taken := next(folder.glob(files), None)):
+        raise UserError(f"{taken} exists: add --overwrite to replace the data there, or choose another --out")
+
+
 def _lock(folder):
     """Keeps other processes that call this out of a folder, until the returned function is called or this one dies."""
     try:

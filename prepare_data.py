@@ -21,6 +21,8 @@ class Config:
     row is a document; each also .gz or .zst"""
     out: Path = Path("data")
     """folder to write"""
+    overwrite: bool = False
+    """replace the data in that folder"""
     text_column: str = "text"
     """column that holds the text, in tables and on the Hub"""
     config: str | None = None
@@ -74,11 +76,13 @@ class Config:
 def main(config: Config) -> None:
     """Prepares one corpus."""
     import tokenizer as tokenizers
+    from files import claim_folder
     from token_files import count_tokens, report, write_corpus
 
     if config.inspect:
         print(report(*count_tokens(config.inspect), config.inspect))
         return
+    claim_folder(config.out, "train*.bin", config.overwrite)
     corpus = open_corpus(config)
     if config.vocab_size:
         tokenizer = tokenizers.train_bpe(training_text(pieces(corpus, config)), config.vocab_size)

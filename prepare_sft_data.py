@@ -26,6 +26,8 @@ class Config:
     and output"""
     out: Path = Path("data")
     """folder to write"""
+    overwrite: bool = False
+    """replace the conversations in that folder"""
     template: Literal["chat", "alpaca"] = "chat"
     """how turns are marked in the text"""
     tokenizer: Path | None = None
@@ -51,8 +53,10 @@ class Config:
 
 def main(config: Config) -> None:
     """Prepares one set of conversations."""
+    from files import claim_folder
     from sources import Notes
 
+    claim_folder(config.out, "sft_train.bin", config.overwrite)
     tokenizer = choose_tokenizer(config)
     notes = Notes()
     meta = write_conversations(source(config, notes), tokenizer, config, notes)

@@ -161,10 +161,13 @@ def prepare_first(config: Config) -> Config:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError(f"several processes cannot prepare {config.data} together: run prepare_data.py first")
     import prepare_data
+    from files import read_meta
 
-    folder = Path("data") / config.data.stem
-    what = {"dataset": str(config.data)} if is_named else {"input": (str(config.data),)}
-    prepare_data.main(prepare_data.Config(**what, out=folder, vocab_size=config.vocab_size))
+    name, folder = str(config.data), Path("data") / config.data.stem
+    meta = folder / "meta.json"
+    is_of_it = meta.exists() and read_meta(meta, "prepare_data.py").get("source") in (name, [name])
+    what = {"dataset": name} if is_named else {"input": (name,)}
+    prepare_data.main(prepare_data.Config(**what, out=folder, overwrite=is_of_it, vocab_size=config.vocab_size))
     return dataclasses.replace(config, data=folder)
 
 

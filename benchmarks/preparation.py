@@ -174,7 +174,7 @@ def read_texts():
 
 def with_ours(workers: int) -> None:
     """`prepare_data.py` as its user runs it."""
-    command = [sys.executable, str(REPOSITORY / "prepare_data.py"), "--input", "text", "--out", "ours"]
+    command = [sys.executable, str(REPOSITORY / "prepare_data.py"), "--input", "text", "--out", "ours", "--overwrite"]
     subprocess.run([*command, "--workers", str(workers), "--val-fraction", str(HELD_OUT)], check=True)
 
 

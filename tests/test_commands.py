@@ -105,49 +105,19 @@ def test_chat_goes_on_past_the_context(toy):
     )
 
 
-def test_training_takes_a_text_file_as_data(toy):
-    (toy / "story.txt").write_text("Once upon a time there was a test. " * 200, encoding="utf-8")
-    succeed(
-        toy,
-        "train.py",
-        "--data",
-        "story.txt",
-        "--vocab-size",
-        "270",
-        "--out",
-        "checkpoints/story.pt",
-        "--max-steps",
-        "2",
-        "--n-layer",
-        "1",
-        "--n-head",
-        "1",
-        "--n-embd",
-        "16",
-        "--block-size",
-        "32",
-        "--batch-size",
-        "2",
-        "--plot",
-        "plots/s.png",
-    )
-    assert json.loads((toy / "data/story/meta.json").read_text())["tokenizer"].startswith("bpe-")
-    succeed(
-        toy,
-        "train.py",
-        "--data",
-        "data/story",
-        "--init-from",
-        "checkpoints/story.pt",
-        "--out",
-        "checkpoints/more.pt",
-        "--max-steps",
-        "1",
-        "--batch-size",
-        "2",
-        "--plot",
-        "plots/s.png",
-    )
+def test_training_takes_a_text_file_as_data_and_takes_it_anew_each_time(toy):
+    quick, tokens = ["--max-steps", "2", "--batch-size", "2", "--plot", "plots/s.png"], []
+    for n in (200, 300):
+        (toy / "story.txt").write_text("Once upon a time there was a test. " * n, encoding="utf-8")
+        succeed(
+            toy, "train.py", "--data", "story.txt", "--vocab-size", "270", "--out", f"checkpoints/story{n}.pt",
+            "--n-layer", "1", "--n-head", "1", "--n-embd", "16", "--block-size", "32", *quick,
+        )  # fmt: skip
+        meta = json.loads((toy / "data/story/meta.json").read_text())
+        tokens.append(meta["splits"]["train"]["tokens"])
+    assert meta["tokenizer"].startswith("bpe-") and tokens[1] > tokens[0]
+    start = ["--init-from", "checkpoints/story300.pt", "--out", "checkpoints/more.pt"]
+    succeed(toy, "train.py", "--data", "data/story", *start, *quick)
 
 
 def test_alpaca_instructions_end_to_end(toy):
@@ -299,6 +269,9 @@ BAD_INPUT = [  # exit status, a part of the message, the command
     (1, "bad/list.csv, line 2: no column 'text', but [[1]]", "PREPARE --input bad/list.csv"),
     (1, "nothing is left to validate with", "PREPARE --input my.txt --max-tokens 1"),
     (1, "run prepare_data.py first", "PREPARE --inspect bad/empty"),
+    (1, "data/toy/train.bin exists: add --overwrite", "prepare_data.py --input text --out data/toy"),
+    (1, "sft_train.bin exists: add --overwrite", "prepare_sft_data.py --dataset pydocs-qa --out data/toy"),
+    (1, "data/toy/train.bin exists: add --overwrite", "train.py --data toy.txt --out NEW"),
     (1, "bad/ids/train.bin holds ids", "PREPARE --inspect bad/ids"),
     (2, "exclude each other", "PREPARE --input my.txt --vocab-size 300 --tokenizer data/toy/tokenizer.json"),
     (2, "belong to data sets of the Hub", "PREPARE --dataset pydocs --split test"),
@@ -409,6 +382,7 @@ def bad(toy):
     torch.save({**good, "kind": "lora"}, folder / "no_base.pt")
     torch.save({**good, "kind": "lora", "lora": {"base": "gone.pt", "base_sha256": "0" * 64}}, folder / "adapter.pt")
     torch.save({"model": os.system}, folder / "pickle.pt")  # would be executed by an unsafe loader
+    (toy / "toy.txt").write_text("not what data/toy was made of")
     succeed(toy, "prepare_data.py", "--input", "text", "--vocab-size", "300", "--out", "data/other")
     for name, tokens in (("ids", [60_000] * 5000), ("short", [1] * 5000)):  # GPT-2's ids end before 60,000
         (folder / name).mkdir()
@@ -451,10 +425,10 @@ def test_bad_input_leaves_nothing_half_written(bad_results, bad):
 
 
 def test_a_killed_preparation_leaves_the_old_files(toy):
-    succeed(toy, "prepare_data.py", "--input", "text", "--vocab-size", "300", "--out", "data/kill")
+    succeed(toy, "prepare_data.py", "--input", "text", "--vocab-size", "300", "--out", "data/kill", "--overwrite")
     before = {path.name: path.read_bytes() for path in (toy / "data/kill").iterdir()}
     process = subprocess.Popen(
-        command("prepare_data.py", "--dataset", "pydocs", "--vocab-size", "300", "--out", "data/kill"),
+        command("prepare_data.py", "--dataset", "pydocs", "--vocab-size", "300", "--out", "data/kill", "--overwrite"),
         cwd=toy,
         env=ENVIRONMENT,
         stderr=subprocess.DEVNULL,
@@ -465,7 +439,7 @@ def test_a_killed_preparation_leaves_the_old_files(toy):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert {path.name: path.read_bytes() for path in (toy / "data/kill").iterdir() if path.is_file()} == before
-    succeed(toy, "prepare_data.py", "--input", "text", "--vocab-size", "300", "--out", "data/kill")
+    succeed(toy, "prepare_data.py", "--input", "text", "--vocab-size", "300", "--out", "data/kill", "--overwrite")
 
 
 def test_output_into_a_closed_pipe_is_no_error(toy):

@@ -188,7 +188,9 @@ def test_two_runs_write_the_same_bytes(documents, tmp_path):
     write_table(tmp_path / "a.jsonl", documents)
     contents = []
     for _ in range(2):
-        succeed(tmp_path, "prepare_data.py", "--input", "a.jsonl", "--out", "data", "--shard-tokens", "40000")
+        succeed(
+            tmp_path, "prepare_data.py", "--input", "a.jsonl", "--out", "data", "--shard-tokens", "40000", "--overwrite"
+        )
         contents.append({path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()})
     assert contents[0] == contents[1]
     sizes = [len(content) // 2 for name, content in sorted(contents[0].items()) if name.startswith("train_")]
@@ -198,7 +200,7 @@ def test_two_runs_write_the_same_bytes(documents, tmp_path):
 def test_preparing_again_removes_what_no_longer_belongs(tmp_path):
     (tmp_path / "a.txt").write_text("some text to tokenize " * 500)
     for shard_tokens in (300, None):
-        main(Config(input=(str(tmp_path / "a.txt"),), out=tmp_path / "data", shard_tokens=shard_tokens))
+        main(Config(input=(str(tmp_path / "a.txt"),), out=tmp_path / "data", shard_tokens=shard_tokens, overwrite=True))
         names = {path.name for path in (tmp_path / "data").iterdir()}
         assert names == {"meta.json", *json.loads((tmp_path / "data/meta.json").read_text())["files"]}
     assert names == {"train.bin", "val.bin", "meta.json"}
@@ -284,7 +286,7 @@ def test_fineweb_edu_comes_in_shards_of_which_the_first_is_held_out(hub, tmp_pat
         **{f"train_00000{i}.bin": everything[i * 1000 : min((i + 1) * 1000, 4500)] for i in (1, 2, 3, 4)},
     }
     with pytest.raises(UserError, match="smaller --shard-tokens"):
-        main(Config(dataset="fineweb-edu", out=tmp_path / "data", max_tokens=4500))
+        main(Config(dataset="fineweb-edu", out=tmp_path / "more", max_tokens=4500))
 
 
 def test_any_data_set_of_the_hub(hub, tmp_path):
@@ -294,7 +296,7 @@ def test_any_data_set_of_the_hub(hub, tmp_path):
     assert split_files(tmp_path / "data") == expected(draw_held_out([f"test {i}" for i in range(30)], 0.1, 1337))
     for complaint, wrong in {"no column 'text', but body": {}, "Bad split": {"split": "dev"}}.items():
         with pytest.raises(UserError, match=complaint):
-            main(Config(dataset="org/name", out=tmp_path / "data", **wrong))
+            main(Config(dataset="org/name", out=tmp_path / "wrong", **wrong))
 
 
 def oasst1_row(id_, parent, role, text, rank=None, spam=0.0, **more):
@@ -398,7 +400,7 @@ def test_downloads_are_checked_and_kept(serve, tmp_path, monkeypatch):
 
 def test_a_full_disk_costs_one_line_and_no_file(tmp_path):
     (tmp_path / "a.txt").write_text("some text to tokenize " * 20_000)
-    arguments = ["--input", "a.txt", "--out", "data"]
+    arguments = ["--input", "a.txt", "--out", "data", "--overwrite"]
     succeed(tmp_path, "prepare_data.py", *arguments)
     before = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
     result = subprocess.run(

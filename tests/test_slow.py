@@ -75,7 +75,9 @@ def test_memory_stays_under_a_gigabyte_however_large_the_input(tmp_path, kind):
 
 def test_kills_at_any_moment_leave_the_old_files(tmp_path):
     (tmp_path / "a.txt").write_text("It was the best of times. " * 2_000_000)
-    arguments = command("prepare_data.py", "--input", "a.txt", "--out", "data", "--shard-tokens", "500000")
+    arguments = command(
+        "prepare_data.py", "--input", "a.txt", "--out", "data", "--shard-tokens", "500000", "--overwrite"
+    )
     subprocess.run(arguments, cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True)
     before = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
     for i in range(20):
