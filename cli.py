@@ -184,9 +184,14 @@ def run(
             raise
         _exit(f"{error.filename or 'writing'}: {error.strerror or error}", 1)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "out of memory" not in str(error) and "alloc" not in str(error):
+        if not is_out_of_memory(error):
             raise
         _exit("out of memory; try a smaller --batch-size, a larger --grad-accum-steps or a smaller model", 1)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that the memory of the machine, or of its GPU, is full."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "alloc" in str(error).lower()
 
 
 def parse(config_class: type[Config], arguments: list[str], presets: Mapping[str, Config] | None = None) -> Config:

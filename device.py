@@ -5,6 +5,7 @@ import ctypes
 import os
 import sys
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -118,3 +119,18 @@ def keep_memory() -> None:
         if hasattr(libc, "gnu_get_libc_version"):
             libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large allocation
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep up to 2 GB free at the end of the heap
+
+
+def to_host(values: torch.Tensor) -> Callable[[], list[float]]:
+    """Starts copying a small tensor to the host; the returned function waits for it alone and gives its numbers."""
+    if values.device.type != "cuda":
+        return values.tolist
+    host = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+
+    def wait():
+        event.synchronize()
+        return host.tolist()
+
+    return wait

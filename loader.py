@@ -83,6 +83,10 @@ class Windows:
             for i, start in zip(shards, windows - self.first[shards], strict=True)
         ]
 
+    def largest_batch(self) -> list[Batch]:
+        """Returns a batch: all take the same memory."""
+        return self.batch(0)
+
     def in_order(self, max_tokens: int | None = None) -> Iterator[Batch]:
         """Yields the files from end to end as windows that score every token once (but for each file's first).
 
@@ -138,6 +142,10 @@ class Epochs:
         )
         batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
         return [self._row(i) for i in batches[random.permutation(len(batches))[index]]]
+
+    def largest_batch(self) -> list[Batch]:
+        """Returns a batch of the longest sequences, the longest first: none takes more memory."""
+        return [self._row(i) for i in np.argsort(-self.lengths)[: self.batch_size]]
 
     def in_order(self, max_tokens: int | None = None) -> Iterator[Batch]:
         """Yields every sequence once, in order; with `max_tokens`, the first that have about as many."""

@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
-from cli import SamplingConfig, TrainerConfig, UserError, command_line, plain
-from device import autocast, choose_device, choose_dtype, fast_attention, keep_memory, peak_flops, peak_memory
+from cli import SamplingConfig, TrainerConfig, UserError, command_line, is_out_of_memory, plain
+from device import autocast, choose_device, choose_dtype, fast_attention, keep_memory, peak_flops, peak_memory, to_host
 from loader import Batch, Epochs, Prefetcher, Windows, micro_batches, stack
 from logs import RunLog, before_and_after, draw_losses, parameter_table, summary
 from model import GPT
@@ -99,6 +99,8 @@ class Trainer:
     def run(self) -> None:
         """Trains to `max_steps`, an early stop, or SIGINT/SIGTERM, which ends the step, saves and returns."""
         c, stop_reason, pending = self.config, "", None
+        if c.grad_accum_steps == "auto" and self.device.type != "cpu":
+            self._fit_into_memory()
         batches = Prefetcher(self._load, self.step)
         if self.rank == 0:
             if self.step == 0:  # a new run: no older one may be resumed by mistake
@@ -125,8 +127,9 @@ class Trainer:
                 values = self._step(batches, learning_rate)
                 stop_reason = self._settle(pending)  # the step before this one, so that the GPU need not wait
                 self.step += 1
-                pending = (self.step, learning_rate, self.tokens, _to_host(values))
-                interrupted = self._agree(stop_signals)
+                pending = (self.step, learning_rate, self.tokens, to_host(values))
+                is_asked = self.world_size == 1 or self.step % c.log_every == 0  # asking the others takes time
+                interrupted = is_asked and self._on_any(bool(stop_signals))
                 at_end = interrupted or stop_reason or self.step == c.max_steps
                 at_evaluation = self.step % c.eval_every == 0 or self.step == c.max_steps
                 at_snapshot = c.snapshot_every and self.step % c.snapshot_every == 0
@@ -160,26 +163,12 @@ class Trainer:
         )
 
     def _step(self, batches: Prefetcher, learning_rate: float) -> torch.Tensor:
-        """Takes one optimizer step; returns (loss, gradient norm) on the device. Splits the batch until it fits."""
+        """Takes one optimizer step; returns (loss, gradient norm) on the device."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
         share, n_counted, n_tokens = batches(self.step)
-        while True:
-            try:
-                loss = self._accumulate(share, n_counted)
-                break
-            except torch.OutOfMemoryError:
-                if (
-                    self.config.grad_accum_steps != "auto"
-                    or self.world_size > 1
-                    or len(share) == self.config.batch_size
-                ):
-                    raise
-                self.n_micro_batches *= 2
-                self._zero_grad()
-                torch.cuda.empty_cache()
-                share, n_counted, n_tokens = self._load(self.step)
+        loss = self._accumulate(share, n_counted)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
@@ -193,16 +182,48 @@ class Trainer:
         self.tokens += n_tokens
         return torch.stack([loss, norm])
 
-    def _accumulate(self, share: list[Batch], n_counted: int) -> torch.Tensor:
-        """Adds up gradients over micro-batches; returns this rank's part of the mean loss, in nats per token."""
+    def _fit_into_memory(self) -> None:
+        """`--grad-accum-steps auto`: finds the fewest micro-batches that fit into memory, the same on every process.
+
+        Tried with the longest sequences there are. Raises UserError where nothing fits.
+        """
+        rows = self.train_data.largest_batch()
+        while self._on_any(not self._fits(rows)):
+            if self.n_micro_batches * self.world_size >= len(rows):
+                raise UserError(
+                    "out of memory even with one sequence at a time: try --grad-checkpointing, a shorter context or a "
+                    "smaller model"
+                )
+            self.n_micro_batches *= 2
+            torch.compiler.reset()  # else the other size would be compiled for any size
+
+    def _fits(self, rows: list[Batch]) -> bool:
+        """Whether memory is enough for the passes over a batch beside AdamW's means; changes nothing."""
+        share = micro_batches(rows, self.n_micro_batches, self.rank, self.world_size, self.model.config.block_size)
+        try:
+            with fast_attention(), torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                trained = [p for p in self.model.parameters() if p.requires_grad]
+                means = [] if self.step else [torch.empty_like(p) for p in (*trained, *trained)]  # noqa: F841
+                self._accumulate(share[:2], 1, exchange=False)
+            return True
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        finally:
+            self._zero_grad()
+
+    def _accumulate(self, share: list[Batch], n_counted: int, exchange: bool = True) -> torch.Tensor:
+        """Adds up gradients over micro-batches, and with the last over processes if they are to `exchange` them;
+        returns this rank's part of the mean loss, in nats per token."""
         total = torch.zeros((), device=self.device)
         for i, batch in enumerate(share):
             batch = batch.to(self.device)
             if self.is_compiled and batch.counted is not None:  # padded batches differ in size and length
                 for tensor in (batch.tokens, batch.targets, batch.counted):
                     torch._dynamo.maybe_mark_dynamic(tensor, list(range(tensor.dim())))
-            is_last = i == len(share) - 1
-            with contextlib.nullcontext() if is_last or self.world_size == 1 else self.forward.no_sync():
+            is_local = self.world_size > 1 and not (exchange and i == len(share) - 1)
+            with self.forward.no_sync() if is_local else contextlib.nullcontext():
                 with autocast(self.device, self.dtype):
                     loss = self.forward(batch.tokens, batch.targets, batch.counted) / max(n_counted, 1)
                 self.scaler.scale(loss * self.world_size).backward()  # DDP takes the mean over processes
@@ -333,13 +354,11 @@ class Trainer:
                 f"{self.last_path} does not fit this run: resume with the --optimizer it began with"
             ) from None
 
-    def _agree(self, stop_signals: list) -> bool:
-        """Whether a signal asked to stop; with several processes, whether one of them got it (asked now and then)."""
+    def _on_any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process."""
         if self.world_size == 1:
-            return bool(stop_signals)
-        if self.step % self.config.log_every:
-            return False
-        flag = torch.tensor(float(bool(stop_signals)), device=self.device)
+            return flag
+        flag = torch.tensor(float(flag), device=self.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag.item())
 
@@ -373,6 +392,8 @@ class Trainer:
             f"{data.n_tokens:,} training tokens, {per_epoch:,.0f} batches of {config.batch_size} sequences an epoch, "
             f"{self.model.flops_per_token() * tokens_per_batch / 1e12:.3g} TFLOP a step"
         )
+        if self.n_micro_batches > 1:
+            print(f"gradients add up over {self.n_micro_batches} micro-batches a step")
 
     def _report(self, stop_reason: str) -> None:
         """Prints what the run came to, and how to go on with one that was interrupted."""
@@ -469,18 +490,3 @@ def _stop_signals() -> Iterator[list]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _to_host(values: torch.Tensor) -> Callable[[], list[float]]:
-    """Starts copying a small tensor to the host; the returned function waits for it alone and gives its numbers."""
-    if values.device.type != "cuda":
-        return values.tolist
-    host = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
-
-    def wait():
-        event.synchronize()
-        return host.tolist()
-
-    return wait

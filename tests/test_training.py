@@ -15,10 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ENVIRONMENT, REPOSITORY, TOY_SHAPE, command, run_script, succeed
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from cli import TrainerConfig
-from optim import Muon
-from trainer import learning_rate_at
+from loader import Windows
+from model import GPT, GPTConfig
+from optim import Muon, build_optimizers
+from trainer import Trainer, learning_rate_at
 
 RUN = [
     "--data",
@@ -173,6 +176,48 @@ def test_two_processes_equal_one(toy):
         for name in ("one", "two")
     )
     assert len(one) >= 22 and one == pytest.approx(two, rel=1e-5)
+
+
+FIT = """
+import os, resource, sys
+from pathlib import Path
+import torch
+from loader import Windows
+from model import GPT, GPTConfig
+from train import Config
+from trainer import Trainer
+
+torch.set_num_threads(1)
+data = Windows([Path("data/toy/train.bin")], 32, 512, 0)
+model = GPT(GPTConfig(block_size=32, vocab_size=448, n_tokens=448, n_layer=2, n_head=2, n_embd=128)).train()
+trainer = Trainer(model, data, data, Config(batch_size=512, block_size=32, device="cpu"), {})
+used = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmData"))
+room = int(sys.argv[1 + trainer.rank]) << 20
+resource.setrlimit(resource.RLIMIT_DATA, (used + room, resource.RLIM_INFINITY))
+before = torch.get_rng_state()
+trainer._fit_into_memory()
+assert torch.equal(torch.get_rng_state(), before) and all(p.grad is None for p in model.parameters())
+print("micro-batches:", trainer.n_micro_batches)
+"""
+
+
+def test_a_batch_is_split_until_it_fits_into_every_processs_memory(toy):
+    (toy / "fit.py").write_text(FIT)
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}
+
+    def split(*megabytes):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] * (len(megabytes) > 1)
+        arguments = [sys.executable, *launcher, "fit.py", *map(str, megabytes)]
+        result = subprocess.run(arguments, cwd=toy, env=environment, capture_output=True, encoding="utf-8", timeout=200)
+        return list(map(int, re.findall(r"micro-batches: (\d+)", result.stdout))), result.stderr
+
+    [roomy], _ = split(2000)
+    [tight], _ = split(100)
+    assert roomy == 1 and tight > 1
+    both, stderr = split(50, 2000)  # the second could do without
+    assert len(both) == 2 and both[0] == both[1] > 1, stderr[-2000:]
+    none, stderr = split(1)
+    assert not none and "out of memory even with one sequence at a time" in stderr.splitlines()[-1]
 
 
 def test_sft_losses_do_not_depend_on_the_split(toy):
@@ -362,6 +407,23 @@ def test_the_benchmark_runs_every_row(tmp_path):
     assert [row["name"] for row in rows] == ["plain", "+ fused head and loss", "+ fused AdamW", "+ freed memory kept"]
     assert len({round(row["loss"], 4) for row in rows}) == 1  # they train the same
     assert all(row["name"] in stdout and row["tokens_per_second"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_asks_the_device_for_no_number(toy, optimizer):
+    """Tensors without contents, at which every operation that the host would have to wait for raises."""
+    shape = GPTConfig(block_size=32, vocab_size=448, n_tokens=448, n_layer=2, n_head=2, n_embd=32, dropout=0.1)
+    config = TrainerConfig(device="cpu", dtype="bfloat16", batch_size=4, grad_accum_steps=2, optimizer=optimizer)
+    data = Windows([toy / "data/toy/train.bin"], 32, 4, 0)
+    trainer = Trainer(GPT(shape), data, data, config, {})
+    batch = trainer._load(0)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        trainer.model = trainer.forward = GPT(shape).train()
+        trainer.optimizers = build_optimizers(trainer.model, optimizer, 1e-3, (0.9, 0.95), 0.1)
+        values = trainer._step(lambda step: batch, 1e-3)
+    assert values.shape == (2,)
+    with pytest.raises(DataDependentOutputException):
+        values.tolist()
 
 
 def test_a_damaged_checkpoint_is_not_resumed(toy, uninterrupted):
