@@ -1,10 +1,12 @@
 """The optimizers: AdamW with GPT-2's rule for weight decay, and Muon for the hidden matrices."""
 
+import math
 from collections import defaultdict
 
 import torch
 from torch import Tensor
 
+from cli import TrainerConfig
 from model import GPT
 
 
@@ -24,6 +26,15 @@ def build_optimizers(
     ]
     adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=rest[0].device.type != "mps")
     return [Muon([p for p in parameters if p in hidden], learning_rate, weight_decay), adamw] if hidden else [adamw]
+
+
+def learning_rate_at(step: int, config: TrainerConfig) -> float:
+    """Linear warm-up to `learning_rate`, then a cosine down to `min_lr` at `max_steps` (GPT-3, Brown et al. 2020)."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
+    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.min_lr + cosine * (config.learning_rate - config.min_lr)
 
 
 class Muon(torch.optim.Optimizer):

@@ -26,6 +26,8 @@ class Config(TrainerConfig):
     """width"""
     dropout: float = 0.0
     """share of activations dropped in training"""
+    fsdp: bool = False
+    """shard parameters, gradients and optimizer state over torchrun's processes, for a model too large for one GPU"""
     vocab_size: int | None = None
     """where --data is prepared first: train a BPE of this many tokens on it; without it, GPT-2's tokenizer"""
 
@@ -150,6 +152,7 @@ def main(config: Config) -> None:
         bytes_per_token=val_bytes and val_bytes / val_data.n_tokens,
         resumed=resumed,
         model_is_fresh=start is None,
+        fsdp=config.fsdp,
     ).run()
 
 

@@ -15,12 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
+import sharding
 from cli import SamplingConfig, TrainerConfig, UserError, command_line, is_out_of_memory, plain
 from device import autocast, choose_device, choose_dtype, fast_attention, keep_memory, peak_flops, peak_memory, to_host
-from loader import Batch, Epochs, Prefetcher, Windows, micro_batches, stack
+from loader import Batch, Epochs, Prefetcher, Windows, micro_batches
 from logs import RunLog, before_and_after, draw_losses, parameter_table, summary
 from model import GPT
-from optim import build_optimizers
+from optim import build_optimizers, learning_rate_at
 from sampling import TextModel
 from tokenizer import from_spec
 
@@ -46,12 +47,13 @@ class Trainer:
         resumed: dict | None = None,
         model_is_fresh: bool = False,
         examine: Examine | None = None,
+        fsdp: bool = False,
     ):
         """`facts` go into the checkpoint (kind, tokenizer, template); `resumed` is a loaded `.last.pt`.
 
         With `bytes_per_token`, UTF-8 bytes per token of the validation text, bits per byte are reported too.
         `model_is_fresh` says that the weights are random, so that the first loss is known beforehand. What `examine`
-        gives before and after training is shown and kept.
+        gives before and after training is shown and kept. `fsdp` shards the model over the processes.
         """
         self.config, self.facts, self.bytes_per_token, self.examine = config, facts, bytes_per_token, examine
         self.train_data, self.val_data = train_data, val_data
@@ -67,6 +69,13 @@ class Trainer:
             if config.batch_size % self.world_size:
                 raise UserError(f"--batch-size {config.batch_size} does not divide among {self.world_size} processes")
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.is_compiled = config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda")
+        self.fsdp = fsdp
+        if fsdp:
+            fits = config.optimizer == "adamw" and self.dtype != torch.float16 and not config.sample_prompt
+            if self.world_size == 1 or not fits:
+                raise UserError("--fsdp wants torchrun, AdamW, bfloat16 or float32, and no --sample-prompt")
+            sharding.shard(model, self.device, self.is_compiled)
         self.model = model.to(self.device)
         self.n_micro_batches = 1 if config.grad_accum_steps == "auto" else config.grad_accum_steps
         self._load(0)  # unusable data fails here, before anything is computed or written
@@ -80,9 +89,8 @@ class Trainer:
         self.is_fresh = model_is_fresh
         if resumed:
             self._restore(resumed)
-        self.is_compiled = config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda")
-        self.forward = torch.compile(self.model) if self.is_compiled else self.model
-        if self.world_size > 1:
+        self.forward = torch.compile(self.model) if self.is_compiled and not fsdp else self.model
+        if self.world_size > 1 and not fsdp:
             self.forward = DistributedDataParallel(self.forward)
         self.peak_flops = peak_flops(self.device)
 
@@ -99,7 +107,7 @@ class Trainer:
     def run(self) -> None:
         """Trains to `max_steps`, an early stop, or SIGINT/SIGTERM, which ends the step, saves and returns."""
         c, stop_reason, pending = self.config, "", None
-        if c.grad_accum_steps == "auto" and self.device.type != "cpu":
+        if c.grad_accum_steps == "auto" and self.device.type != "cpu" and not self.fsdp:
             self._fit_into_memory()
         batches = Prefetcher(self._load, self.step)
         if self.rank == 0:
@@ -173,6 +181,7 @@ class Trainer:
             self.scaler.unscale_(optimizer)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.grad_clip or math.inf)
+        norm = norm.full_tensor() if self.fsdp else norm
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()
@@ -222,7 +231,7 @@ class Trainer:
             if self.is_compiled and batch.counted is not None:  # padded batches differ in size and length
                 for tensor in (batch.tokens, batch.targets, batch.counted):
                     torch._dynamo.maybe_mark_dynamic(tensor, list(range(tensor.dim())))
-            is_local = self.world_size > 1 and not (exchange and i == len(share) - 1)
+            is_local = self.world_size > 1 and not self.fsdp and not (exchange and i == len(share) - 1)
             with self.forward.no_sync() if is_local else contextlib.nullcontext():
                 with autocast(self.device, self.dtype):
                     loss = self.forward(batch.tokens, batch.targets, batch.counted) / max(n_counted, 1)
@@ -298,8 +307,8 @@ class Trainer:
                 self.bar.write(f"warning: random weights should give about ln(vocabulary) = {expected:.2f}")
             if c.sample_prompt:
                 self.bar.write(self._sample())
-            if is_kept:
-                self._save(c.out)
+        if is_kept:
+            self._save(c.out)
         if c.target_loss_on == "val" and loss <= c.target_loss:
             return f"reached the target loss {c.target_loss}"
         return (
@@ -307,24 +316,23 @@ class Trainer:
         )
 
     def _save(self, path: Path, **more: object) -> None:
-        checkpoint.save(
-            path,
-            checkpoint.pack(
-                self.model,
-                **self.facts,
-                step=self.step,
-                tokens=self.tokens,
-                best_val_loss=self.best_val_loss,
-                train_config=plain(self.config),
-                history=self.history,
-                **more,
-            ),
+        state = checkpoint.pack(
+            self.model,
+            **self.facts,
+            step=self.step,
+            tokens=self.tokens,
+            best_val_loss=self.best_val_loss,
+            train_config=plain(self.config),
+            history=self.history,
+            **more,
         )
+        if self.fsdp:
+            state = sharding.gather(state)
+        if self.rank == 0:
+            checkpoint.save(path, state)
 
     def _save_for_resume(self) -> None:
         """Writes `.last.pt` and redraws the plot."""
-        if self.rank:
-            return
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -336,12 +344,15 @@ class Trainer:
             bad_evaluations=self.bad_evaluations,
             recent_losses=self.recent_losses,
         )
-        draw_losses(self.log_path, self.config.plot)
+        if self.rank == 0:
+            draw_losses(self.log_path, self.config.plot)
 
     def _restore(self, resumed: dict) -> None:
         try:
             for optimizer, state in zip(self.optimizers, resumed["optimizer"], strict=True):
                 optimizer.load_state_dict(state)
+                if self.fsdp:
+                    sharding.shard_state(optimizer)
             self.scaler.load_state_dict(resumed["scaler"])
             torch.set_rng_state(resumed["rng"]["cpu"])
             if self.device.type == "cuda" and "cuda" in resumed["rng"]:
@@ -404,7 +415,7 @@ class Trainer:
         print(f"peak memory {peak_memory(self.device) / 1e6:,.0f} MB")
         if self.examine:
             print(before_and_after(self.history))
-        elif not c.sample_prompt:
+        elif not c.sample_prompt and not self.fsdp:
             print(f"it writes:\n{self._sample()}")
         self.log.close()
         if stop_reason == "interrupted":
@@ -425,29 +436,19 @@ def evaluate(
     was_training = model.training
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
-    rows, n = iter(rows), 0
+    rows = iter(rows)
     while group := list(itertools.islice(rows, batch_size)):
-        n += 1
-        if n % world_size == rank:
-            batch = stack(group, longest=model.config.block_size).to(device)
-            with autocast(device, dtype):
-                loss = model(batch.tokens, batch.targets, batch.counted)
-            total += torch.stack([loss.double(), loss.new_tensor(batch.n_counted).double()]).to(total.device)
+        [batch] = micro_batches(group, 1, rank, world_size, model.config.block_size)
+        batch = batch.to(device)
+        with autocast(device, dtype):
+            loss = model(batch.tokens, batch.targets, batch.counted)
+        total += torch.stack([loss.double(), loss.new_tensor(batch.n_counted).double()]).to(total.device)
     if world_size > 1:
         dist.all_reduce(total)
     model.train(was_training)
     if not total[1]:
         raise UserError("the validation data is empty: prepare it with a larger --val-fraction")
     return (total[0] / total[1]).item()
-
-
-def learning_rate_at(step: int, config: TrainerConfig) -> float:
-    """Linear warm-up to `learning_rate`, then a cosine down to `min_lr` at `max_steps` (GPT-3, Brown et al. 2020)."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
-    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return config.min_lr + cosine * (config.learning_rate - config.min_lr)
 
 
 def last_path(out: Path) -> Path:

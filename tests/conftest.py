@@ -1,10 +1,12 @@
 """What the tests share: the scripts as real processes, and one toy model trained through them, chat model included."""
 
 import http.server
+import json
 import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,20 @@ def succeed(folder: Path, script: str, *arguments: object, stdin: str = "") -> s
     result = run_script(folder, script, *arguments, stdin=stdin)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
+
+
+def log(path: Path) -> list[dict]:
+    """The lines of a run's log, less the times."""
+    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+
+def wait_for_log(path: Path, step: int, process: subprocess.Popen) -> None:
+    """Waits until a run has logged a step."""
+    deadline = time.monotonic() + 120
+    while not path.exists() or not any(entry["step"] >= step for entry in log(path)):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-2000:]
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="session")

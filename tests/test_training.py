@@ -1,27 +1,25 @@
-"""The training loop, in real processes: killed, interrupted, resumed, split, and on several processes."""
+"""The training loop, in real processes: killed, interrupted, resumed and split."""
 
 import importlib.util
 import json
-import os
 import re
 import resource
 import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, REPOSITORY, TOY_SHAPE, command, run_script, succeed
+from conftest import ENVIRONMENT, TOY_SHAPE, command, log, run_script, succeed, wait_for_log
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from cli import TrainerConfig
 from loader import Windows
 from model import GPT, GPTConfig
-from optim import Muon, build_optimizers
-from trainer import Trainer, learning_rate_at
+from optim import Muon, build_optimizers, learning_rate_at
+from trainer import Trainer
 
 RUN = [
     "--data",
@@ -51,29 +49,6 @@ def start(folder: Path, out: str, *arguments: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-
-
-def torchrun_command(*arguments: str) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return [*launcher, str(REPOSITORY / "train.py"), *arguments]
-
-
-def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        torchrun_command(*arguments), cwd=folder, env=ENVIRONMENT, capture_output=True, encoding="utf-8", timeout=200
-    )
-
-
-def wait_for_log(path: Path, step: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists() or not any(entry["step"] >= step for entry in log(path)):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-2000:]
-        time.sleep(0.01)
-
-
-def log(path: Path) -> list[dict]:
-    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
 
 
 def load(path: Path) -> dict:
@@ -153,71 +128,6 @@ def test_splitting_a_batch_and_recomputing_change_no_loss(toy, split):
         )
         losses.append([entry["loss"] for entry in log(toy / f"checkpoints/{name}.jsonl") if "loss" in entry])
     assert len(losses[0]) == 12 and losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
-def test_two_processes_equal_one(toy):
-    arguments = [
-        "--data",
-        "data/toy",
-        *TOY_SHAPE,
-        "--max-steps",
-        "20",
-        "--log-every",
-        "1",
-        "--overwrite",
-        "--plot",
-        "plots/ddp.png",
-    ]
-    succeed(toy, "train.py", "--out", "checkpoints/one.pt", *arguments)
-    launched = torchrun(toy, "--out", "checkpoints/two.pt", *arguments)
-    assert launched.returncode == 0, launched.stderr[-3000:]
-    one, two = (
-        [entry.get("loss", entry.get("val_loss")) for entry in log(toy / f"checkpoints/{name}.jsonl")]
-        for name in ("one", "two")
-    )
-    assert len(one) >= 22 and one == pytest.approx(two, rel=1e-5)
-
-
-FIT = """
-import os, resource, sys
-from pathlib import Path
-import torch
-from loader import Windows
-from model import GPT, GPTConfig
-from train import Config
-from trainer import Trainer
-
-torch.set_num_threads(1)
-data = Windows([Path("data/toy/train.bin")], 32, 512, 0)
-model = GPT(GPTConfig(block_size=32, vocab_size=448, n_tokens=448, n_layer=2, n_head=2, n_embd=128)).train()
-trainer = Trainer(model, data, data, Config(batch_size=512, block_size=32, device="cpu"), {})
-used = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmData"))
-room = int(sys.argv[1 + trainer.rank]) << 20
-resource.setrlimit(resource.RLIMIT_DATA, (used + room, resource.RLIM_INFINITY))
-before = torch.get_rng_state()
-trainer._fit_into_memory()
-assert torch.equal(torch.get_rng_state(), before) and all(p.grad is None for p in model.parameters())
-print("micro-batches:", trainer.n_micro_batches)
-"""
-
-
-def test_a_batch_is_split_until_it_fits_into_every_processs_memory(toy):
-    (toy / "fit.py").write_text(FIT)
-    environment = {**ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}
-
-    def split(*megabytes):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] * (len(megabytes) > 1)
-        arguments = [sys.executable, *launcher, "fit.py", *map(str, megabytes)]
-        result = subprocess.run(arguments, cwd=toy, env=environment, capture_output=True, encoding="utf-8", timeout=200)
-        return list(map(int, re.findall(r"micro-batches: (\d+)", result.stdout))), result.stderr
-
-    [roomy], _ = split(2000)
-    [tight], _ = split(100)
-    assert roomy == 1 and tight > 1
-    both, stderr = split(50, 2000)  # the second could do without
-    assert len(both) == 2 and both[0] == both[1] > 1, stderr[-2000:]
-    none, stderr = split(1)
-    assert not none and "out of memory even with one sequence at a time" in stderr.splitlines()[-1]
 
 
 def test_sft_losses_do_not_depend_on_the_split(toy):
@@ -303,38 +213,6 @@ def test_target_loss_patience_and_snapshots(toy):
         toy, "train.py", *common, "--max-steps", "500", "--patience", "2", "--learning-rate", "0", "--min-lr", "0"
     )
     assert "no improvement in 2 evaluations" in stdout
-
-
-def test_a_run_resumes_on_another_number_of_processes_and_micro_batches(toy):
-    """The rest of a run of one process, on two with micro-batches, gives the losses that the one would have given."""
-    common = [
-        "--data", "data/toy", *TOY_SHAPE, "--max-steps", "16", "--log-every", "4", "--plot", "plots/moved.png"
-    ]  # fmt: skip
-    succeed(toy, "train.py", *common, "--out", "checkpoints/stays.pt")
-    succeed(toy, "train.py", *common, "--out", "checkpoints/moves.pt", "--target-loss", "100")
-    assert load(toy / "checkpoints/moves.last.pt")["step"] < 8
-    result = torchrun(toy, *common, "--out", "checkpoints/moves.pt", "--resume", "--grad-accum-steps", "2")
-    assert result.returncode == 0, result.stderr[-3000:]
-    losses = [
-        {entry["step"]: entry["loss"] for entry in log(toy / f"checkpoints/{name}.jsonl") if "loss" in entry}
-        for name in ("stays", "moves")
-    ]
-    assert losses[0].keys() == {4, 8, 12, 16} and losses[1] == pytest.approx(losses[0], rel=1e-5)
-
-
-def test_a_dead_worker_takes_the_job_down(toy):
-    job = subprocess.Popen(
-        torchrun_command(
-            "--data", "data/toy", *TOY_SHAPE, "--max-steps", "100000", "--out", "checkpoints/dead.pt", "--plot",
-            "plots/dead.png", "--log-every", "1",
-        ),
-        cwd=toy, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8",
-    )  # fmt: skip
-    wait_for_log(toy / "checkpoints/dead.jsonl", 3, job)
-    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    _, stderr = job.communicate(timeout=60)
-    assert job.returncode != 0 and "Signal 9 (SIGKILL)" in stderr
 
 
 def test_a_full_disk_while_saving_costs_one_line_and_keeps_the_former_checkpoint(toy):

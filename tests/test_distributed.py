@@ -1,0 +1,110 @@
+"""Several processes that train one model, in real ones: equal to one, split to fit, sharded, resumed, killed."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ENVIRONMENT, REPOSITORY, TOY_SHAPE, log, run_script, succeed, wait_for_log
+
+COMMON = ["--data", "data/toy", *TOY_SHAPE, "--plot", "plots/processes.png"]
+STOP = ["--target-loss", "100"]  # one step after the first line of the log, since losses are looked at that late
+
+
+def torchrun_command(script: str, *arguments: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [*launcher, str(REPOSITORY / script), *arguments]
+
+
+def torchrun(folder: Path, script: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Runs a script in two processes."""
+    return subprocess.run(
+        torchrun_command(script, *arguments), cwd=folder, env=ENVIRONMENT, capture_output=True, encoding="utf-8",
+        timeout=200,
+    )  # fmt: skip
+
+
+def losses(path: Path) -> dict[int, float]:
+    """The training losses that a run logged, by step."""
+    return {entry["step"]: entry["loss"] for entry in log(path) if "loss" in entry}
+
+
+@pytest.fixture(scope="module")
+def whole(toy) -> dict[int, float]:
+    """The losses of a run of one process that nothing interrupts."""
+    arguments = [*COMMON, "--max-steps", "16", "--log-every", "4"]
+    succeed(toy, "train.py", *arguments, "--out", "checkpoints/one.pt")
+    found = losses(toy / "checkpoints/one.jsonl")
+    assert found.keys() == {4, 8, 12, 16}
+    return found
+
+
+def test_two_processes_equal_one(toy):
+    arguments = [*COMMON, "--max-steps", "20", "--log-every", "1"]
+    succeed(toy, "train.py", "--out", "checkpoints/alone.pt", *arguments)
+    launched = torchrun(toy, "train.py", "--out", "checkpoints/two.pt", *arguments)
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    one, two = (
+        [entry.get("loss", entry.get("val_loss")) for entry in log(toy / f"checkpoints/{name}.jsonl")]
+        for name in ("alone", "two")
+    )
+    assert len(one) >= 22 and one == pytest.approx(two, rel=1e-5)
+
+
+def test_a_run_resumes_on_another_number_of_processes_and_micro_batches(toy, whole):
+    """The rest of a run of one process, on two with micro-batches, gives the losses that the one would have given."""
+    arguments = [*COMMON, "--max-steps", "16", "--log-every", "4", "--out", "checkpoints/moves.pt"]
+    succeed(toy, "train.py", *arguments, *STOP)
+    assert losses(toy / "checkpoints/moves.jsonl").keys() == {4}
+    result = torchrun(toy, "train.py", *arguments, "--resume", "--grad-accum-steps", "2")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert losses(toy / "checkpoints/moves.jsonl") == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_sharded_run_gives_the_losses_of_a_whole_one_and_resumes_as_either(toy, whole):
+    arguments = [*COMMON, "--max-steps", "16", "--log-every", "4", "--out", "checkpoints/sharded.pt"]
+    sharded = ["--fsdp", "--grad-accum-steps", "2", "--grad-checkpointing"]
+    results = [
+        torchrun(toy, "train.py", *arguments, *sharded, *STOP),
+        run_script(toy, "train.py", *arguments, "--resume", *STOP),
+        torchrun(toy, "train.py", *arguments, *sharded, "--resume"),
+    ]
+    assert not any(result.returncode for result in results), [result.stderr[-2000:] for result in results]
+    assert [re.search(r"at step (\d+);", result.stdout).group(1) for result in results] == ["5", "9", "16"]
+    assert losses(toy / "checkpoints/sharded.jsonl") == pytest.approx(whole, rel=1e-5)
+
+
+def test_each_process_holds_a_slice_of_a_sharded_model(toy):
+    result = torchrun(toy, "tests/workers.py", "shard")
+    assert result.returncode == 0 and result.stdout.count("sharded") == 2, result.stderr[-2000:]
+
+
+def test_a_batch_is_split_until_it_fits_into_every_processs_memory(toy):
+    def split(*megabytes):
+        launch = torchrun if len(megabytes) > 1 else run_script
+        result = launch(toy, "tests/workers.py", "fit", *map(str, megabytes))
+        return list(map(int, re.findall(r"micro-batches: (\d+)", result.stdout))), result.stderr
+
+    [roomy], _ = split(2000)
+    [tight], _ = split(100)
+    assert roomy == 1 and tight > 1
+    both, stderr = split(50, 2000)  # the second could do without
+    assert len(both) == 2 and both[0] == both[1] > 1, stderr[-2000:]
+    none, stderr = split(1)
+    assert not none and "out of memory even with one sequence at a time" in stderr.splitlines()[-1]
+
+
+def test_a_dead_worker_takes_the_job_down(toy):
+    arguments = [*COMMON, "--max-steps", "100000", "--out", "checkpoints/dead.pt", "--log-every", "1"]
+    job = subprocess.Popen(
+        torchrun_command("train.py", *arguments), cwd=toy, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, encoding="utf-8",
+    )  # fmt: skip
+    wait_for_log(toy / "checkpoints/dead.jsonl", 3, job)
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, stderr = job.communicate(timeout=60)
+    assert job.returncode != 0 and "Signal 9 (SIGKILL)" in stderr
