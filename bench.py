@@ -102,7 +102,7 @@ def main(config: Config) -> None:
     shape = {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256, "batch_size": 8} if on_cpu else {
         "n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "batch_size": 32
     }  # fmt: skip
-    config = dataclasses.replace(config, **{k: getattr(config, k) or v for k, v in shape.items()}, device=device.type)
+    config = dataclasses.replace(config, **{k: getattr(config, k) or v for k, v in shape.items()}, device=str(device))
     rows = CUDA_ROWS if device.type == "cuda" else CPU_ROWS
     figures = {row.name: [] for row in rows}
     for _ in range(config.rounds):
@@ -172,7 +172,9 @@ def measure(config: Config, row: Row) -> dict:
         return model(tokens, targets), None
 
     forward = fused if row.fused_loss else plain
-    if row.compile:
+    if row.compile and row.fused_loss:
+        model.compile_training()
+    elif row.compile:
         forward = torch.compile(forward)
 
     def step():

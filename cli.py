@@ -6,8 +6,9 @@ import errno
 import io
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -191,7 +192,8 @@ def run(
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that the memory of the machine, or of its GPU, is full."""
-    return isinstance(error, MemoryError) or "out of memory" in str(error) or "alloc" in str(error).lower()
+    signs = ("out of memory", "allocate memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 def parse(config_class: type[Config], arguments: list[str], presets: Mapping[str, Config] | None = None) -> Config:
@@ -217,6 +219,24 @@ def parse(config_class: type[Config], arguments: list[str], presets: Mapping[str
         if not exit_.code:
             raise
         raise UserError(f"{_one_line(complaint.getvalue())} (see --help)", status=2) from None
+
+
+@contextlib.contextmanager
+def catch_stop_signals() -> Iterator[list]:
+    """Yields a list that gets the number of a SIGINT or SIGTERM; a second one acts at once, as usual."""
+    received, before = [], {}
+
+    def handle(number, frame):
+        received.append(number)
+        signal.signal(number, before[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, handle)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def describe(config: object) -> str:

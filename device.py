@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 import sys
 import warnings
@@ -19,7 +20,8 @@ _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "
 
 def choose_device(name: str) -> torch.device:
     """Returns the named device; "auto" is CUDA, else MPS, else the CPU. Raises UserError where it does not exist."""
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # less fragmentation
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # less fragmentation
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -28,6 +30,7 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError):
         raise UserError(f"no device {name!r} here: try --device auto") from None
     if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # whose streams and events are meant where no device is named
         torch.set_float32_matmul_precision("high")
     return device
 
@@ -35,7 +38,8 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """Returns the named precision; "auto" is bf16 on CUDA, fp16 on cards without bf16, fp32 elsewhere."""
     if name == "auto":
-        name = "float32" if device.type != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "float32" if device.type != "cuda" else "bfloat16" if has_bfloat16 else "float16"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
@@ -106,6 +110,14 @@ def peak_memory(device: torch.device) -> int:
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def free_memory(device: torch.device) -> None:
+    """Gives back what is no longer used on a GPU, and counts its `peak_memory` anew."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def keep_memory() -> None:

@@ -5,13 +5,14 @@ T positions, C = n_embd, nh heads of hs = C / nh, V = vocab_size.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 
@@ -99,7 +100,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        self._compiled, self._caches = None, {}  # of `compile_decoding`
+        self._compiled_training, self._compiled, self._caches = None, None, {}
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -154,12 +155,21 @@ class GPT(nn.Module):
         `counted` (int64, flat indices into B·T) names the positions whose loss counts, all where it is None. It is a
         sum, so that micro-batches and processes add up before they are divided by all that was counted.
         """
-        x = self.hidden(tokens)
         if targets is None:
-            return self.lm_head(x)
-        if counted is not None:
-            return counted_cross_entropy(x, self.lm_head.weight, targets, counted)
-        return linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+            return self.lm_head(self.hidden(tokens))
+        hidden, compute = self._compiled_training if self.training and self._compiled_training else (self.hidden, None)
+        x, targets = hidden(tokens).flatten(0, 1), targets.flatten()  # (B·T, C), (B·T,)
+        if counted is not None:  # numbers that change from batch to batch, for which nothing should be compiled
+            x, targets, compute = x[counted], targets[counted], None
+        return linear_cross_entropy(x, self.lm_head.weight, targets, compute=compute)
+
+    def compile_training(self) -> None:
+        """Has `forward` compute the loss, in training mode, by two compiled functions: the network and a chunk's loss.
+
+        What is between them stays as it is: unrolled into one graph, the chunks are compiled for minutes, and the
+        compiler keeps all their logits at once.
+        """
+        self._compiled_training = torch.compile(self.hidden), torch.compile(chunk_loss)
 
     def decode(self, tokens: Tensor, position: Tensor, cache: "KVCache") -> Tensor:
         """Logits (B, n_tokens) after one more token a row, int64 (B, 1), at `position`, int64 (1,).
@@ -226,7 +236,9 @@ class GPT(nn.Module):
                 cache.clear()
             if self._compiled and use_cache and cache.length and new.size(1) == 1:
                 torch.compiler.cudagraph_mark_step_begin()  # the graph's output is overwritten by its next replay
-                logits = self._compiled(new, torch.tensor([cache.length], device=new.device), cache).clone()
+                position = torch.full((1,), cache.length, device=new.device)
+                with sdpa_kernel(SDPBackend.MATH):  # the fused kernels are for many queries
+                    logits = self._compiled(new, position, cache).clone()
                 cache.advance()
             else:
                 x = self.hidden(new, cache) if use_cache else self.hidden(window)
@@ -345,7 +357,9 @@ def sample(
     if min_p is not None and min_p > 0:
         likeliest = probabilities.amax(dim=-1, keepdim=True)
         probabilities = probabilities.masked_fill(probabilities < min_p * likeliest, 0.0)
-    choice = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1)
+    # the same draw as torch.multinomial's, which would have the host wait for a GPU
+    waiting = torch.empty_like(probabilities).exponential_(generator=generator)
+    choice = (probabilities / waiting).argmax(dim=-1, keepdim=True)  # (B, 1)
     return (choice if ids is None else ids.gather(-1, choice))[:, 0]
 
 
@@ -358,48 +372,57 @@ def _likeliest(probabilities: Tensor, mass: float) -> tuple[Tensor, Tensor]:
     return probabilities.sort(dim=-1, descending=True)
 
 
-@torch.compiler.disable  # lengths that change from batch to batch would have it compiled again and again
-def counted_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
-    """`linear_cross_entropy` of hidden (B, T, C) and targets (B, T) at the flat indices `counted` into B·T."""
-    return linear_cross_entropy(hidden.flatten(0, 1)[counted], weight, targets.flatten()[counted])
-
-
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None, compute: Callable | None = None
+) -> Tensor:
     """Sum over positions of the cross-entropy of `hidden @ weight.T`, without ever holding all logits.
 
     hidden (N, C), weight (V, C), targets int64 (N,); returns a float32 scalar in nats. Logits exist for `chunk`
     positions at a time, and the gradient is formed in the same pass, so the head's product is computed once. Unless it
-    is given, 512 on the CPU, where they stay in its caches, and 8,192 elsewhere: each chunk adds to the whole gradient
-    of `weight`, and the compiler unrolls the loop.
+    is given, 512 on the CPU, where they stay in its caches; elsewhere more, since each chunk adds to the whole gradient
+    of `weight`: 8,192, in float16 2,048, whose sums would overflow. `compute` stands for `chunk_loss`, compiled.
     """
-    chunk = chunk or (512 if hidden.device.type == "cpu" else 8192)
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    chunk = chunk or (512 if hidden.device.type == "cpu" else 2048 if hidden.dtype == torch.float16 else 8192)
     learning = torch.is_grad_enabled()
     return _LinearCrossEntropy.apply(
-        hidden, weight, targets, chunk, learning and hidden.requires_grad, learning and weight.requires_grad
+        hidden,
+        weight,
+        targets,
+        min(chunk, len(hidden)),
+        compute or chunk_loss,
+        learning and hidden.requires_grad,
+        learning and weight.requires_grad,
     )
+
+
+def chunk_loss(x: Tensor, head: Tensor, y: Tensor, learning: bool) -> tuple[Tensor, Tensor | None]:
+    """Sum of the cross-entropies of `x @ head.T` and y: x (n, C), head (V, C), int64 y (n, 1). With it, where something
+    is `learning`, the probabilities (n, V) in x's dtype."""
+    logits = (x @ head.t()).float()
+    top, of_targets = logits.amax(dim=-1, keepdim=True), logits.gather(-1, y)
+    normalizer = logits.sub_(top).exp_().sum(dim=-1, keepdim=True)
+    loss = (normalizer.log() + top - of_targets).sum()
+    return loss, logits.div_(normalizer).to(x.dtype) if learning else None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk, hidden_learns, weight_learns):
+    def forward(ctx, hidden, weight, targets, chunk, compute, hidden_learns, weight_learns):
         head = weight.to(hidden.dtype)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if hidden_learns else None
         grad_weight = torch.zeros_like(weight) if weight_learns else None
-        for x, y, rows in (
-            (hidden[i : i + chunk], targets[i : i + chunk, None], slice(i, i + chunk))
-            for i in range(0, hidden.size(0), chunk)
-        ):
-            logits = (x @ head.t()).float()  # (chunk, V)
-            top, of_targets = logits.amax(dim=-1, keepdim=True), logits.gather(-1, y)
-            normalizer = logits.sub_(top).exp_().sum(dim=-1, keepdim=True)
-            loss += (normalizer.log() + top - of_targets).sum()
-            if hidden_learns or weight_learns:  # the gradient of the sum: softmax minus one-hot
-                grad_logits = logits.div_(normalizer).scatter_add_(-1, y, -torch.ones_like(top)).to(hidden.dtype)
+        for i in range(0, len(hidden), chunk or 1):
+            x, y = hidden[i : i + chunk], targets[i : i + chunk, None]
+            of_chunk = compute if len(x) == chunk else chunk_loss  # a shorter last one is not compiled for
+            part, grad_logits = of_chunk(x, head, y, hidden_learns or weight_learns)
+            loss += part
+            if grad_logits is not None:  # the gradient of the sum: softmax minus one-hot
+                grad_logits.scatter_add_(-1, y, grad_logits.new_full(y.shape, -1.0))
             if hidden_learns:
-                grad_hidden[rows] = grad_logits @ head
+                grad_hidden[i : i + chunk] = grad_logits @ head
             if weight_learns and weight.dtype == hidden.dtype:
                 grad_weight.addmm_(grad_logits.t(), x)
             elif weight_learns:
@@ -411,4 +434,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grad_hidden, grad_weight = ctx.saved_tensors
         grad_hidden = None if grad_hidden is None else grad_hidden * grad_loss
-        return grad_hidden, None if grad_weight is None else grad_weight.mul_(grad_loss), None, None, None, None
+        grad_weight = None if grad_weight is None else grad_weight.mul_(grad_loss)
+        return grad_hidden, grad_weight, None, None, None, None, None

@@ -4,9 +4,8 @@ import contextlib
 import itertools
 import math
 import os
-import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -16,8 +15,18 @@ from tqdm import tqdm
 
 import checkpoint
 import sharding
-from cli import SamplingConfig, TrainerConfig, UserError, command_line, is_out_of_memory, plain
-from device import autocast, choose_device, choose_dtype, fast_attention, keep_memory, peak_flops, peak_memory, to_host
+from cli import SamplingConfig, TrainerConfig, UserError, catch_stop_signals, command_line, is_out_of_memory, plain
+from device import (
+    autocast,
+    choose_device,
+    choose_dtype,
+    fast_attention,
+    free_memory,
+    keep_memory,
+    peak_flops,
+    peak_memory,
+    to_host,
+)
 from loader import Batch, Epochs, Prefetcher, Windows, micro_batches
 from logs import RunLog, before_and_after, draw_losses, parameter_table, summary
 from model import GPT
@@ -60,7 +69,7 @@ class Trainer:
         self.rank, self.world_size, local_rank = (
             int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
         )
-        on_cuda = config.device == "auto" and torch.cuda.is_available()
+        on_cuda = config.device in ("auto", "cuda") and torch.cuda.is_available()
         self.device = choose_device(f"cuda:{local_rank}" if on_cuda and self.world_size > 1 else config.device)
         self.dtype = choose_dtype(config.dtype, self.device)
         if self.device.type == "cpu":
@@ -68,7 +77,10 @@ class Trainer:
         if self.world_size > 1:
             if config.batch_size % self.world_size:
                 raise UserError(f"--batch-size {config.batch_size} does not divide among {self.world_size} processes")
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            gpu = self.device if self.device.type == "cuda" else None
+            dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
+            if self.rank:
+                torch.manual_seed(config.seed + self.rank)  # else all would drop the same activations
         self.is_compiled = config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda")
         self.fsdp = fsdp
         if fsdp:
@@ -89,10 +101,10 @@ class Trainer:
         self.is_fresh = model_is_fresh
         if resumed:
             self._restore(resumed)
-        self.forward = torch.compile(self.model) if self.is_compiled and not fsdp else self.model
-        if self.world_size > 1 and not fsdp:
-            self.forward = DistributedDataParallel(self.forward)
-        self.peak_flops = peak_flops(self.device)
+        if self.is_compiled and not fsdp:
+            self.model.compile_training()
+        self.forward = DistributedDataParallel(self.model) if self.world_size > 1 and not fsdp else self.model
+        self.peak_flops = (peak_flops(self.device) or 0) * self.world_size
 
     @property
     def last_path(self) -> Path:
@@ -117,8 +129,7 @@ class Trainer:
             self._introduce()
         self.start, self.tokens_before = time.perf_counter(), self.tokens
         with (
-            fast_attention(),
-            _stop_signals() as stop_signals,
+            catch_stop_signals() as stop_signals,
             tqdm(
                 total=c.max_steps,
                 initial=self.step,
@@ -157,6 +168,7 @@ class Trainer:
         if self.rank == 0:
             self._report(stop_reason or "done")
         if self.world_size > 1:
+            dist.barrier()  # none leaves while another still talks to it
             dist.destroy_process_group()
 
     def _load(self, step: int) -> tuple[list[Batch], int, int]:
@@ -205,12 +217,14 @@ class Trainer:
                 )
             self.n_micro_batches *= 2
             torch.compiler.reset()  # else the other size would be compiled for any size
+            free_memory(self.device)
+        free_memory(self.device)
 
     def _fits(self, rows: list[Batch]) -> bool:
         """Whether memory is enough for the passes over a batch beside AdamW's means; changes nothing."""
         share = micro_batches(rows, self.n_micro_batches, self.rank, self.world_size, self.model.config.block_size)
         try:
-            with fast_attention(), torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
                 trained = [p for p in self.model.parameters() if p.requires_grad]
                 means = [] if self.step else [torch.empty_like(p) for p in (*trained, *trained)]  # noqa: F841
                 self._accumulate(share[:2], 1, exchange=False)
@@ -229,10 +243,9 @@ class Trainer:
         for i, batch in enumerate(share):
             batch = batch.to(self.device)
             if self.is_compiled and batch.counted is not None:  # padded batches differ in size and length
-                for tensor in (batch.tokens, batch.targets, batch.counted):
-                    torch._dynamo.maybe_mark_dynamic(tensor, list(range(tensor.dim())))
+                torch._dynamo.maybe_mark_dynamic(batch.tokens, [0, 1])
             is_local = self.world_size > 1 and not self.fsdp and not (exchange and i == len(share) - 1)
-            with self.forward.no_sync() if is_local else contextlib.nullcontext():
+            with self.forward.no_sync() if is_local else contextlib.nullcontext(), fast_attention():
                 with autocast(self.device, self.dtype):
                     loss = self.forward(batch.tokens, batch.targets, batch.counted) / max(n_counted, 1)
                 self.scaler.scale(loss * self.world_size).backward()  # DDP takes the mean over processes
@@ -278,7 +291,7 @@ class Trainer:
         loss = evaluate(
             self.model,
             self.val_data.in_order(c.eval_tokens),
-            c.batch_size,
+            max(self.world_size, c.batch_size // self.n_micro_batches),
             self.device,
             self.dtype,
             self.rank,
@@ -353,9 +366,11 @@ class Trainer:
                 optimizer.load_state_dict(state)
                 if self.fsdp:
                     sharding.shard_state(optimizer)
-            self.scaler.load_state_dict(resumed["scaler"])
-            torch.set_rng_state(resumed["rng"]["cpu"])
-            if self.device.type == "cuda" and "cuda" in resumed["rng"]:
+            if resumed["scaler"]:  # empty where it was not float16
+                self.scaler.load_state_dict(resumed["scaler"])
+            if self.rank == 0:
+                torch.set_rng_state(resumed["rng"]["cpu"])
+            if self.rank == 0 and self.device.type == "cuda" and "cuda" in resumed["rng"]:
                 torch.cuda.set_rng_state(resumed["rng"]["cuda"], self.device)
             self.step, self.history = resumed["step"], resumed["history"]
             self.best_val_loss, self.bad_evaluations = resumed["best_val_loss"], resumed["bad_evaluations"]
@@ -442,7 +457,7 @@ def evaluate(
         batch = batch.to(device)
         with autocast(device, dtype):
             loss = model(batch.tokens, batch.targets, batch.counted)
-        total += torch.stack([loss.double(), loss.new_tensor(batch.n_counted).double()]).to(total.device)
+        total += torch.stack([loss.to(total.device).double(), total.new_full((), batch.n_counted)])
     if world_size > 1:
         dist.all_reduce(total)
     model.train(was_training)
@@ -473,21 +488,3 @@ def claim_output(config: TrainerConfig, *kinds: str) -> dict | None:
             f"{taken} exists: add --resume to go on with it, --overwrite to replace it, or choose another --out"
         )
     return None
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list]:
-    """Yields a list that gets the number of a SIGINT or SIGTERM; a second one acts at once, as usual."""
-    received, before = [], {}
-
-    def handle(number, frame):
-        received.append(number)
-        signal.signal(number, before[number])
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, handle)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
