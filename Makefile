@@ -25,7 +25,7 @@ venv-dev: .venv/installed-dev
 	@touch $@
 
 demo: venv
-	$(BIN)/python demo.py $(if $(INPUT),--input $(INPUT))
+	$(BIN)/python demo.py $(if $(INPUT),--input "$(INPUT)")
 
 test: venv-dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests

@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import UserError, require, run
+from cli import UserError, require_at_least, run
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Config:
     """internal: the row that this process measures, as JSON"""
 
     def __post_init__(self):
-        require(self.steps >= 1 and self.rounds >= 1, "--steps and --rounds must be at least 1")
+        require_at_least(1, self, "steps", "rounds")
 
 
 def main(config: Config) -> None:
@@ -191,7 +191,6 @@ def measure(config: Config, row: Row) -> dict:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    before = peak_memory(device)
     seconds = []
     with fast_attention(row.fast_attention):
         for i in range(2 + config.steps):
@@ -205,7 +204,6 @@ def measure(config: Config, row: Row) -> dict:
         "seconds": second,
         "tokens_per_second": tokens.numel() / second,
         "peak_bytes": peak_memory(device),
-        "bytes_before": before,
         "loss": loss.item(),
         "flops_per_token": model.flops_per_token(),
         "peak_flops": peak_flops(device),

@@ -54,8 +54,8 @@ def from_hub(name: str, text_column: str, label_column: str, notes: Notes) -> li
 def _examples(rows, text_column, label_column, notes):
     labels_of, wheres = {}, {}
     for where, row in rows:
-        text = text_of(row, text_column, where).strip()
-        label = text_of(row, label_column, where, "--label-column", str | int).strip()
+        text = notes.clean(text_of(row, text_column, where), where).strip()
+        label = notes.clean(text_of(row, label_column, where, "--label-column", str | int), where).strip()
         if not text or not label:
             notes.add(f"rows without {'a label' if text else 'text'} were dropped", where)
         elif label not in labels_of.setdefault(text, [label]):
@@ -70,29 +70,32 @@ def _examples(rows, text_column, label_column, notes):
 
 
 def split(examples: list[Example], val_fraction: float, test_fraction: float, seed: int) -> dict[str, list[Example]]:
-    """Returns the examples by split, drawn by seed, each with the same share of every label.
+    """Returns the examples by split, drawn by seed, each with about the same share of every label, and one at least.
 
     Raises UserError for fewer than two labels, and for a label that is too rare to be in every split.
     """
-    from sklearn.model_selection import train_test_split
-
-    counts = Counter(example.label for example in examples)
-    if len(counts) < 2:
-        raise UserError(f"all rows have the label {next(iter(counts), '')!r}: there is nothing to tell apart")
-    label, n = min(counts.items(), key=lambda item: item[1])
+    by_label = {}
+    for example in examples:
+        by_label.setdefault(example.label, []).append(example)
+    if len(by_label) < 2:
+        raise UserError(f"all rows have the label {next(iter(by_label), '')!r}: there is nothing to tell apart")
+    label, n = min(((label, len(rows)) for label, rows in by_label.items()), key=lambda item: item[1])
     if n < 3:
         raise UserError(
             f"the label {label!r} is seen {'once' if n == 1 else 'twice'}: one row is needed to train on, one to "
             "validate on and one to test; add more, or remove it"
         )
 
-    def cut(rows, n):
-        n = min(max(n, len(counts)), len(rows) - len(counts))  # every label in both parts
-        return train_test_split(rows, test_size=n, random_state=seed, stratify=[row.label for row in rows])
-
-    rest, test = cut(examples, round(test_fraction * len(examples)))
-    train, val = cut(rest, round(val_fraction * len(examples)))
-    return dict(zip(SPLITS, (train, val, test), strict=True))
+    random, train, val, test = np.random.default_rng(seed), [], [], []
+    for _, rows in sorted(by_label.items()):
+        rows = [rows[i] for i in random.permutation(len(rows))]
+        n_test = min(max(1, round(test_fraction * len(rows))), len(rows) - 2)
+        n_val = min(max(1, round(val_fraction * len(rows))), len(rows) - n_test - 1)
+        test, val, train = test + rows[:n_test], val + rows[n_test : n_test + n_val], train + rows[n_test + n_val :]
+    return {
+        name: [part[i] for i in random.permutation(len(part))]
+        for name, part in zip(SPLITS, (train, val, test), strict=True)
+    }
 
 
 def balance(examples: list[Example], seed: int) -> list[Example]:

@@ -35,6 +35,13 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message, status=2)
 
 
+def require_at_least(least: int, config: object, *names: str) -> None:
+    """Raises UserError with exit status 2 unless these options of a config, where they are given, are large enough."""
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value >= least, f"--{name.replace('_', '-')} must be at least {least}")
+
+
 @dataclass(frozen=True)
 class TrainerConfig:
     """The options that every training script shares; `trainer.py` is their one reader."""
@@ -107,23 +114,11 @@ class TrainerConfig:
     """torch.compile; auto is on for CUDA"""
 
     def __post_init__(self):
-        for name in ("max_steps", "batch_size", "eval_every", "save_every", "log_every", "eval_tokens"):
-            require(
-                getattr(self, name) is None or getattr(self, name) >= 1,
-                f"--{name.replace('_', '-')} must be at least 1",
-            )
-        for name in (
-            "learning_rate",
-            "min_lr",
-            "warmup_steps",
-            "weight_decay",
-            "grad_clip",
-            "snapshot_every",
-            "patience",
-            "target_loss",
-            "seed",
-        ):
-            require(getattr(self, name) >= 0, f"--{name.replace('_', '-')} must not be negative")
+        require_at_least(1, self, "max_steps", "batch_size", "eval_every", "save_every", "log_every", "eval_tokens")
+        require_at_least(0, self, "learning_rate", "min_lr", "warmup_steps", "weight_decay", "grad_clip")
+        require_at_least(0, self, "snapshot_every", "patience", "target_loss", "seed")
+        require(self.seed < 2**63, "--seed must be below 2^63")
+        require(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "--beta1 and --beta2 must be at least 0 and below 1")
         require(self.grad_accum_steps == "auto" or self.grad_accum_steps >= 1, "--grad-accum-steps must be at least 1")
         require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
 
@@ -152,13 +147,12 @@ class SamplingConfig:
     """makes the draws repeatable on one device"""
 
     def __post_init__(self):
-        require(self.max_new_tokens >= 1, "--max-new-tokens must be at least 1")
-        require(self.temperature >= 0, "--temperature must not be negative")
-        require(self.top_k is None or self.top_k >= 1, "--top-k must be at least 1")
+        require_at_least(1, self, "max_new_tokens", "top_k")
+        require(self.temperature == 0 or self.temperature >= 1e-3, "--temperature must be 0, or at least 0.001")
         require(self.top_p is None or 0 < self.top_p <= 1, "--top-p must be above 0 and at most 1")
         require(self.min_p is None or 0 <= self.min_p <= 1, "--min-p must lie between 0 and 1")
-        require(self.repetition_penalty > 0, "--repetition-penalty must be above 0")
-        require(self.seed is None or self.seed >= 0, "--seed must not be negative")
+        require(0.01 <= self.repetition_penalty <= 100, "--repetition-penalty must lie between 0.01 and 100")
+        require(self.seed is None or 0 <= self.seed < 2**63, "--seed must be at least 0 and below 2^63")
 
 
 def run(
@@ -168,6 +162,9 @@ def run(
 
     What its user can mend ends in one line on standard error and exit status 1 (2 for bad usage); Ctrl-C in 130.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # what a terminal cannot show, such as bytes that are no text
+    config = None
     try:
         config = parse(config_class, sys.argv[1:], presets)
         print(f"{os.path.basename(sys.argv[0])}: {describe(config)}", file=sys.stderr)
@@ -187,7 +184,8 @@ def run(
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        _exit("out of memory; try a smaller --batch-size, a larger --grad-accum-steps or a smaller model", 1)
+        trains = isinstance(config, TrainerConfig)
+        _exit(f"out of memory: try a {'larger --grad-accum-steps, a ' * trains}smaller --batch-size or model", 1)
 
 
 def is_out_of_memory(error: Exception) -> bool:

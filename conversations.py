@@ -123,10 +123,13 @@ def check_messages(messages: object, where: str, notes: Notes) -> list[Message]:
     UserError, naming `where`, for what is not even a list of messages.
     """
     if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content", 0), str | None)
+        isinstance(m, dict)
+        and isinstance(m.get("role"), str)
+        and isinstance(m.get("content", 0), str | None)
+        and isinstance(m.get("input", ""), str)
         for m in messages
     ):
-        raise UserError(f"{where}: wanted a list of messages, each with the strings 'role' and 'content'")
+        raise UserError(f"{where}: wanted messages with the strings 'role' and 'content', and perhaps 'input'")
     messages = [{**message, "content": (message["content"] or "").strip()} for message in messages]
     if strange := next((m["role"] for m in messages if m["role"] not in ("system", "user", "assistant")), None):
         raise Unusable(f"conversations with a role like {strange!r}, none of system, user, assistant, were dropped")

@@ -4,7 +4,6 @@ import glob
 import io
 import os
 import random
-import re
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -36,22 +35,10 @@ class Corpus:
         self.position, self.notes = 0, Notes()
         return self._documents()
 
-    def clean(self, text: str, where: str, line: int | None = None) -> str:
-        """Replaces what UTF-8 cannot hold, lone surrogates, by U+FFFD, and notes it."""
-        try:
-            text.encode()
-            return text
-        except UnicodeEncodeError as error:
-            if line:
-                where = f"{where}, line {line + text.count(chr(10), 0, error.start)}"
-            text, n = re.subn("[\ud800-\udfff]", "\ufffd", text)
-            self.notes.add("characters or bytes that are not Unicode became U+FFFD", where, n)
-            return text
-
     def of_rows(self, rows: Iterable[tuple[str, dict]], text_column: str) -> Iterator[Iterable[str]]:
         """Yields the texts in rows; empty ones are passed over, and noted."""
         for where, row in rows:
-            if text := self.clean(text_of(row, text_column, where), where):
+            if text := self.notes.clean(text_of(row, text_column, where), where):
                 yield in_chunks(text)
             else:
                 self.notes.add("empty documents were passed over", where)
@@ -101,7 +88,7 @@ class Files(Corpus):
             if not chunk:
                 self.notes.add("empty documents were passed over", str(path))
             while chunk:
-                yield self.clean(chunk, str(path), line)
+                yield self.notes.clean(chunk, str(path), line)
                 self.position = before + raw.tell()
                 line += chunk.count("\n")
                 chunk = text.read(CHUNK)

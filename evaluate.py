@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from cli import UserError, require, run
+from cli import UserError, require, require_at_least, run
 
 PUBLISHED = (
     "published for OpenAI's GPT-2 124M: completion style, as here, acc 0.2859 and acc_norm 0.2955 (hellaswag.py "
@@ -43,11 +43,7 @@ class Config:
     """precision; auto takes bfloat16 where the GPU has it, float32 on the CPU"""
 
     def __post_init__(self):
-        for name in ("stride", "max_tokens", "batch_size"):
-            require(
-                getattr(self, name) is None or getattr(self, name) >= 1,
-                f"--{name.replace('_', '-')} must be at least 1",
-            )
+        require_at_least(1, self, "stride", "max_tokens", "batch_size")
         given = sum(source is not None for source in (self.data, self.text, self.hellaswag))
         require(given <= 1, "--data, --text and --hellaswag exclude each other")
         require(len(self.hellaswag or ()) <= 1, "--hellaswag takes one file")
@@ -89,6 +85,8 @@ def losses(text_model, config: Config) -> dict:
     ids = read_ids(text_model.tokenizer, config)[: config.max_tokens and config.max_tokens + 1]
     if len(ids) < 2:
         raise UserError("there is no text to evaluate on")
+    if ids.max() >= text_model.model.config.vocab_size:
+        raise UserError(f"{config.data} holds ids that the model does not have: prepare it with the model's tokenizer")
     windows = tqdm(strided(ids, block_size, stride), total=math.ceil(len(ids) / stride), unit=" windows", leave=False)
     loss = evaluate(text_model.model, windows, config.batch_size, text_model.device, text_model.dtype)
     scored = ids[1:][ids[1:] < text_model.tokenizer.end_of_text]
@@ -161,7 +159,7 @@ def read_questions(path: Path | None = None) -> Iterator[tuple[str, list[str], i
         for where, row in rows:
             try:
                 context, endings, label = row["ctx"], row["endings"], int(row["label"])
-                if not isinstance(context, str) or len(endings) != 4 or not 0 <= label < 4:
+                if len(endings) != 4 or not 0 <= label < 4 or not all(isinstance(t, str) for t in (context, *endings)):
                     raise ValueError
             except (KeyError, TypeError, ValueError):
                 raise UserError(f"{where}: wanted `ctx`, four `endings` and `label` as HellaSwag has them") from None

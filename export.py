@@ -85,9 +85,10 @@ def check_folder(config: Config) -> None:
 
 
 def is_ours(folder: Path) -> bool:
-    """Tells whether a folder holds a GPT-2's config."""
+    """Tells whether a folder holds a GPT-2's config, or the mark of an export that was killed while it replaced one."""
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "gpt2"
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return "incomplete" in config or config["model_type"] == "gpt2"
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

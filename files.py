@@ -99,7 +99,7 @@ def _listed_files(meta):
     """Names of the token files that a meta file lists, none where it cannot be read."""
     try:
         names = json.loads(meta.read_text(encoding="utf-8"))["files"]
-        return {name for name in names if name.endswith(".bin") and Path(name).name == name}
+        return {name for name in names if name == Path(name).name and name.endswith((".bin", "tokenizer.json"))}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return set()
 
@@ -116,11 +116,14 @@ def read_meta(path: str | Path, command: str) -> dict:
     path = Path(path)
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        meta["files"], meta["tokenizer"], meta["splits"]  # noqa: B018
+        strings = [*meta["files"], meta["tokenizer"]]
+        numbers = [counts["tokens"] for counts in meta["splits"].values()]
+        if not all(isinstance(name, str) for name in strings) or not all(isinstance(n, int) for n in numbers):
+            raise TypeError
         return meta
     except FileNotFoundError:
         raise UserError(f"no prepared data in {path.parent} ({path.name} is missing): run {command} first") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is damaged: run {command} again") from None
 
 

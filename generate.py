@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cli import SamplingConfig, UserError, require, run
+from cli import SamplingConfig, UserError, require, require_at_least, run
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Config(SamplingConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.num_samples >= 1, "--num-samples must be at least 1")
-        require(self.logprobs is None or self.logprobs >= 1, "--logprobs must be at least 1")
+        require(not self.context or self.instruction is not None, "--context belongs to --instruction")
+        require_at_least(1, self, "num_samples", "logprobs")
         texts = (self.prompt is not None, self.prompt_file is not None, self.instruction is not None)
         require(self.chat + sum(texts) <= 1, "--prompt, --prompt-file, --chat and --instruction exclude each other")
         require(

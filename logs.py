@@ -67,7 +67,10 @@ def _wandb(path, config):
         import wandb
     except ImportError:
         raise UserError("--wandb needs the package: pip install wandb") from None
-    run = wandb.init(project="gpt2", name=path.stem, config=plain(config))
+    try:
+        run = wandb.init(project="gpt2", name=path.stem, config=plain(config))
+    except wandb.Error as error:
+        raise UserError(f"--wandb: {error}") from None
     return lambda entry: run.log({name: value for name, value in entry.items() if name != "step"}, step=entry["step"])
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import require, run
+from cli import require, require_at_least, run
 
 DATASETS = ("openwebtext", "fineweb-edu", "shakespeare", "war-and-peace", "pydocs")
 BPE_CHARACTERS = 200_000_000  # of the training text are enough to train a tokenizer on
@@ -60,17 +60,13 @@ class Config:
             on_hub or (self.config, self.split, self.revision) == (None, "train", None),
             "--config, --split and --revision belong to data sets of the Hub, named org/name",
         )
-        require(0 < self.val_fraction < 1, "--val-fraction must lie between 0 and 1")
+        require(1e-6 <= self.val_fraction <= 0.5, "--val-fraction must be at least 0.000001 and at most 0.5")
         require(
             self.vocab_size is None or 256 < self.vocab_size <= 65_000,
             "--vocab-size must lie between 257 and 65000: 256 bytes and what is merged from them, in 16 bits",
         )
         require(not (self.vocab_size and self.tokenizer), "--vocab-size and --tokenizer exclude each other")
-        for name in ("max_tokens", "shard_tokens", "workers"):
-            require(
-                getattr(self, name) is None or getattr(self, name) >= 1,
-                f"--{name.replace('_', '-')} must be at least 1",
-            )
+        require_at_least(1, self, "max_tokens", "shard_tokens", "workers")
 
 
 def main(config: Config) -> None:

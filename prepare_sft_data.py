@@ -46,7 +46,7 @@ class Config:
             self.dataset in ("oasst1", "alpaca-gpt4", "pydocs-qa") or "/" in self.dataset,
             f"no data set {self.dataset!r}: choose oasst1, alpaca-gpt4, pydocs-qa, or one of the Hub's as org/name",
         )
-        require(0 < self.val_fraction < 1, "--val-fraction must lie between 0 and 1")
+        require(1e-6 <= self.val_fraction <= 0.5, "--val-fraction must be at least 0.000001 and at most 0.5")
         require(self.block_size >= 2, "--block-size must be at least 2")
         require(self.max_conversations is None or self.max_conversations >= 2, "--max-conversations must be at least 2")
 

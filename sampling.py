@@ -133,6 +133,11 @@ class TextModel:
             speed_up_decoding(model)
         return cls(model, checkpoint.tokenizer(state), state.get("template"), facts, place, precision)
 
+    def check(self, config: SamplingConfig) -> None:
+        """Raises UserError for a config that does not fit the model."""
+        if config.top_k is not None and config.top_k > self.tokenizer.n_tokens:
+            raise UserError(f"--top-k {config.top_k} is more than the model's {self.tokenizer.n_tokens:,} tokens")
+
     def complete(self, prompt: str, config: SamplingConfig) -> Iterator[str]:
         """Continues a text; yields it in pieces of whole characters. An empty prompt begins a new document."""
         return self.stream(self.prompt_ids(prompt), config)
@@ -151,6 +156,7 @@ class TextModel:
 
     def answer_ids(self, messages: list[Message], config: SamplingConfig) -> list[int]:
         """Returns the ids of a conversation up to its answer, for which a quarter of the context is kept free."""
+        self.check(config)
         if not self.template:
             raise UserError(
                 "this model only completes text: fine-tune it first with train_sft.py, or leave --chat away"
@@ -209,8 +215,7 @@ class TextModel:
         """
         generator = torch.Generator(self.device)
         generator.seed() if config.seed is None else generator.manual_seed(config.seed)
-        if config.top_k is not None and config.top_k > self.tokenizer.n_tokens:
-            raise UserError(f"--top-k {config.top_k} is more than the model's {self.tokenizer.n_tokens:,} tokens")
+        self.check(config)
         stream = self.model.generate(
             torch.tensor([ids], dtype=torch.int64, device=self.device),
             config.max_new_tokens,

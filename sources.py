@@ -1,9 +1,11 @@
 """Files and the Hugging Face Hub, read a piece at a time: rows of tables, compressed or not, and small downloads."""
 
+import codecs
 import csv
 import hashlib
 import io
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -11,6 +13,7 @@ import urllib.request
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from http.client import HTTPException
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO
@@ -43,6 +46,18 @@ class Notes(dict[str, tuple[int, str]]):
         """Counts `n` more under `what`."""
         number, first = self.get(what, (0, where))
         self[what] = (number + n, first)
+
+    def clean(self, text: str, where: str, line: int | None = None) -> str:
+        """Replaces what UTF-8 cannot hold, lone surrogates, by U+FFFD, and counts it."""
+        try:
+            text.encode()
+            return text
+        except UnicodeEncodeError as error:
+            if line:
+                where = f"{where}, line {line + text.count(chr(10), 0, error.start)}"
+            text, n = re.subn("[\ud800-\udfff]", "\ufffd", text)
+            self.add("characters or bytes that are not Unicode became U+FFFD", where, n)
+            return text
 
     def lines(self) -> list[str]:
         """Returns a line for each, for people."""
@@ -92,7 +107,7 @@ def records(path: Path, stream: BinaryIO, columns: list[str] | None = None) -> I
         yield from _parquet(path, stream, columns)
     elif suffix in (".csv", ".tsv"):
         yield from _csv(path, stream, suffix == ".tsv", columns)
-    elif suffix == ".json" and stream.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+    elif suffix == ".json" and stream.peek(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         yield from _json_list(path, stream)
     else:
         yield from _json_lines(path, stream)
@@ -116,6 +131,8 @@ def _json_list(path, stream):
     import ijson
 
     number = 0
+    if stream.peek(3).startswith(codecs.BOM_UTF8):
+        stream.read(3)
     try:
         for number, row in enumerate(ijson.items(stream, "item", use_float=True), 1):  # noqa: B007
             yield f"{path}, record {number}", row
@@ -127,7 +144,7 @@ def _csv(path, stream, tabs, columns):
     csv.field_size_limit(sys.maxsize)
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     # Quotation marks mean nothing in tab-separated files: their fields hold neither tabs nor line breaks.
-    format_ = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
+    format_ = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
     if columns and all(map(str.isdecimal, columns)):
         format_["fieldnames"] = [str(i + 1) for i in range(max(map(int, columns)))]
     rows = csv.DictReader(text, **format_)
@@ -217,7 +234,7 @@ def download(name: str, instead: str, folder: Path = Path("data/raw")) -> Path:
     path = folder / f"{name}.txt"
     try:
         text = path.read_bytes() if path.exists() else urllib.request.urlopen(url, timeout=30).read()
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         raise UserError(
             f"cannot fetch {name} from {url} ({getattr(error, 'reason', error)}); "
             f"put it at {path} by hand; without a network, {instead}"

@@ -131,8 +131,11 @@ def obey(conversation: Chat, command: str, argument: str) -> str:
     if command in ("save", "load") and not argument:
         raise UserError(f"/{command} wants the name of a file")
     if command == "save":
-        with atomic_write(Path(argument), "w") as file:
-            file.write(json.dumps({"messages": conversation.messages}, ensure_ascii=False) + "\n")
+        line, path = json.dumps({"messages": conversation.messages}, ensure_ascii=False), Path(argument)
+        if path.exists() and not line.startswith(path.read_text(encoding="utf-8", errors="replace").rstrip("]}\n")):
+            raise UserError(f"{path} exists, and is not the beginning of this conversation: choose another name")
+        with atomic_write(path, "w") as file:
+            file.write(line + "\n")
         return f"saved {len(conversation.messages) // 2} exchanges in {argument}"
     if command == "load":
         conversation.messages[:] = read_conversation(Path(argument))

@@ -110,6 +110,7 @@ def main(config: Config) -> None:
     start = resumed or (None if config.init_from == "scratch" else checkpoint.load(config.init_from))
     start = start and checkpoint.grow_vocabulary(start)
     if start:
+        start["config"] = dataclasses.replace(start["config"], dropout=config.dropout)
         if checkpoint.tokenizer(start).name != tokenizer.name:
             raise UserError(
                 f"{config.data} was prepared with the tokenizer {tokenizer.name}, the checkpoint was trained "
@@ -159,7 +160,7 @@ def main(config: Config) -> None:
 def prepare_first(config: Config) -> Config:
     """Where `--data` is a text file or a small data set, prepares it into data/NAME; returns the config with that."""
     is_named = str(config.data) in ("shakespeare", "war-and-peace", "pydocs")
-    if config.data.is_dir() or not (is_named or config.data.suffix):
+    if config.data.is_dir() or not (is_named or config.data.suffix or config.data.is_file()):
         return config
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError(f"several processes cannot prepare {config.data} together: run prepare_data.py first")
@@ -170,7 +171,8 @@ def prepare_first(config: Config) -> Config:
     meta = folder / "meta.json"
     is_of_it = meta.exists() and read_meta(meta, "prepare_data.py").get("source") in (name, [name])
     what = {"dataset": name} if is_named else {"input": (name,)}
-    prepare_data.main(prepare_data.Config(**what, out=folder, overwrite=is_of_it, vocab_size=config.vocab_size))
+    overwrite = config.overwrite or is_of_it
+    prepare_data.main(prepare_data.Config(**what, out=folder, overwrite=overwrite, vocab_size=config.vocab_size))
     return dataclasses.replace(config, data=folder)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cli import TrainerConfig, UserError, require, run
+from cli import TrainerConfig, UserError, require, require_at_least, run
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Config(TrainerConfig):
             self.input is not None or self.dataset == "sms-spam" or "/" in self.dataset,
             f"no data set {self.dataset!r}: --input FILE, sms-spam, or one of the Hub's as org/name",
         )
-        require(self.epochs >= 1, "--epochs must be at least 1")
+        require_at_least(1, self, "epochs")
         require(0 <= self.dropout < 1, "--dropout must be at least 0 and below 1")
         require(
             self.val_fraction > 0 and self.test_fraction > 0 and self.val_fraction + self.test_fraction < 1,
@@ -165,6 +165,7 @@ def test(config: Config, examples: list) -> None:
     """Tests the weights that were kept, on texts that nothing was chosen by; adds the figures to the checkpoint."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
     from sklearn import metrics
 
     import checkpoint
@@ -188,6 +189,8 @@ def test(config: Config, examples: list) -> None:
     metrics.ConfusionMatrixDisplay.from_predictions(
         truth, guesses, labels=labels, ax=figure.add_subplot(), colorbar=False, cmap="Blues", xticks_rotation=45
     )
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a label may hold what looks like a formula
     path = config.plot.with_name(f"{config.out.stem}_confusion.png")
     with atomic_write(path) as file:
         FigureCanvasAgg(figure).print_png(file)

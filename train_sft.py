@@ -5,7 +5,7 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import SamplingConfig, TrainerConfig, UserError, require, run
+from cli import SamplingConfig, TrainerConfig, UserError, require, require_at_least, run
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Config(TrainerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.epochs >= 1, "--epochs must be at least 1")
+        require_at_least(1, self, "epochs")
         require(self.lora_rank >= 0, "--lora-rank must not be negative")
         require(self.lora_rank > 0 or not self.merge, "--merge belongs to --lora-rank")
         require(
@@ -93,6 +93,8 @@ def main(config: Config) -> None:
 
     kind = "lora" if config.lora_rank else "sft"
     resumed = claim_output(config, kind)
+    if kind == "lora" and config.out.resolve() == config.model.resolve():
+        raise UserError(f"--out {config.out} is the model that the adapter belongs to: choose another")
     if resumed and kind == "sft":
         start, path = resumed, config.out
     elif resumed:

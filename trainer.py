@@ -123,9 +123,9 @@ class Trainer:
             self._fit_into_memory()
         batches = Prefetcher(self._load, self.step)
         if self.rank == 0:
+            self.log = RunLog(self.log_path, self.step, c)
             if self.step == 0:  # a new run: no older one may be resumed by mistake
                 self.last_path.unlink(missing_ok=True)
-            self.log = RunLog(self.log_path, self.step, c)
             self._introduce()
         self.start, self.tokens_before = time.perf_counter(), self.tokens
         with (
@@ -266,7 +266,7 @@ class Trainer:
         step, learning_rate, tokens, host = pending
         loss, norm = host()
         if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
-            kept = f"{self.last_path} holds the last good state" if self.last_path.exists() else "nothing was saved yet"
+            kept = f"{self.last_path} holds the last good state" if self.last_path.exists() else "no step was saved yet"
             raise UserError(
                 f"the loss is not finite at step {step} (loss {loss}, gradient norm {norm}); {kept}: "
                 "try a lower --learning-rate, or --dtype float32"
@@ -483,7 +483,10 @@ def claim_output(config: TrainerConfig, *kinds: str) -> dict | None:
         if not last.exists():
             raise UserError(f"nothing to resume: {last} is missing; start without --resume")
         return checkpoint.load(last, verify=True, kinds=kinds)
-    if not config.overwrite and (taken := next((path for path in (config.out, last) if path.exists()), None)):
+    if config.plot.is_dir():
+        raise UserError(f"--plot {config.plot} is a folder: name a file", status=2)
+    files = (config.out, last, config.out.with_suffix(".jsonl"))
+    if not config.overwrite and (taken := next((path for path in files if path.exists()), None)):
         raise UserError(
             f"{taken} exists: add --resume to go on with it, --overwrite to replace it, or choose another --out"
         )

@@ -272,6 +272,22 @@ BAD_INPUT = [  # exit status, a part of the message, the command
     (1, "data/toy/train.bin exists: add --overwrite", "prepare_data.py --input text --out data/toy"),
     (1, "sft_train.bin exists: add --overwrite", "prepare_sft_data.py --dataset pydocs-qa --out data/toy"),
     (1, "data/toy/train.bin exists: add --overwrite", "train.py --data toy.txt --out NEW"),
+    (1, "t.jsonl exists: add", "CLASSIFIER --input t.jsonl --out t.pt"),
+    (1, "the adapter belongs to", "SFT --lora-rank 2 --out checkpoints/toy.pt --overwrite"),
+    (2, "below 2^63", "TRAIN --seed 99999999999999999999"),
+    (2, "--beta1 and --beta2", "TRAIN --beta1 1.5"),
+    (2, "is a folder", "TRAIN --plot data"),
+    (2, "--context belongs to --instruction", "GENERATE --prompt x --context y"),
+    (2, "at least 0.001", "GENERATE --prompt x --temperature 1e-40"),
+    (2, "--repetition-penalty", "GENERATE --prompt x --repetition-penalty 1e-46"),
+    (1, "bad/quote.csv, line 2: unexpected end of data", "PREPARE --input bad/quote.csv"),
+    (1, "perhaps 'input'", "PREPARE_SFT --input bad/input.jsonl"),
+    (1, "bad/meta/meta.json is damaged", "train.py --data bad/meta --out NEW"),
+    (
+        1,
+        "ids that the model does not have",
+        "evaluate.py --model checkpoints/toy.pt --data bad/ids/val.bin",
+    ),
     (1, "bad/ids/train.bin holds ids", "PREPARE --inspect bad/ids"),
     (2, "exclude each other", "PREPARE --input my.txt --vocab-size 300 --tokenizer data/toy/tokenizer.json"),
     (2, "belong to data sets of the Hub", "PREPARE --dataset pydocs --split test"),
@@ -294,7 +310,7 @@ BAD_INPUT = [  # exit status, a part of the message, the command
     (1, "with a role like 'tool'", "PREPARE_SFT --input bad/role.jsonl"),
     (1, "one exchange alone is as long", "PREPARE_SFT --dataset pydocs-qa --max-conversations 9 --block-size 2"),
     (1, "wanted an object", "PREPARE_SFT --input bad/other.json"),
-    (1, "wanted a list of messages", "PREPARE_SFT --input bad/number.json"),
+    (1, "wanted messages", "PREPARE_SFT --input bad/number.json"),
     (1, "fewer than two", "PREPARE_SFT --input bad/one.jsonl"),
     (1, "cannot read the tokenizer", "PREPARE_SFT --dataset pydocs-qa --tokenizer none.json"),
     (1, "not a byte-level BPE", "PREPARE_SFT --dataset pydocs-qa --tokenizer bad/other.json"),
@@ -340,7 +356,7 @@ def bad(toy):
     import torch
 
     folder = toy / "bad"
-    for name in ("empty", "meta"):
+    for name in ("empty", "meta", "types"):
         (folder / name).mkdir(parents=True)
     turn = {"role": "user", "content": "x"}
     for name, content in {
@@ -356,6 +372,9 @@ def bad(toy):
         "blank.txt": b"",
         "text.txt": b"not json",
         "meta/meta.json": b"{",
+        "types/meta.json": b'{"files": 3, "tokenizer": "gpt2", "splits": []}',
+        "quote.csv": b'text\nfine\n"and so on',
+        "input.jsonl": json.dumps({"messages": [{**turn, "input": 5}]}).encode(),
         "other.json": b'[{"a": 1}]',
         "number.json": b'[{"messages": 3}]',
         "turns.jsonl": json.dumps({"messages": [turn, turn, {"role": "assistant", "content": "y"}]}).encode(),
@@ -383,6 +402,7 @@ def bad(toy):
     torch.save({**good, "kind": "lora", "lora": {"base": "gone.pt", "base_sha256": "0" * 64}}, folder / "adapter.pt")
     torch.save({"model": os.system}, folder / "pickle.pt")  # would be executed by an unsafe loader
     (toy / "toy.txt").write_text("not what data/toy was made of")
+    (toy / "t.jsonl").write_text('{"text": "x", "label": "y"}\n')
     succeed(toy, "prepare_data.py", "--input", "text", "--vocab-size", "300", "--out", "data/other")
     for name, tokens in (("ids", [60_000] * 5000), ("short", [1] * 5000)):  # GPT-2's ids end before 60,000
         (folder / name).mkdir()
