@@ -39,6 +39,7 @@ CPU_ROWS = [
     Row("+ fused head and loss", fused_loss=True),
     Row("+ fused AdamW", fused_loss=True, fused_adamw=True),
     Row("+ freed memory kept", fused_loss=True, fused_adamw=True, keep_memory=True),
+    Row("+ bf16, if it has it", "bfloat16", fused_loss=True, fused_adamw=True, keep_memory=True),
 ]
 CUDA_ROWS = [
     Row("plain, bf16", "bfloat16"),

@@ -190,7 +190,7 @@ def run(
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that the memory of the machine, or of its GPU, is full."""
-    signs = ("out of memory", "allocate memory", "ALLOC_FAILED")
+    signs = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "ALLOC_FAILED")
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 

@@ -144,8 +144,9 @@ class Epochs:
         return [self._row(i) for i in batches[random.permutation(len(batches))[index]]]
 
     def largest_batch(self) -> list[Batch]:
-        """Returns a batch of the longest sequences, the longest first: none takes more memory."""
-        return [self._row(i) for i in np.argsort(-self.lengths)[: self.batch_size]]
+        """Returns a batch of the longest sequences, the longest first, in which all counts: none takes more memory."""
+        rows = [self._row(i) for i in np.argsort(-self.lengths)[: self.batch_size]]
+        return [replace(row, counted=torch.arange(row.tokens.size(1))) for row in rows]
 
     def in_order(self, max_tokens: int | None = None) -> Iterator[Batch]:
         """Yields every sequence once, in order; with `max_tokens`, the first that have about as many."""
@@ -237,6 +238,11 @@ def micro_batches(
     share = rows[rank::world_size] or [replace(rows[0], counted=torch.zeros(0, dtype=torch.int64))]
     size = -(-len(share) // n) or 1
     return [stack(share[i : i + size], longest=longest) for i in range(0, len(share), size)]
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Returns a seed for what is random in a step beside its batch; like the batch, a function of where a run is."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
 
 
 class Prefetcher:

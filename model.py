@@ -379,12 +379,13 @@ def linear_cross_entropy(
 
     hidden (N, C), weight (V, C), targets int64 (N,); returns a float32 scalar in nats. Logits exist for `chunk`
     positions at a time, and the gradient is formed in the same pass, so the head's product is computed once. Unless it
-    is given, 512 on the CPU, where they stay in its caches; elsewhere more, since each chunk adds to the whole gradient
-    of `weight`: 8,192, in float16 2,048, whose sums would overflow. `compute` stands for `chunk_loss`, compiled.
+    is given, 512 on the CPU, where they stay in its caches; 8,192 on CUDA, since each chunk adds to the whole gradient
+    of `weight`; 2,048 elsewhere, and in float16, whose sums would overflow. `compute` is `chunk_loss`, compiled.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    chunk = chunk or (512 if hidden.device.type == "cpu" else 2048 if hidden.dtype == torch.float16 else 8192)
+    is_large = hidden.is_cuda and hidden.dtype != torch.float16
+    chunk = chunk or (512 if hidden.device.type == "cpu" else 8192 if is_large else 2048)
     learning = torch.is_grad_enabled()
     return _LinearCrossEntropy.apply(
         hidden,
@@ -397,14 +398,20 @@ def linear_cross_entropy(
     )
 
 
-def chunk_loss(x: Tensor, head: Tensor, y: Tensor, learning: bool) -> tuple[Tensor, Tensor | None]:
-    """Sum of the cross-entropies of `x @ head.T` and y: x (n, C), head (V, C), int64 y (n, 1). With it, where something
-    is `learning`, the probabilities (n, V) in x's dtype."""
+def chunk_loss(x: Tensor, head: Tensor, y: Tensor, learning: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Sum of the cross-entropies of `x @ head.T` and y: x (n, C), head (V, C), int64 y (n, 1).
+
+    With it, if `learning`, its gradient for the logits, softmax minus one-hot, in x's dtype: the softmax (n, V), and
+    what is to be put in at y (n, 1).
+    """
     logits = (x @ head.t()).float()
     top, of_targets = logits.amax(dim=-1, keepdim=True), logits.gather(-1, y)
     normalizer = logits.sub_(top).exp_().sum(dim=-1, keepdim=True)
     loss = (normalizer.log() + top - of_targets).sum()
-    return loss, logits.div_(normalizer).to(x.dtype) if learning else None
+    if not learning:
+        return loss, None, None
+    at_targets = (of_targets - top).exp() / normalizer - 1  # while it is exact: in bfloat16, 0.999 - 1 would be 0
+    return loss, logits.div_(normalizer).to(x.dtype), at_targets.to(x.dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -417,10 +424,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for i in range(0, len(hidden), chunk or 1):
             x, y = hidden[i : i + chunk], targets[i : i + chunk, None]
             of_chunk = compute if len(x) == chunk else chunk_loss  # a shorter last one is not compiled for
-            part, grad_logits = of_chunk(x, head, y, hidden_learns or weight_learns)
+            part, grad_logits, at_targets = of_chunk(x, head, y, hidden_learns or weight_learns)
             loss += part
-            if grad_logits is not None:  # the gradient of the sum: softmax minus one-hot
-                grad_logits.scatter_add_(-1, y, grad_logits.new_full(y.shape, -1.0))
+            if grad_logits is not None:
+                grad_logits.scatter_(-1, y, at_targets)
             if hidden_learns:
                 grad_hidden[i : i + chunk] = grad_logits @ head
             if weight_learns and weight.dtype == hidden.dtype:

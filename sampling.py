@@ -227,13 +227,15 @@ class TextModel:
             repetition_penalty=config.repetition_penalty,
             generator=generator,
         )
-        is_open = [True] * n
+        is_open, first = [True] * n, True
         while any(is_open):
             with self._precision():
                 found = next(stream, None)
             if found is None:
                 return
-            tokens = self._described(*found, top)
+            if first and not found[1].isfinite().all():
+                raise UserError("what the model gives is not finite: its weights are damaged, or try --dtype float32")
+            first, tokens = False, self._described(*found, top)
             is_open = [o and token.id < self.tokenizer.end_of_text for o, token in zip(is_open, tokens, strict=True)]
             yield [token if o else None for o, token in zip(is_open, tokens, strict=True)]
 

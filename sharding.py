@@ -19,12 +19,16 @@ def shard(model: GPT, device: torch.device, compiled: bool) -> None:
         fully_shard(part, mesh=mesh)
 
 
-def shard_state(optimizer: torch.optim.Optimizer) -> None:
-    """Cuts the state of an optimizer, loaded whole, as its parameters are."""
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if value.shape == parameter.shape:
-                state[name] = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+def shard_state(state: dict, optimizer: torch.optim.Optimizer) -> dict:
+    """Returns the state of an optimizer, saved whole, cut as the optimizer's parameters are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def cut(value, parameter):
+        is_like_it = value.shape == parameter.shape
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements) if is_like_it else value
+
+    cut_state = {i: {k: cut(v, parameters[i]) for k, v in values.items()} for i, values in state["state"].items()}
+    return {**state, "state": cut_state}
 
 
 def gather(state: dict) -> dict:

@@ -168,10 +168,10 @@ def prepare_first(config: Config) -> Config:
     from files import read_meta
 
     name, folder = str(config.data), Path("data") / config.data.stem
-    meta = folder / "meta.json"
-    is_of_it = meta.exists() and read_meta(meta, "prepare_data.py").get("source") in (name, [name])
     what = {"dataset": name} if is_named else {"input": (name,)}
-    overwrite = config.overwrite or is_of_it
+    overwrite = config.overwrite
+    if not overwrite and (meta := folder / "meta.json").exists():
+        overwrite = read_meta(meta, "prepare_data.py").get("source") in (name, [name])
     prepare_data.main(prepare_data.Config(**what, out=folder, overwrite=overwrite, vocab_size=config.vocab_size))
     return dataclasses.replace(config, data=folder)
 

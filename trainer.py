@@ -27,7 +27,7 @@ from device import (
     peak_memory,
     to_host,
 )
-from loader import Batch, Epochs, Prefetcher, Windows, micro_batches
+from loader import Batch, Epochs, Prefetcher, Windows, micro_batches, step_seed
 from logs import RunLog, before_and_after, draw_losses, parameter_table, summary
 from model import GPT
 from optim import build_optimizers, learning_rate_at
@@ -79,14 +79,15 @@ class Trainer:
                 raise UserError(f"--batch-size {config.batch_size} does not divide among {self.world_size} processes")
             gpu = self.device if self.device.type == "cuda" else None
             dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
-            if self.rank:
-                torch.manual_seed(config.seed + self.rank)  # else all would drop the same activations
         self.is_compiled = config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda")
         self.fsdp = fsdp
         if fsdp:
-            fits = config.optimizer == "adamw" and self.dtype != torch.float16 and not config.sample_prompt
-            if self.world_size == 1 or not fits:
-                raise UserError("--fsdp wants torchrun, AdamW, bfloat16 or float32, and no --sample-prompt")
+            is_told = config.grad_accum_steps != "auto" and config.optimizer == "adamw" and not config.sample_prompt
+            if self.world_size == 1 or self.dtype == torch.float16 or not is_told:
+                raise UserError(
+                    "--fsdp wants torchrun, a number of --grad-accum-steps, AdamW, bfloat16 or float32, and no "
+                    "--sample-prompt"
+                )
             sharding.shard(model, self.device, self.is_compiled)
         self.model = model.to(self.device)
         self.n_micro_batches = 1 if config.grad_accum_steps == "auto" else config.grad_accum_steps
@@ -119,7 +120,7 @@ class Trainer:
     def run(self) -> None:
         """Trains to `max_steps`, an early stop, or SIGINT/SIGTERM, which ends the step, saves and returns."""
         c, stop_reason, pending = self.config, "", None
-        if c.grad_accum_steps == "auto" and self.device.type != "cpu" and not self.fsdp:
+        if c.grad_accum_steps == "auto" and self.device.type != "cpu":
             self._fit_into_memory()
         batches = Prefetcher(self._load, self.step)
         if self.rank == 0:
@@ -188,6 +189,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
         share, n_counted, n_tokens = batches(self.step)
+        torch.manual_seed(step_seed(self.config.seed, self.step, self.rank))  # of dropout
         loss = self._accumulate(share, n_counted)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
@@ -215,7 +217,7 @@ class Trainer:
                     "out of memory even with one sequence at a time: try --grad-checkpointing, a shorter context or a "
                     "smaller model"
                 )
-            self.n_micro_batches *= 2
+            self.n_micro_batches = min(2 * self.n_micro_batches, len(rows))
             torch.compiler.reset()  # else the other size would be compiled for any size
             free_memory(self.device)
         free_memory(self.device)
@@ -224,10 +226,9 @@ class Trainer:
         """Whether memory is enough for the passes over a batch beside AdamW's means; changes nothing."""
         share = micro_batches(rows, self.n_micro_batches, self.rank, self.world_size, self.model.config.block_size)
         try:
-            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-                trained = [p for p in self.model.parameters() if p.requires_grad]
-                means = [] if self.step else [torch.empty_like(p) for p in (*trained, *trained)]  # noqa: F841
-                self._accumulate(share[:2], 1, exchange=False)
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            means = [] if self.step else [torch.empty_like(p) for p in (*trained, *trained)]  # noqa: F841
+            self._accumulate(share[:2], 1, exchange=False)
             return True
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -346,14 +347,10 @@ class Trainer:
 
     def _save_for_resume(self) -> None:
         """Writes `.last.pt` and redraws the plot."""
-        rng = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
         self._save(
             self.last_path,
             optimizer=[optimizer.state_dict() for optimizer in self.optimizers],
             scaler=self.scaler.state_dict(),
-            rng=rng,
             bad_evaluations=self.bad_evaluations,
             recent_losses=self.recent_losses,
         )
@@ -363,15 +360,9 @@ class Trainer:
     def _restore(self, resumed: dict) -> None:
         try:
             for optimizer, state in zip(self.optimizers, resumed["optimizer"], strict=True):
-                optimizer.load_state_dict(state)
-                if self.fsdp:
-                    sharding.shard_state(optimizer)
+                optimizer.load_state_dict(sharding.shard_state(state, optimizer) if self.fsdp else state)
             if resumed["scaler"]:  # empty where it was not float16
                 self.scaler.load_state_dict(resumed["scaler"])
-            if self.rank == 0:
-                torch.set_rng_state(resumed["rng"]["cpu"])
-            if self.rank == 0 and self.device.type == "cuda" and "cuda" in resumed["rng"]:
-                torch.cuda.set_rng_state(resumed["rng"]["cuda"], self.device)
             self.step, self.history = resumed["step"], resumed["history"]
             self.best_val_loss, self.bad_evaluations = resumed["best_val_loss"], resumed["bad_evaluations"]
             self.tokens, self.recent_losses = resumed["tokens"], resumed["recent_losses"]
@@ -479,15 +470,14 @@ def claim_output(config: TrainerConfig, *kinds: str) -> dict | None:
     last = last_path(config.out)
     if config.out.suffix != ".pt":
         raise UserError(f"--out {config.out} must end in .pt", status=2)
+    if config.plot.is_dir():
+        raise UserError(f"--plot {config.plot} is a folder: name a file", status=2)
     if config.resume:
         if not last.exists():
             raise UserError(f"nothing to resume: {last} is missing; start without --resume")
         return checkpoint.load(last, verify=True, kinds=kinds)
-    if config.plot.is_dir():
-        raise UserError(f"--plot {config.plot} is a folder: name a file", status=2)
     files = (config.out, last, config.out.with_suffix(".jsonl"))
     if not config.overwrite and (taken := next((path for path in files if path.exists()), None)):
-        raise UserError(
-            f"{taken} exists: add --resume to go on with it, --overwrite to replace it, or choose another --out"
-        )
+        go_on = "--resume to go on with it, " * last.exists()
+        raise UserError(f"{taken} exists: add {go_on}--overwrite to replace it, or choose another --out")
     return None

@@ -106,6 +106,30 @@ def test_fused_loss_equals_plain_in_value_and_gradient(masked, chunk):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_nearly_certain_still_has_a_gradient_in_half_precision(dtype):
+    torch.manual_seed(0)
+    weight = torch.randn(50, 64).to(dtype)
+    targets = torch.randint(50, (256,))
+    hidden = (0.12 * weight[targets]).detach()  # the targets' probabilities are about 0.99
+
+    def gradient(loss, dtype):
+        x = hidden.to(dtype).requires_grad_()
+        return torch.autograd.grad(loss(x, weight.to(dtype)), x)[0].double()
+
+    def plain(x, weight):
+        return F.cross_entropy(
+            (x @ weight.t()).to(torch.promote_types(x.dtype, torch.float32)), targets, reduction="sum"
+        )
+
+    exact = gradient(plain, torch.float64)
+    ours, theirs = (
+        (gradient(loss, dtype) - exact).norm() / exact.norm()
+        for loss in (lambda x, weight: linear_cross_entropy(x, weight, targets), plain)
+    )
+    assert ours < 1.1 * theirs < 0.1
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_model_gradients_equal_those_of_the_plain_loss(masked):
     model = small()

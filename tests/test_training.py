@@ -97,7 +97,7 @@ def test_resume_is_bit_exact(toy, uninterrupted, how):
         subprocess.run([sys.executable, *arguments[1:]], cwd=toy, env=ENVIRONMENT, check=True, capture_output=True)
     assert log(out.with_suffix(".jsonl")) == log(uninterrupted.with_suffix(".jsonl"))
     resumed, whole = (load(path.with_suffix(".last.pt")) for path in (out, uninterrupted))
-    for key in ("model", "optimizer", "rng", "step", "best_val_loss", "history"):
+    for key in ("model", "optimizer", "step", "best_val_loss", "history"):
         assert_equal(resumed[key], whole[key], key)
     assert_equal(load(out)["model"], load(uninterrupted)["model"])
     assert not list(out.parent.glob(".*tmp"))
@@ -282,8 +282,10 @@ def test_the_benchmark_runs_every_row(tmp_path):
         tmp_path, "bench.py", "--device", "cpu", *shape, "--steps", "1", "--rounds", "1", "--json", "b.json"
     )
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == ["plain", "+ fused head and loss", "+ fused AdamW", "+ freed memory kept"]
-    assert len({round(row["loss"], 4) for row in rows}) == 1  # they train the same
+    *exact, bf16 = rows
+    assert [row["name"] for row in exact] == ["plain", "+ fused head and loss", "+ fused AdamW", "+ freed memory kept"]
+    assert len({round(row["loss"], 4) for row in exact}) == 1  # they train the same
+    assert bf16["loss"] == pytest.approx(exact[0]["loss"], abs=0.01)
     assert all(row["name"] in stdout and row["tokens_per_second"] > 0 for row in rows)
 
 

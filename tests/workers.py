@@ -27,10 +27,9 @@ def fit(*megabytes: str) -> None:
     used = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData"))
     room = int(megabytes[trainer.rank]) << 20
     resource.setrlimit(resource.RLIMIT_DATA, (used + room, resource.RLIM_INFINITY))
-    before = torch.get_rng_state()
     trainer._fit_into_memory()
     resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    assert torch.equal(torch.get_rng_state(), before) and all(p.grad is None for p in trainer.model.parameters())
+    assert all(p.grad is None for p in trainer.model.parameters())
     print("micro-batches:", trainer.n_micro_batches, flush=True)
     if trainer.world_size > 1:
         dist.barrier()  # gloo's thread may still hold a tensor of the last exchange, and would wait for this one
