@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
-import sharding
 from cli import SamplingConfig, TrainerConfig, UserError, catch_stop_signals, command_line, is_out_of_memory, plain
 from device import (
     autocast,
@@ -82,8 +81,10 @@ class Trainer:
         self.is_compiled = config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda")
         self.fsdp = fsdp
         if fsdp:
-            is_told = config.grad_accum_steps != "auto" and config.optimizer == "adamw" and not config.sample_prompt
-            if self.world_size == 1 or self.dtype == torch.float16 or not is_told:
+            import sharding  # takes half a second
+
+            is_allowed = config.grad_accum_steps != "auto" and config.optimizer == "adamw" and not config.sample_prompt
+            if self.world_size == 1 or self.dtype == torch.float16 or not is_allowed:
                 raise UserError(
                     "--fsdp wants torchrun, a number of --grad-accum-steps, AdamW, bfloat16 or float32, and no "
                     "--sample-prompt"
@@ -341,7 +342,9 @@ class Trainer:
             **more,
         )
         if self.fsdp:
-            state = sharding.gather(state)
+            from sharding import gather
+
+            state = gather(state)
         if self.rank == 0:
             checkpoint.save(path, state)
 
@@ -360,7 +363,11 @@ class Trainer:
     def _restore(self, resumed: dict) -> None:
         try:
             for optimizer, state in zip(self.optimizers, resumed["optimizer"], strict=True):
-                optimizer.load_state_dict(sharding.shard_state(state, optimizer) if self.fsdp else state)
+                if self.fsdp:
+                    from sharding import shard_state
+
+                    state = shard_state(state, optimizer)
+                optimizer.load_state_dict(state)
             if resumed["scaler"]:  # empty where it was not float16
                 self.scaler.load_state_dict(resumed["scaler"])
             self.step, self.history = resumed["step"], resumed["history"]
