@@ -184,8 +184,8 @@ def run(
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        trains = isinstance(config, TrainerConfig)
-        _exit(f"out of memory: try a {'larger --grad-accum-steps, a ' * trains}smaller --batch-size or model", 1)
+        flags = "larger --grad-accum-steps, a smaller --batch-size or a " * isinstance(config, TrainerConfig)
+        _exit(f"out of memory: try a {flags}smaller model", 1)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -96,7 +96,7 @@ def _lock(folder):
 
 
 def _listed_files(meta):
-    """Names of the token files that a meta file lists, none where it cannot be read."""
+    """Names of the token files and the tokenizer that a meta file lists, none where it cannot be read."""
     try:
         names = json.loads(meta.read_text(encoding="utf-8"))["files"]
         return {name for name in names if name == Path(name).name and name.endswith((".bin", "tokenizer.json"))}

@@ -167,7 +167,7 @@ class GPT(nn.Module):
         """Has `forward` compute the loss, in training mode, by two compiled functions: the network and a chunk's loss.
 
         What is between them stays as it is: unrolled into one graph, the chunks are compiled for minutes, and the
-        compiler keeps all their logits at once.
+        compiler keeps a gradient of the head for each of them at once.
         """
         self._compiled_training = torch.compile(self.hidden), torch.compile(chunk_loss)
 
