@@ -34,4 +34,4 @@ test-slow: venv-dev
 	$(BIN)/python -m pytest -q -m slow tests
 
 clean:
-	rm -rf .venv .pytest_cache __pycache__ tests/__pycache__ data/demo checkpoints/demo plots/demo_*.png
+	rm -rf .venv .pytest_cache __pycache__ */__pycache__ data/demo checkpoints/demo plots/demo_*.png

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import streamlit as st
 
-from cli import SamplingConfig, UserError
+from generation.config import SamplingConfig
+from system.errors import UserError
 
 NO_MODEL = """There is no model yet. Either of these makes one:
 
@@ -90,8 +91,8 @@ def load(path: str, modified: float) -> tuple:
 
     Returns its facts and its TextModel, None for a classifier. Raises UserError where it cannot be read.
     """
-    import checkpoint
-    from sampling import TextModel
+    from generation.text_model import TextModel
+    from weights import checkpoint
 
     state = checkpoint.load(path, kinds=("base", "sft", "classifier"))
     if state["kind"] == "classifier":
@@ -164,7 +165,7 @@ def speed(sample, start: float, model) -> str:
 
 def chat_mode(model) -> None:
     """A conversation, kept as long as the page is open."""
-    from sampling import Chat
+    from generation.text_model import Chat
 
     if not model.template:
         st.info("This model was not trained to chat. Choose Completion above, or another model.")
@@ -216,7 +217,7 @@ def regenerate(chat) -> None:
 
 def answer(chat, text: str, history, below) -> None:
     """Streams the answer to a message; what came until Stop was pressed is kept."""
-    from sampling import Sample
+    from generation.text_model import Sample
 
     sample, told = Sample(), st.session_state.setdefault("chat speed", [""])
     with history.chat_message("user"):
@@ -249,8 +250,8 @@ class Completion:
 
 def completion_mode(model, name: str) -> None:
     """A prompt, its completion, and what the model thought at every token of the text."""
-    from sampling import Token
-    from token_view import TOP, token_view
+    from generation.text_model import Token
+    from interface.token_view import TOP, token_view
 
     state = st.session_state
     prompt = st.text_area("Beginning of a text", key="prompt", placeholder="Once upon a time")
@@ -289,8 +290,8 @@ def completion_mode(model, name: str) -> None:
 
 def complete(model, config: SamplingConfig, completion: Completion, place, below) -> None:
     """Streams what follows a completion's tokens; what came until Stop was pressed is kept."""
-    from sampling import Sample
-    from token_view import TOP
+    from generation.text_model import Sample
+    from interface.token_view import TOP
 
     sample, before = Sample(), list(completion.tokens)
     below.button("Stop", icon=":material/stop_circle:")
@@ -318,8 +319,8 @@ def training_mode(path: Path) -> None:
 
 def draw_training(log: Path) -> None:
     """Draws one log."""
-    from logs import read_log
-    from token_view import loss_chart
+    from interface.token_view import loss_chart
+    from training.run_log import read_log
 
     entries = read_log(log)
     if not entries:

@@ -10,7 +10,8 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from cli import UserError, require, run
+from system.cli import run
+from system.errors import UserError, require
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Prints label and probability of each text, as the texts come in."""
-    from classification import Classifier
+    from training.classifier import Classifier
 
     classifier = Classifier.load(config.model, config.device, config.dtype)
     texts, to_print = tee(config.texts or lines(config.input))

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import SamplingConfig, UserError, require, run
+from generation.config import SamplingConfig
+from system.cli import run
+from system.errors import UserError, require
 
 HERE = Path(__file__).parent
 PROMPTS = [
@@ -88,8 +90,8 @@ def script(name: str, *arguments: object) -> None:
 
 def held_out_beginnings() -> list[str]:
     """Returns five beginnings of lines from the held-out text."""
-    from checkpoint import load, tokenizer
-    from loader import read_tokens
+    from text.token_files import read_tokens
+    from weights.checkpoint import load, tokenizer
 
     text = tokenizer(load("checkpoints/demo/pretrained.pt")).decode(read_tokens(Path("data/demo/val.bin")).tolist())
     lines = [line.strip() for line in text.splitlines() if len(line.split()) >= 6]
@@ -98,7 +100,7 @@ def held_out_beginnings() -> list[str]:
 
 def completions(path: str, prompts: list[str]) -> None:
     """Prints a completion of each prompt, up to the end of its first paragraph."""
-    from sampling import TextModel
+    from generation.text_model import TextModel
 
     text_model = TextModel.load(path)
     config = SamplingConfig(max_new_tokens=60, temperature=0.6, top_k=None, top_p=0.8, seed=1)
@@ -111,9 +113,9 @@ def recall(path: str) -> None:
     """Asks, greedily, all questions about Python's built-ins that it was trained on, and the capital of France."""
     from tqdm import tqdm
 
-    import pydocs
-    from loader import Conversations
-    from sampling import Chat, TextModel
+    from generation.text_model import Chat, TextModel
+    from text import pydocs
+    from training.loader import Conversations
 
     text_model = TextModel.load(path)
     trained_on = Conversations(Path("data/demo"), "train", text_model.model.config.block_size, 1, 0)

@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from cli import UserError, require, require_at_least, run
+from system.cli import run
+from system.errors import UserError, require, require_at_least
 
 PUBLISHED = (
     "published for OpenAI's GPT-2 124M: completion style, as here, acc 0.2859 and acc_norm 0.2955 (hellaswag.py "
@@ -51,9 +52,9 @@ class Config:
 
 def main(config: Config) -> None:
     """Evaluates one model."""
-    import checkpoint
-    from device import choose_device, choose_dtype
-    from sampling import TextModel
+    from generation.text_model import TextModel
+    from system.device import choose_device, choose_dtype
+    from weights import checkpoint
 
     state, device = checkpoint.load(config.model), choose_device(config.device)
     model = checkpoint.build(state, config.model, device)  # its weights in float32, as in training
@@ -76,8 +77,8 @@ def losses(text_model, config: Config) -> dict:
     there are so many."""
     from tqdm import tqdm
 
-    from loader import strided
-    from trainer import evaluate
+    from training.loader import strided
+    from training.trainer import evaluate
 
     block_size = text_model.model.config.block_size
     stride = config.stride or max(1, block_size // 2)
@@ -105,8 +106,8 @@ def read_ids(tokenizer, config: Config):
     """Returns the ids to score (uint16), behind one that is not: of a text `<|endoftext|>`, of a file its first."""
     import numpy as np
 
-    from files import read_token_meta, read_tokens
-    from tokenizer import load_beside
+    from text.token_files import read_token_meta, read_tokens
+    from text.tokenizer import load_beside
 
     if config.data and config.data.suffix == ".bin":
         return read_tokens(config.data)
@@ -148,7 +149,7 @@ def read_questions(path: Path | None = None) -> Iterator[tuple[str, list[str], i
 
     Raises UserError, naming the place, for anything else.
     """
-    from sources import hub_rows, load_hub, opened, records
+    from text.readers import hub_rows, load_hub, opened, records
 
     with contextlib.ExitStack() as stack:
         if path:
@@ -172,7 +173,7 @@ def ending_scores(text_model, questions: list) -> tuple:
 
     import torch
 
-    from device import autocast
+    from system.device import autocast
 
     tokenizer, block_size = text_model.tokenizer, text_model.model.config.block_size
     rows, lengths = [], []

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cli import UserError, run
+from system.cli import run
+from system.errors import UserError
 
 NAMES = {
     "README.md",
@@ -37,10 +38,10 @@ def main(config: Config) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    import checkpoint
-    from files import atomic_folder
-    from model_card import model_card
-    from tokenizer import to_json
+    from system.files import atomic_folder
+    from text.tokenizer import to_json
+    from weights import checkpoint
+    from weights.model_card import model_card
 
     check_folder(config)
     state = checkpoint.load(config.model, verify=True, kinds=("base", "sft", "classifier"))
@@ -97,7 +98,7 @@ def named_as_theirs(state: dict, dtype, trim_vocab: bool) -> dict:
     """Returns a checkpoint's weights under `transformers`' names: linear layers transposed, absent biases as zeros."""
     import torch
 
-    from pretrained import CONV1D
+    from weights.huggingface import CONV1D
 
     config, weights = state["config"], {}
     for name, tensor in state["model"].items():
@@ -148,7 +149,7 @@ def model_config(state: dict, known, config: Config) -> dict:
 
 def generation_config(state: dict, known, config: Config) -> dict:
     """Returns the content of generation_config.json: our defaults; control tokens end a text, padding never comes."""
-    from cli import SamplingConfig
+    from generation.config import SamplingConfig
 
     shape, ours = state["config"], SamplingConfig()
     padding = [] if config.trim_vocab else list(range(shape.n_tokens, shape.vocab_size))
@@ -166,7 +167,8 @@ def generation_config(state: dict, known, config: Config) -> dict:
 
 def tokenizer_config(state: dict, known) -> dict:
     """Returns the content of tokenizer_config.json, the chat template included."""
-    from tokenizer import ASSISTANT, END_OF_TEXT, USER, jinja_template
+    from text.templates import jinja_template
+    from text.tokenizer import ASSISTANT, END_OF_TEXT, USER
 
     n_roles = state["config"].n_tokens - known.user
     facts = {

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cli import SamplingConfig, UserError, require, require_at_least, run
+from generation.config import SamplingConfig
+from system.cli import run
+from system.errors import UserError, require, require_at_least
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Config(SamplingConfig):
 
 def main(config: Config) -> None:
     """Loads the model and writes."""
-    from sampling import TextModel
+    from generation.text_model import TextModel
 
     text_model = TextModel.load(config.model, config.device, config.dtype, config.quantize, config.verify)
     if config.compile == "on":
@@ -70,11 +72,11 @@ def main(config: Config) -> None:
         message = {"role": "user", "content": config.instruction, "input": config.context}
         write(text_model, text_model.answer_ids([message], config), "", config)
     elif config.chat:
-        from terminal import chat
+        from interface.terminal import chat
 
         chat(text_model, config)
     elif config.prompt is None and config.prompt_file is None and sys.stdin.isatty():
-        from terminal import complete
+        from interface.terminal import complete
 
         complete(text_model, lambda line: write(text_model, text_model.prompt_ids(line), line, config))
     else:
@@ -87,7 +89,7 @@ def write(text_model, ids: list[int], prompt: str, config: Config) -> None:
 
     Text alone goes to standard output; figures go to standard error.
     """
-    from sampling import Sample
+    from generation.text_model import Sample
 
     context = text_model.model.config.block_size
     if len(ids) > context:

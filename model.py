@@ -120,7 +120,7 @@ class GPT(nn.Module):
     def from_pretrained(cls, name: str) -> "GPT":
         """Returns a model on the CPU, in evaluation mode: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2",
         another GPT-2 of the Hugging Face Hub, a folder in its format, or a checkpoint. Raises UserError for none."""
-        import checkpoint
+        from weights import checkpoint
 
         return checkpoint.build(checkpoint.load(name), name)
 

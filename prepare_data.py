@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import require, require_at_least, run
+from system.cli import run
+from system.errors import require, require_at_least
 
 DATASETS = ("openwebtext", "fineweb-edu", "shakespeare", "war-and-peace", "pydocs")
 BPE_CHARACTERS = 200_000_000  # of the training text are enough to train a tokenizer on
@@ -71,9 +72,10 @@ class Config:
 
 def main(config: Config) -> None:
     """Prepares one corpus."""
-    import tokenizer as tokenizers
-    from files import claim_folder
-    from token_files import count_tokens, report, write_corpus
+    from system.files import claim_folder
+    from text import tokenizer as tokenizers
+    from text.preparation import write_corpus
+    from text.token_files import count_tokens, report
 
     if config.inspect:
         print(report(*count_tokens(config.inspect), config.inspect))
@@ -103,17 +105,16 @@ def main(config: Config) -> None:
 
 def open_corpus(config: Config):
     """Returns the documents that a config names, a `Corpus`."""
-    import corpora
-    import sources
+    from text import corpora, readers
 
     if config.input:
         return corpora.Files(config.input, config.text_column)
     if config.dataset == "pydocs":
-        import pydocs
+        from text import pydocs
 
         return corpora.Texts(pydocs.documents())
-    if config.dataset in sources.DOWNLOADS:
-        return corpora.Files([sources.download(config.dataset, corpora.INSTEAD)])
+    if config.dataset in readers.DOWNLOADS:
+        return corpora.Files([readers.download(config.dataset, corpora.INSTEAD)])
     if config.dataset == "openwebtext":
         return corpora.OpenWebText()
     if config.dataset == "fineweb-edu":
@@ -128,8 +129,8 @@ def first_shard_val(config: Config) -> bool:
 
 def pieces(corpus, config: Config) -> Iterator[tuple[str, str, bool]]:
     """Yields the corpus in pieces: split, text, whether a document ends with it."""
-    from corpora import OpenWebText, hold_out
-    from token_files import in_pieces
+    from text.corpora import OpenWebText, hold_out
+    from text.preparation import in_pieces
 
     if isinstance(corpus, OpenWebText):
         rows = zip(corpus, corpus.is_val(), strict=True)

@@ -10,7 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from cli import UserError, require, run
+from system.cli import run
+from system.errors import UserError, require
 
 Conversations = Iterable[tuple[str, list[dict]]]
 """Pairs of a split, "train" or "val", and a conversation: a list of messages."""
@@ -53,8 +54,8 @@ class Config:
 
 def main(config: Config) -> None:
     """Prepares one set of conversations."""
-    from files import claim_folder
-    from sources import Notes
+    from system.files import claim_folder
+    from text.readers import Notes
 
     claim_folder(config.out, "sft_train.bin", config.overwrite)
     tokenizer = choose_tokenizer(config)
@@ -72,8 +73,8 @@ def main(config: Config) -> None:
 
 def choose_tokenizer(config: Config):
     """Returns the tokenizer to use: the one named, else that of the pre-training data in `out`, else GPT-2's."""
-    import tokenizer as tokenizers
-    from files import read_meta
+    from text import tokenizer as tokenizers
+    from text.token_files import read_meta
 
     meta = config.out / "meta.json"
     if config.tokenizer:
@@ -85,8 +86,8 @@ def choose_tokenizer(config: Config):
 
 def source(config: Config, notes) -> Conversations:
     """Returns the conversations of a data set or a file, with their splits; what is left out goes into `notes`."""
-    import conversations
-    from corpora import draw_held_out
+    from text import conversations
+    from text.corpora import draw_held_out
 
     if config.input is None and config.dataset == "oasst1":
         return islice(conversations.load_oasst1(config.val_fraction, config.seed, notes), config.max_conversations)
@@ -129,8 +130,8 @@ def write_conversations(conversations: Conversations, tokenizer, config: Config,
     import numpy as np
     from tqdm import tqdm
 
-    from files import atomic_folder, write_json
-    from tokenizer import encode_conversation
+    from system.files import atomic_folder, write_json
+    from text.templates import encode_conversation
 
     splits = {name: {"conversations": 0, "tokens": 0, "counted": 0} for name in ("train", "val")}
     with atomic_folder(config.out, last="sft_meta.json") as folder, ExitStack() as stack:

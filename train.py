@@ -5,7 +5,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import TrainerConfig, UserError, require, run
+from system.cli import run
+from system.errors import UserError, require
+from training.config import TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,12 @@ def main(config: Config) -> None:
     """Trains one model."""
     import torch
 
-    import checkpoint
-    import tokenizer as tokenizers
-    from files import read_token_meta
-    from loader import Windows
     from model import GPT, GPTConfig
-    from trainer import Trainer, claim_output
+    from text import tokenizer as tokenizers
+    from text.token_files import read_token_meta
+    from training.loader import Windows
+    from training.trainer import Trainer, claim_output
+    from weights import checkpoint
 
     resumed = claim_output(config, "base")
     config = prepare_first(config)
@@ -165,7 +167,7 @@ def prepare_first(config: Config) -> Config:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError(f"several processes cannot prepare {config.data} together: run prepare_data.py first")
     import prepare_data
-    from files import read_meta
+    from text.token_files import read_meta
 
     name, folder = str(config.data), Path("data") / config.data.stem
     what = {"dataset": name} if is_named else {"input": (name,)}

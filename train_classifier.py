@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cli import TrainerConfig, UserError, require, require_at_least, run
+from system.cli import run
+from system.errors import UserError, require, require_at_least
+from training.config import TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,10 @@ def main(config: Config) -> None:
     """Trains one classifier, and tests it."""
     import torch
 
-    import checkpoint
-    from classification import Classifier, Examples, balance, counts, split
-    from trainer import Trainer, claim_output
+    from text.labelled import balance, counts, split
+    from training.classifier import Classifier, Examples
+    from training.trainer import Trainer, claim_output
+    from weights import checkpoint
 
     resumed = claim_output(config, "classifier")
     start, path = (resumed, config.out) if resumed else (checkpoint.load(config.model), config.model)
@@ -132,8 +135,8 @@ def main(config: Config) -> None:
 
 def read_examples(config: Config) -> list:
     """Returns the labelled texts that a config names, and says what of them was dropped."""
-    from classification import from_hub, read_table
-    from sources import Notes
+    from text.labelled import from_hub, read_table
+    from text.readers import Notes
 
     notes, columns = Notes(), (config.text_column, config.label_column)
     if config.input:
@@ -168,9 +171,9 @@ def test(config: Config, examples: list) -> None:
     from matplotlib.text import Text
     from sklearn import metrics
 
-    import checkpoint
-    from classification import Classifier
-    from files import atomic_write
+    from system.files import atomic_write
+    from training.classifier import Classifier
+    from weights import checkpoint
 
     classifier = Classifier.load(config.out, config.device, config.dtype)
     labels, truth = classifier.labels, [example.label for example in examples]

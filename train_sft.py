@@ -5,7 +5,10 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import SamplingConfig, TrainerConfig, UserError, require, require_at_least, run
+from generation.config import SamplingConfig
+from system.cli import run
+from system.errors import UserError, require, require_at_least
+from training.config import TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -85,11 +88,11 @@ def main(config: Config) -> None:
     """Fine-tunes one model."""
     import torch
 
-    import checkpoint
-    from files import read_meta
-    from loader import Conversations
-    from lora import add_adapter
-    from trainer import Trainer, claim_output
+    from text.token_files import read_meta
+    from training.loader import Conversations
+    from training.trainer import Trainer, claim_output
+    from weights import checkpoint
+    from weights.lora import add_adapter
 
     kind = "lora" if config.lora_rank else "sft"
     resumed = claim_output(config, kind)
@@ -152,7 +155,7 @@ def answers(exchanges: list, tokenizer, model, device, dtype) -> list[dict[str, 
     """Answers the first questions of held-out conversations greedily."""
     from torch.nn.utils.parametrize import cached
 
-    from sampling import TextModel
+    from generation.text_model import TextModel
 
     text_model = TextModel(model, tokenizer, None, "", device, dtype)
     config = SamplingConfig(greedy=True, max_new_tokens=60)

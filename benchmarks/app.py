@@ -1,6 +1,6 @@
 """How fast the page writes, beside `generate.py`: GPT-2 small with random weights, in turn, each in its own process.
 
-    python benchmarks/app.py [ROUNDS]
+    python -m benchmarks.app [ROUNDS]
 
 The page is run by Streamlit's test driver, so that no browser takes part of the processor.
 """
@@ -14,14 +14,13 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent.parent
-sys.path.insert(0, str(HERE))
 PROMPT, LENGTH = "Return a copy of the", 200
 
 
 def main(rounds: int) -> None:
     """Makes the model, measures, and prints a line a round and the median ratio."""
-    import checkpoint
     from model import GPT, GPTConfig
+    from weights import checkpoint
 
     ratios = []
     with tempfile.TemporaryDirectory() as folder:
@@ -29,7 +28,7 @@ def main(rounds: int) -> None:
         model = checkpoint.pack(GPT(GPTConfig()), kind="base", tokenizer="gpt2", template=None)
         checkpoint.save("checkpoints/gpt2.pt", model)
         for _ in range(rounds):
-            page = speed(__file__, "--page")
+            page = speed("-m", "benchmarks.app", "--page")
             script = speed(
                 HERE / "generate.py", "--model", "checkpoints/gpt2.pt", "--prompt", PROMPT, "--max-new-tokens", LENGTH
             )
@@ -40,7 +39,12 @@ def main(rounds: int) -> None:
 
 def speed(*command: object) -> float:
     """Runs a Python script; returns the tokens/s that it says."""
-    result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, encoding="utf-8")
+    result = subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": str(HERE)},
+    )
     return float(re.findall(r"([\d.]+) tokens/s", result.stdout + result.stderr)[-1])
 
 

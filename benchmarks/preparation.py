@@ -1,7 +1,7 @@
 """How fast text becomes tokens: `prepare_data.py` against `datasets.map`, as nanoGPT does it, and a process pool.
 
-    python benchmarks/preparation.py                 # 260 MB of Python sources, three rounds in turn
-    python benchmarks/preparation.py --input corpus/ --megabytes 1000 --only ours
+    python -m benchmarks.preparation                 # 260 MB of Python sources, three rounds in turn
+    python -m benchmarks.preparation --input corpus/ --megabytes 1000 --only ours
 
 Every way starts from the same text files and ends with the same number of tokens in .bin files; all run in processes of
 their own, in turn.
@@ -20,11 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from system.cli import run
+from system.errors import UserError, require
+
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-
-from cli import UserError, require, run  # noqa: E402
-
 WAYS = ("datasets.map", "pool", "ours")
 HELD_OUT = 0.0005
 
@@ -79,9 +78,14 @@ def main(config: Config) -> None:
 
 def measure(way: str, folder: str, workers: int) -> int:
     """Runs one way in a process of its own; returns the largest resident memory of it and its children, in bytes."""
-    environment = {**os.environ, "HF_HOME": str(Path(folder) / way / "cache"), "TQDM_DISABLE": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "HF_HOME": str(Path(folder) / way / "cache"),
+        "TQDM_DISABLE": "1",
+    }
     process = subprocess.Popen(
-        [sys.executable, __file__, "--work", way, "--workers", str(workers)],
+        [sys.executable, "-m", "benchmarks.preparation", "--work", way, "--workers", str(workers)],
         cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     _, status, usage = os.wait4(process.pid, 0)
@@ -160,7 +164,7 @@ def tiktokens_own():
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    import tokenizer
+    from text import tokenizer
 
     ranks, special = tokenizer.gpt2().mergeable_ranks, {"<|endoftext|>": 50256}
     return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)

@@ -12,10 +12,10 @@ import torch
 from conftest import REPOSITORY
 from streamlit.testing.v1 import AppTest
 
-import checkpoint
-from cli import SamplingConfig
-from sampling import TextModel
-from token_view import legible
+from generation.config import SamplingConfig
+from generation.text_model import TextModel
+from interface.token_view import legible
+from weights import checkpoint
 
 
 @pytest.fixture

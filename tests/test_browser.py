@@ -9,10 +9,10 @@ import pytest
 import torch
 from browser import CHROMIUM, DRIVER, Page, serve_app, wait
 
-import checkpoint
-from conversations import read_file
 from model import GPT, GPTConfig
-from sources import Notes
+from text.conversations import read_file
+from text.readers import Notes
+from weights import checkpoint
 
 pytestmark = pytest.mark.skipif(
     not (CHROMIUM and DRIVER),

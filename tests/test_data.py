@@ -12,13 +12,14 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-import pydocs
-from cli import UserError
-from conversations import read_file
-from corpora import Texts, draw_held_out, hold_out
-from files import atomic_folder, atomic_write, read_tokens
-from loader import Batch, Conversations, Prefetcher, Windows, micro_batches, stack
-from sources import Notes
+from system.errors import UserError
+from system.files import atomic_folder, atomic_write
+from text import pydocs
+from text.conversations import read_file
+from text.corpora import Texts, draw_held_out, hold_out
+from text.readers import Notes
+from text.token_files import read_tokens
+from training.loader import Batch, Conversations, Prefetcher, Windows, micro_batches, stack
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +186,7 @@ def test_an_epoch_visits_every_conversation_once_grouped_by_length(toy):
 
 def test_only_the_assistants_tokens_count(toy):
     data = Conversations(toy / "data/toy", "train", block_size=64, batch_size=8, seed=0)
-    import tokenizer
+    from text import tokenizer
 
     bpe = tokenizer.load(toy / "data/toy/tokenizer.json")
     batch = stack(data.batch(0))

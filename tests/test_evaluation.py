@@ -15,8 +15,8 @@ from conftest import command, hub_environment, run_script, succeed
 from hub_server import HubHandler
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import tokenizer as tokenizers
-from loader import strided
+from text import tokenizer as tokenizers
+from training.loader import strided
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,15 @@ from transformers import (
     pipeline,
 )
 
-import checkpoint
 import export
-import tokenizer as tokenizers
-from classification import Classifier
-from cli import SamplingConfig, UserError
+from generation.config import SamplingConfig
+from generation.text_model import TextModel
 from model import GPT, GPTConfig
-from sampling import TextModel
+from system.errors import UserError
+from text import templates
+from text import tokenizer as tokenizers
+from training.classifier import Classifier
+from weights import checkpoint
 
 TEXTS = [
     "Hello  world's\n\n\tnaïve 日本 🙂 I'll  ",
@@ -130,13 +132,13 @@ def test_the_chat_template_gives_our_ids(toy, tmp_path, template):
     ours, theirs = checkpoint.tokenizer(state), AutoTokenizer.from_pretrained(tmp_path / "out")
     for n in (1, 3, 5):
         found = theirs.apply_chat_template(CONVERSATION[:n], add_generation_prompt=True, return_dict=False)
-        assert found == tokenizers.encode_prompt(CONVERSATION[:n], ours, template)
+        assert found == templates.encode_prompt(CONVERSATION[:n], ours, template)
     found = theirs.apply_chat_template(CONVERSATION[:4], return_dict=False)
-    assert found == tokenizers.encode_conversation(CONVERSATION[:4], ours, template)[0]
+    assert found == templates.encode_conversation(CONVERSATION[:4], ours, template)[0]
     system = [{"role": "system", "content": " Be brief. "}, *CONVERSATION]
     told = [{"role": "user", "content": "Be brief.\n\nHi there!"}, *CONVERSATION[1:]]
     found = theirs.apply_chat_template(system, add_generation_prompt=True, return_dict=False)
-    assert found == tokenizers.encode_prompt(told, ours, template)
+    assert found == templates.encode_prompt(told, ours, template)
     with pytest.raises(Exception, match="the roles are user and assistant"):
         theirs.apply_chat_template([{"role": "tool", "content": "x"}])
 

@@ -15,16 +15,17 @@ import torch
 from conftest import run_script, succeed
 from torch.nn.functional import cross_entropy
 
-import checkpoint
 import train_classifier
 import train_sft
-from classification import Classifier, Example, Examples, balance, from_hub, read_table, split
-from cli import UserError
-from loader import Conversations
-from lora import add_adapter
 from model import GPT, GPTConfig
-from sources import Notes
-from trainer import evaluate
+from system.errors import UserError
+from text.labelled import Example, balance, from_hub, read_table, split
+from text.readers import Notes
+from training.classifier import Classifier, Examples
+from training.loader import Conversations
+from training.trainer import evaluate
+from weights import checkpoint
+from weights.lora import add_adapter
 
 CPU = torch.device("cpu")
 
@@ -252,7 +253,7 @@ def test_neither_padding_nor_text_beyond_the_context_changes_a_prediction(classi
     together = list(model.probabilities(texts))
     for text, p in zip(texts, together, strict=True):
         torch.testing.assert_close(p, next(model.probabilities([text])), rtol=1e-4, atol=1e-6)
-    assert torch.equal(together[2], together[3])
+    torch.testing.assert_close(together[2], together[3], rtol=1e-4, atol=1e-6)
     with pytest.raises(UserError, match="empty"):
         list(model.probabilities(["a", " "]))
 

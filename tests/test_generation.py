@@ -19,13 +19,14 @@ import torch
 from conftest import ENVIRONMENT, command, run_script, succeed
 from scipy.stats import chisquare
 
-import checkpoint
-import tokenizer as tokenizers
-from cli import SamplingConfig, UserError
-from device import quantize_weights, speed_up_decoding
-from files import read_tokens
+from generation.config import SamplingConfig
+from generation.decoding import quantize_weights, speed_up_decoding
+from generation.text_model import TextModel, TextWriter
 from model import GPT, GPTConfig, sample
-from sampling import TextModel, TextWriter
+from system.errors import UserError
+from text import tokenizer as tokenizers
+from text.token_files import read_tokens
+from weights import checkpoint
 
 
 def defined(logits: np.ndarray, temperature=1.0, top_k=None, top_p=None, min_p=None) -> np.ndarray:

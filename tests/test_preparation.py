@@ -20,17 +20,18 @@ import pytest
 from conftest import ENVIRONMENT, command, hub_environment, run_script, succeed
 from hub_server import HubHandler
 
-import sources
-import tokenizer as tokenizers
-from cli import UserError
-from conversations import oasst1_trees
-from corpora import Files, OpenWebText, Texts, cut, draw_held_out, hold_out
-from files import atomic_folder, read_tokens
 from prepare_data import Config, main
 from prepare_sft_data import Config as SFTConfig
 from prepare_sft_data import main as main_sft
-from sources import Notes
-from token_files import in_pieces
+from system.errors import UserError
+from system.files import atomic_folder
+from text import readers
+from text import tokenizer as tokenizers
+from text.conversations import oasst1_trees
+from text.corpora import Files, OpenWebText, Texts, cut, draw_held_out, hold_out
+from text.preparation import in_pieces
+from text.readers import Notes
+from text.token_files import read_tokens
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_pieces_change_no_token():
 def write_table(path, texts, column="text"):
     rows = [{"id": i, column: text} for i, text in enumerate(texts)]
     opened = gzip.open if path.suffix == ".gz" else open
-    kind = sources.kind(path)
+    kind = readers.kind(path)
     if kind == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=700)
         return
@@ -388,17 +389,17 @@ def test_downloads_are_checked_and_kept(serve, tmp_path, monkeypatch):
     (tmp_path / "www/input.txt").write_text("First Citizen")
     url = serve(partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "www")) + "/input.txt"
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setitem(sources.DOWNLOADS, "shakespeare", (url, "0" * 64))
+    monkeypatch.setitem(readers.DOWNLOADS, "shakespeare", (url, "0" * 64))
     with pytest.raises(UserError, match="another SHA-256"):
-        sources.download("shakespeare", "…", tmp_path / "raw")
+        readers.download("shakespeare", "…", tmp_path / "raw")
     assert not list(tmp_path.glob("raw/*"))
-    monkeypatch.setitem(sources.DOWNLOADS, "shakespeare", (url, hashlib.sha256(b"First Citizen").hexdigest()))
-    path = sources.download("shakespeare", "…", tmp_path / "raw")
+    monkeypatch.setitem(readers.DOWNLOADS, "shakespeare", (url, hashlib.sha256(b"First Citizen").hexdigest()))
+    path = readers.download("shakespeare", "…", tmp_path / "raw")
     (tmp_path / "www/input.txt").unlink()
-    assert sources.download("shakespeare", "…", tmp_path / "raw").read_text() == "First Citizen"
+    assert readers.download("shakespeare", "…", tmp_path / "raw").read_text() == "First Citizen"
     path.unlink()
     with pytest.raises(UserError, match="cannot fetch shakespeare"):
-        sources.download("shakespeare", "…", tmp_path / "raw")
+        readers.download("shakespeare", "…", tmp_path / "raw")
 
 
 def test_a_full_disk_costs_one_line_and_no_file(tmp_path):

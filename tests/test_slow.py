@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, REPOSITORY, TOY_SHAPE, command, run_script
 
-import checkpoint
 from demo import PROMPTS
+from weights import checkpoint
 
 pytestmark = pytest.mark.slow
 

@@ -9,11 +9,11 @@ import pytest
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
-import tokenizer as tokenizers
-from cli import UserError
-from conversations import check_messages, usable
-from sources import Notes
-from tokenizer import encode_conversation, encode_prompt, encode_turn
+from system.errors import UserError
+from text import tokenizer as tokenizers
+from text.conversations import check_messages, usable
+from text.readers import Notes
+from text.templates import encode_conversation, encode_prompt, encode_turn
 
 SAMPLES = [
     "Hello, world!",

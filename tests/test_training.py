@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, TOY_SHAPE, command, log, run_script, succeed, wait_for_log
+from conftest import ENVIRONMENT, REPOSITORY, TOY_SHAPE, command, log, run_script, succeed, wait_for_log
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from cli import TrainerConfig
-from loader import Windows
 from model import GPT, GPTConfig
-from optim import Muon, build_optimizers, learning_rate_at
-from trainer import Trainer
+from training.config import TrainerConfig
+from training.loader import Windows
+from training.optim import Muon, build_optimizers, learning_rate_at
+from training.trainer import Trainer
 
 RUN = [
     "--data",
@@ -278,9 +278,11 @@ def test_the_benchmark_runs_every_row(tmp_path):
         "--vocab-size",
         "256",
     ]
-    stdout = succeed(
-        tmp_path, "bench.py", "--device", "cpu", *shape, "--steps", "1", "--rounds", "1", "--json", "b.json"
-    )
+    module = [sys.executable, "-m", "benchmarks.training", "--device", "cpu", *shape, "--steps", "1", "--rounds", "1"]
+    stdout = subprocess.run(
+        [*module, "--json", tmp_path / "b.json"], cwd=REPOSITORY, env=ENVIRONMENT, check=True, capture_output=True,
+        encoding="utf-8",
+    ).stdout  # fmt: skip
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
     *exact, bf16 = rows
     assert [row["name"] for row in exact] == ["plain", "+ fused head and loss", "+ fused AdamW", "+ freed memory kept"]

@@ -9,10 +9,9 @@ import torch
 from conftest import run_script, succeed
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import checkpoint
-import pretrained
-from cli import UserError
 from model import GPT
+from system.errors import UserError
+from weights import checkpoint, huggingface
 
 GPT2 = {"n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
 
@@ -67,7 +66,7 @@ def test_models_of_the_hub_are_found_in_its_cache(folder, tmp_path, monkeypatch)
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert pretrained.find_folder("gpt2") == snapshot
+    assert huggingface.find_folder("gpt2") == snapshot
     assert_same_logits(theirs(), checkpoint.load("gpt2"))
     tokens = torch.randint(50257, (1, 9))
     with torch.no_grad():
@@ -90,7 +89,7 @@ def test_nanogpts_checkpoint_gives_the_same_logits(tmp_path, bias, prefix):
     weights = {}
     for name, tensor in reference.state_dict().items():  # nanoGPT's linear layers hold them the other way round
         if bias or not name.endswith(".bias"):
-            weights[prefix + name] = tensor.t() if name.endswith(pretrained.CONV1D) else tensor
+            weights[prefix + name] = tensor.t() if name.endswith(huggingface.CONV1D) else tensor
     args = {"block_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 16, "bias": bias, "vocab_size": 50257}
     path = tmp_path / "ckpt.pt"
     torch.save({"model": weights, "model_args": args | {"dropout": 0.0}, "iter_num": 7, "config": {}}, path)

@@ -9,11 +9,11 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import sharding
-from loader import Windows
 from model import GPT, GPTConfig
 from train import Config
-from trainer import Trainer
+from training import distributed
+from training.loader import Windows
+from training.trainer import Trainer
 
 SHAPE = GPTConfig(block_size=32, vocab_size=448, n_tokens=448, n_layer=2, n_head=2, n_embd=128)
 
@@ -42,9 +42,9 @@ def shard() -> None:
     torch.manual_seed(0)
     model = GPT(SHAPE)
     n, before = model.n_parameters(), {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    sharding.shard(model, torch.device("cpu"), compiled=False)
+    distributed.shard(model, torch.device("cpu"), compiled=False)
     assert sum(p.to_local().numel() for p in model.parameters()) == n / 2 == model.n_parameters() / 2
-    whole = sharding.gather(model.state_dict())
+    whole = distributed.gather(model.state_dict())
     assert all(
         dist.get_rank() and tensor is None or torch.equal(tensor, before[name]) for name, tensor in whole.items()
     )

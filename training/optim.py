@@ -6,8 +6,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from cli import TrainerConfig
 from model import GPT
+from training.config import TrainerConfig
 
 
 def build_optimizers(

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-from cli import SamplingConfig, UserError
-from device import autocast, choose_device, choose_dtype, quantize_weights, speed_up_decoding
+from generation.config import SamplingConfig
+from generation.decoding import quantize_weights, speed_up_decoding
 from model import GPT
-from tokenizer import Message, Tokenizer, encode_prompt
+from system.device import autocast, choose_device, choose_dtype
+from system.errors import UserError
+from text.templates import Message, encode_prompt
+from text.tokenizer import Tokenizer
+from weights import checkpoint
 
 
 @dataclass(frozen=True)

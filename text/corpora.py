@@ -10,8 +10,8 @@ from pathlib import Path
 from types import UnionType
 from typing import TypeVar
 
-from cli import UserError
-from sources import TABLES, Notes, count_rows, hub_error, hub_rows, kind, load_hub, opened, records
+from system.errors import UserError
+from text.readers import TABLES, Notes, count_rows, hub_error, hub_rows, kind, load_hub, opened, records
 
 Item = TypeVar("Item")
 

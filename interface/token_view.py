@@ -5,8 +5,8 @@ import math
 import altair as alt
 import streamlit as st
 
-from sampling import Token
-from tokenizer import Tokenizer
+from generation.text_model import Token
+from text.tokenizer import Tokenizer
 
 TOP = 10  # candidates a step
 BLUE, GREY = "#3b82f6", "#9ca3af"

@@ -1,4 +1,4 @@
-"""Weights that others trained, as checkpoints of ours: Hugging Face's GPT-2 folders and models, nanoGPT's `ckpt.pt`."""
+"""Weights that others trained, as checkpoints of ours: Hugging Face's GPT-2 folders and models."""
 
 import contextlib
 import functools
@@ -9,13 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import tokenizer as tokenizers
-from cli import UserError
 from model import GPTConfig
+from system.errors import UserError
+from text import tokenizer as tokenizers
+from text.templates import jinja_template
 
 HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")} | {
     "distilgpt2": "distilbert/distilgpt2"
 }
+
 _FILES = [
     "config.json",
     "tokenizer.json",
@@ -25,6 +27,7 @@ _FILES = [
     "model-*.safetensors",
     "model.safetensors.index.json",
 ]
+
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # stored transposed
 
 
@@ -98,7 +101,7 @@ def from_folder(folder: Path) -> dict:
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder} holds no GPT-2 that can be read ({type(error).__name__}: {error})") from None
-    return _checkpoint(weights, config, tokenizer, transposed=True) | _kind_of(folder)
+    return as_checkpoint(weights, config, tokenizer, transposed=True) | _kind_of(folder)
 
 
 def _kind_of(folder):
@@ -110,37 +113,12 @@ def _kind_of(folder):
     with contextlib.suppress(OSError, ValueError):
         written = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     for template in ("chat", "alpaca"):
-        if written == tokenizers.jinja_template(template):
+        if written == jinja_template(template):
             return {"kind": "sft", "template": template}
     return {}
 
 
-def from_nanogpt(state: dict, path: str | Path) -> dict:
-    """Returns the checkpoint in what nanoGPT saved. Raises UserError where its tokenizer was not GPT-2's.
-
-    nanoGPT trains with the exact GELU, for which ours is GPT-2's approximation: activations differ by less than 5e-4.
-    """
-    try:
-        args = state["model_args"]
-        weights = {
-            name.removeprefix("_orig_mod.").removeprefix("transformer."): tensor
-            for name, tensor in state["model"].items()
-        }
-        tokenizer, vocab_size = tokenizers.gpt2(), args["vocab_size"]
-        if vocab_size <= tokenizer.end_of_text:
-            raise UserError(
-                f"{path} has a vocabulary of {vocab_size:,} tokens: only GPT-2's can be used, its file has no other"
-            )
-        names = ("block_size", "n_layer", "n_head", "n_embd", "bias")
-        config = GPTConfig(
-            **{name: args[name] for name in names}, vocab_size=vocab_size, n_tokens=tokenizer.end_of_text + 1
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a checkpoint of nanoGPT that can be read ({type(error).__name__})") from None
-    return _checkpoint(weights, config, tokenizer, transposed=False) | {"step": int(state.get("iter_num", 0))}
-
-
-def _checkpoint(weights: dict[str, Tensor], config: GPTConfig, tokenizer, transposed: bool) -> dict:
+def as_checkpoint(weights: dict[str, Tensor], config: GPTConfig, tokenizer, transposed: bool) -> dict:
     kept = {
         name: tensor.t() if transposed and name.endswith(CONV1D) else tensor
         for name, tensor in weights.items()

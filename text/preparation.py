@@ -1,6 +1,5 @@
-"""Token files: text → train.bin and val.bin, in order, on all cores and in constant memory; and what they hold."""
+"""Text and conversations → token files, in order, on all cores and in constant memory."""
 
-import os
 import shlex
 import sys
 import threading
@@ -13,10 +12,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cli import UserError
-from corpora import CHUNK, Corpus
-from files import atomic_folder, read_token_meta, read_tokens, write_json
-from tokenizer import Tokenizer, load_beside
+from system.errors import UserError
+from system.files import atomic_folder, write_json
+from text.corpora import CHUNK, Corpus
+from text.token_files import TokenFiles, statistics
+from text.tokenizer import Tokenizer
 
 Piece = tuple[str, str, bool]
 """A split, "train" or "val", a part of a document's text, and whether the document ends with it."""
@@ -159,40 +159,6 @@ def in_pieces(chunks: Iterable[str], size: int = CHUNK) -> Iterator[tuple[str, b
     yield text, True
 
 
-class TokenFiles:
-    """Writes the token files of one split, and counts how often each id occurs."""
-
-    def __init__(self, folder: Path, split: str, n_tokens: int, shard_tokens: int | None):
-        self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
-        self.counts = np.zeros(n_tokens, dtype=np.int64)
-        self.names, self.file, self.room = [], None, 0
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens written."""
-        return int(self.counts.sum())
-
-    def write(self, ids: np.ndarray) -> None:
-        """Appends ids (uint16); a shard that is full is closed, and the next one begun."""
-        self.counts += np.bincount(ids, minlength=len(self.counts))
-        while len(ids):
-            if not self.room:
-                self.close()
-                number = f"_{len(self.names) + 1:06}" if self.shard_tokens else ""
-                self.names.append(f"{self.split}{number}.bin")
-                self.file, self.room = open(self.folder / self.names[-1], "wb"), self.shard_tokens or 1 << 62  # noqa: SIM115
-            self.file.write(ids[: self.room].tobytes())
-            n = min(len(ids), self.room)
-            self.room, ids = self.room - n, ids[n:]
-
-    def close(self) -> None:
-        """Brings the last file to the disk."""
-        if self.file:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.file.close()
-
-
 class Progress(tqdm):
     """A bar of how far the corpus has been read, with documents, MB of text a second, tokens and the time left."""
 
@@ -216,62 +182,3 @@ class Progress(tqdm):
             self.n = min(facts["tokens"] if self.max_tokens else self.corpus.position, self.total or 1 << 62)
             rate, documents, tokens = facts["bytes"] / 1e6 / seconds, facts["documents"], facts["tokens"]
             self.set_postfix_str(f"{documents:,} documents, {rate:.1f} MB/s, {tokens:,} tokens")
-
-
-def statistics(counts: np.ndarray, tokenizer: Tokenizer) -> dict[str, int]:
-    """Returns documents, characters, UTF-8 bytes, tokens (separators included) and different tokens of the text.
-
-    All of it follows from how often each id occurs: a document ends with a separator, and a token's bytes are known.
-    """
-    text, (lengths, characters) = counts[: tokenizer.end_of_text], tokenizer.token_sizes()
-    return {
-        "documents": int(counts[tokenizer.end_of_text]),
-        "characters": int(text @ characters),
-        "bytes": int(text @ lengths),
-        "tokens": int(counts.sum()),
-        "unique": int(np.count_nonzero(text)),
-    }
-
-
-def count_tokens(folder: Path) -> tuple[dict[str, np.ndarray], Tokenizer]:
-    """Returns how often each id occurs in the token files of a folder, by split, and their tokenizer.
-
-    Raises UserError where there are none, or where they hold ids that the tokenizer does not have.
-    """
-    meta = read_token_meta(folder)
-    tokenizer = load_beside(folder, meta)
-    counts = {}
-    for split in ("train", "val"):
-        counts[split] = np.zeros(1 << 16, dtype=np.int64)
-        for name in (name for name in meta["files"] if split in name):
-            tokens = read_tokens(folder / name)
-            for start in tqdm(range(0, len(tokens), 1 << 24), desc=name, leave=False):
-                counts[split] += np.bincount(tokens[start : start + (1 << 24)], minlength=1 << 16)
-            if counts[split][tokenizer.n_tokens :].any():
-                raise UserError(f"{folder / name} holds ids that its tokenizer {tokenizer.name} does not have")
-        counts[split] = counts[split][: tokenizer.n_tokens]
-    return counts, tokenizer
-
-
-def report(counts: dict[str, np.ndarray], tokenizer: Tokenizer, folder: Path) -> str:
-    """Returns a table of what token files hold, by split and in all, and the first 300 characters."""
-    columns = {name: statistics(count, tokenizer) for name, count in counts.items()}
-    columns["total"] = statistics(sum(counts.values()), tokenizer)
-    rows = [("", list(columns))]
-    for name in ("documents", "characters", "bytes"):
-        rows.append((name, [f"{column[name]:,}" for column in columns.values()]))
-    n_text = [column["tokens"] - column["documents"] for column in columns.values()]
-    rows += [
-        ("tokens of text", [f"{n:,}" for n in n_text]),
-        ("separators", [f"{column['documents']:,}" for column in columns.values()]),
-        ("bytes per token", [f"{c['bytes'] / max(1, n):.3f}" for c, n in zip(columns.values(), n_text, strict=True)]),
-        ("unique tokens", [f"{column['unique']:,}" for column in columns.values()]),
-    ]
-    first = next(name for name in read_token_meta(folder)["files"] if "train" in name)
-    return "\n".join(
-        [
-            *(f"{name:16}" + "".join(f"{value:>17}" for value in values) for name, values in rows),
-            f"tokenizer {tokenizer.name}, {tokenizer.n_tokens:,} tokens, 3 of control; the training text begins:",
-            tokenizer.decode(read_tokens(folder / first)[:1500].tolist())[:300],
-        ]
-    )

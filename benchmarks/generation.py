@@ -1,4 +1,4 @@
-"""How fast generation is, for `bench.py --generation`: every way to sample in turn, in one process."""
+"""How fast generation is, for `benchmarks.training --generation`: every way to sample in turn, in one process."""
 
 import copy
 import statistics
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from device import quantize_weights, speed_up_decoding
+from generation.decoding import quantize_weights, speed_up_decoding
 from model import GPT, GPTConfig
 
 Way = Callable[[int, int], float]

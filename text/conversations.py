@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
-from cli import UserError
-from corpora import draw_held_out
-from sources import Notes, hub_rows, load_hub, opened, records
-from tokenizer import Message
+from system.errors import UserError
+from text.corpora import draw_held_out
+from text.readers import Notes, hub_rows, load_hub, opened, records
+from text.templates import Message
 
 _INSTEAD = "--dataset pydocs-qa and --input FILE work"
 
@@ -20,7 +20,7 @@ class Unusable(Exception):
 
 def pydocs_qa(notes: Notes) -> Iterator[list[Message]]:
     """Yields the bundled conversations and questions about Python's built-ins, then about the standard library."""
-    import pydocs
+    from text import pydocs
 
     def ask(pairs):
         return (
@@ -28,7 +28,7 @@ def pydocs_qa(notes: Notes) -> Iterator[list[Message]]:
             for question, answer in pairs
         )
 
-    samples = Path(__file__).parent / "data" / "samples" / "chat.jsonl"
+    samples = Path(__file__).parent.parent / "data" / "samples" / "chat.jsonl"
     built_in = dict(pydocs.questions(builtins_only=True))
     others = ((question, answer) for question, answer in pydocs.questions() if question not in built_in)
     return chain(read_file(samples, notes), ask(built_in.items()), ask(others))

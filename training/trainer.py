@@ -13,9 +13,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import checkpoint
-from cli import SamplingConfig, TrainerConfig, UserError, catch_stop_signals, command_line, is_out_of_memory, plain
-from device import (
+from generation.config import SamplingConfig
+from generation.text_model import TextModel
+from model import GPT
+from system.cli import catch_stop_signals, command_line, plain
+from system.device import (
     autocast,
     choose_device,
     choose_dtype,
@@ -26,12 +28,13 @@ from device import (
     peak_memory,
     to_host,
 )
-from loader import Batch, Epochs, Prefetcher, Windows, micro_batches, step_seed
-from logs import RunLog, before_and_after, draw_losses, parameter_table, summary
-from model import GPT
-from optim import build_optimizers, learning_rate_at
-from sampling import TextModel
-from tokenizer import from_spec
+from system.errors import UserError, is_out_of_memory
+from text.tokenizer import from_spec
+from training.config import TrainerConfig
+from training.loader import Batch, Epochs, Prefetcher, Windows, micro_batches, step_seed
+from training.optim import build_optimizers, learning_rate_at
+from training.run_log import RunLog, before_and_after, draw_losses, parameter_table, summary
+from weights import checkpoint
 
 Examine = Callable[[GPT, torch.device, torch.dtype], list[dict[str, str]]]
 """Gives a model the same few held-out inputs each time; returns for each `input`, `expected` and `output`."""
@@ -81,7 +84,7 @@ class Trainer:
         self.is_compiled = config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda")
         self.fsdp = fsdp
         if fsdp:
-            import sharding  # takes half a second
+            from training import distributed
 
             is_allowed = config.grad_accum_steps != "auto" and config.optimizer == "adamw" and not config.sample_prompt
             if self.world_size == 1 or self.dtype == torch.float16 or not is_allowed:
@@ -89,7 +92,7 @@ class Trainer:
                     "--fsdp wants torchrun, a number of --grad-accum-steps, AdamW, bfloat16 or float32, and no "
                     "--sample-prompt"
                 )
-            sharding.shard(model, self.device, self.is_compiled)
+            distributed.shard(model, self.device, self.is_compiled)
         self.model = model.to(self.device)
         self.n_micro_batches = 1 if config.grad_accum_steps == "auto" else config.grad_accum_steps
         self._load(0)  # unusable data fails here, before anything is computed or written
@@ -342,7 +345,7 @@ class Trainer:
             **more,
         )
         if self.fsdp:
-            from sharding import gather
+            from training.distributed import gather
 
             state = gather(state)
         if self.rank == 0:
@@ -364,7 +367,7 @@ class Trainer:
         try:
             for optimizer, state in zip(self.optimizers, resumed["optimizer"], strict=True):
                 if self.fsdp:
-                    from sharding import shard_state
+                    from training.distributed import shard_state
 
                     state = shard_state(state, optimizer)
                 optimizer.load_state_dict(state)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cli import UserError
-from files import memory_map, read_tokens
+from system.errors import UserError
+from text.token_files import memory_map, read_tokens
 
 
 @dataclass(frozen=True)

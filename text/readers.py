@@ -18,8 +18,8 @@ from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
-from cli import UserError
-from files import atomic_write
+from system.errors import UserError
+from system.files import atomic_write
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")

@@ -1,8 +1,8 @@
 """How fast training is, and what each optimisation gives: every row of the table is the row above with one more.
 
-    python bench.py --generation     # how fast text is written, by GPT-2 small
-    python bench.py                  # on the CPU a small model with GPT-2's vocabulary, on CUDA GPT-2 small
-    python bench.py --json bench.json
+    python -m benchmarks.training --generation    # how fast text is written, by GPT-2 small
+    python -m benchmarks.training     # on the CPU a small model with GPT-2's vocabulary, on CUDA GPT-2 small
+    python -m benchmarks.training --json bench.json
 
 Every row is measured in a process of its own, in turn, several rounds; times are medians, ratios are of one run.
 """
@@ -18,7 +18,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import UserError, require_at_least, run
+from system.cli import run
+from system.errors import UserError, require_at_least
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Measures every row, or, in a process of its own, one."""
-    from device import choose_device
+    from system.device import choose_device
 
     if config.row:
         print(json.dumps(measure(config, Row(**json.loads(config.row)))))
@@ -112,21 +113,21 @@ def main(config: Config) -> None:
     table = [summarize(name, rounds) for name, rounds in figures.items()]
     print_table(table, config)
     if config.json:
-        from files import write_json
+        from system.files import write_json
 
         write_json(config.json, {"machine": platform.processor() or platform.machine(), "rows": table})
 
 
 def measure_generation(config: Config, device) -> None:
     """Measures the ways to generate in turn; the shape is GPT-2 small's but for what flags say."""
-    import generation_bench
-    from files import write_json
+    from benchmarks import generation
+    from system.files import write_json
 
     names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
     shape = {name: getattr(config, name) for name in names if getattr(config, name)}
     shape["n_tokens"] = min(50_259, config.vocab_size)
-    rows = generation_bench.measure(config.prompts, config.new_tokens, config.rounds, device, shape)
-    print(generation_bench.table(rows))
+    rows = generation.measure(config.prompts, config.new_tokens, config.rounds, device, shape)
+    print(generation.table(rows))
     if config.json:
         write_json(config.json, {"machine": platform.processor() or platform.machine(), "rows": rows})
 
@@ -136,8 +137,8 @@ def in_a_process(config: Config, row: Row) -> dict:
     flags = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in INTERNAL}
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
     result = subprocess.run(
-        [sys.executable, __file__, *arguments, "--row", json.dumps(dataclasses.asdict(row))],
-        capture_output=True, encoding="utf-8",
+        [sys.executable, "-m", "benchmarks.training", *arguments, "--row", json.dumps(dataclasses.asdict(row))],
+        capture_output=True, encoding="utf-8", cwd=Path(__file__).parent.parent,
     )  # fmt: skip
     if result.returncode:
         raise UserError(f"the row {row.name!r} failed: {result.stderr.strip().splitlines()[-1]}")
@@ -149,9 +150,17 @@ def measure(config: Config, row: Row) -> dict:
     import torch
     import torch.nn.functional as F
 
-    from device import autocast, choose_device, choose_dtype, fast_attention, keep_memory, peak_flops, peak_memory
     from model import GPT, GPTConfig
-    from optim import build_optimizers
+    from system.device import (
+        autocast,
+        choose_device,
+        choose_dtype,
+        fast_attention,
+        keep_memory,
+        peak_flops,
+        peak_memory,
+    )
+    from training.optim import build_optimizers
 
     device = choose_device(config.device)
     dtype = choose_dtype(row.dtype, device)

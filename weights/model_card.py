@@ -1,6 +1,6 @@
 """The page about an exported model, in Markdown: what it is, how it was trained, how it is used."""
 
-from checkpoint import facts
+from weights.checkpoint import facts
 
 _FACTS = ("data", "batch_size", "block_size", "optimizer", "learning_rate", "min_lr", "warmup_steps", "weight_decay")
 _KINDS = {

@@ -7,9 +7,11 @@ import time
 import warnings
 from pathlib import Path
 
-from cli import TrainerConfig, UserError, plain
-from files import atomic_write
 from model import GPT
+from system.cli import plain
+from system.errors import UserError
+from system.files import atomic_write
+from training.config import TrainerConfig
 
 
 class RunLog:

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import torch
 
-import lora
-import pretrained
-import tokenizer as tokenizers
-from cli import UserError
-from files import atomic_write
 from model import GPT, GPTConfig
+from system.errors import UserError
+from system.files import atomic_write
+from text import tokenizer as tokenizers
+from weights import huggingface, lora, nanogpt
 
 FORMAT_VERSION = 1
 
@@ -51,15 +50,15 @@ def load(path: str | Path, verify: bool = False, kinds: tuple[str, ...] = ("base
     """
     path = Path(path)
     if not path.is_file():
-        if folder := pretrained.find_folder(path):
-            return _of_a_kind(pretrained.from_folder(folder), path, kinds)
+        if folder := huggingface.find_folder(path):
+            return _of_a_kind(huggingface.from_folder(folder), path, kinds)
         raise UserError(f"no checkpoint {path}: train one with train.py, or name one with --model")
     try:
         if verify and (damaged := zipfile.ZipFile(path).testzip()):
             raise UserError(f"{path} is damaged (checksum of {damaged})")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if isinstance(checkpoint, dict) and "model_args" in checkpoint:
-            return _of_a_kind(pretrained.from_nanogpt(checkpoint, path), path, kinds)
+            return _of_a_kind(nanogpt.from_nanogpt(checkpoint, path), path, kinds)
         config = GPTConfig(**checkpoint["config"])
         checkpoint["model"], checkpoint["tokenizer"], checkpoint["kind"]  # noqa: B018
     except UserError:
@@ -96,7 +95,7 @@ def load_base(adapter: dict, path: str | Path) -> dict:
     except (KeyError, TypeError):
         raise UserError(f"{path} is damaged: it does not say what it adapts") from None
     found = [base for base in (Path(name), Path(path).parent / Path(name).name) if base.is_file()]
-    found = found or [Path(name)] * (pretrained.find_folder(name) is not None)
+    found = found or [Path(name)] * (huggingface.find_folder(name) is not None)
     if base := next((base for base in found if sha256_of(base) == sha256), None):
         return grow_vocabulary(load(base))
     what = f"{found[0]} has changed since" if found else "it is missing"
@@ -105,9 +104,9 @@ def load_base(adapter: dict, path: str | Path) -> dict:
 
 def sha256_of(path: str | Path) -> str:
     """Returns the SHA-256 sum of a checkpoint's file, in hexadecimal; of several files, that of their sums."""
-    folder = None if Path(path).is_file() else pretrained.find_folder(path)
+    folder = None if Path(path).is_file() else huggingface.find_folder(path)
     sums = []
-    for part in pretrained.weight_files(folder) if folder else [path]:
+    for part in huggingface.weight_files(folder) if folder else [path]:
         with open(part, "rb") as file:
             sums.append(hashlib.file_digest(file, "sha256").hexdigest())
     return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()

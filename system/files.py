@@ -1,4 +1,4 @@
-"""Files on disk: atomic writes, and the token files with the `meta.json` that says what belongs together."""
+"""Files on disk: atomic writes of files and of folders, and locks."""
 
 import contextlib
 import errno
@@ -11,11 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-import numpy as np
-
-from cli import UserError
-
-_SHARD_MAGIC, _LLAMA_SHARD_MAGIC, _SHARD_HEADER_BYTES = 20240520, 20240801, 1024
+from system.errors import UserError
 
 
 @contextlib.contextmanager
@@ -109,63 +105,3 @@ def write_json(path: str | Path, value: object) -> None:
     with atomic_write(path, "w") as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
-
-
-def read_meta(path: str | Path, command: str) -> dict:
-    """Reads a `meta.json`. Raises UserError, naming the command that makes one, where it is missing or damaged."""
-    path = Path(path)
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        strings = [*meta["files"], meta["tokenizer"]]
-        numbers = [counts["tokens"] for counts in meta["splits"].values()]
-        if not all(isinstance(name, str) for name in strings) or not all(isinstance(n, int) for n in numbers):
-            raise TypeError
-        return meta
-    except FileNotFoundError:
-        raise UserError(f"no prepared data in {path.parent} ({path.name} is missing): run {command} first") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is damaged: run {command} again") from None
-
-
-def read_token_meta(folder: Path) -> dict:
-    """Reads the `meta.json` of pre-training data; token files without one are taken for GPT-2's (nanoGPT, llm.c).
-
-    Raises UserError where there is neither.
-    """
-    names = sorted(path.name for path in folder.glob("*.bin") if not path.name.startswith("sft_"))
-    if (folder / "meta.json").exists() or not all(any(split in name for name in names) for split in ("train", "val")):
-        return read_meta(folder / "meta.json", "prepare_data.py")
-    return {"files": names, "tokenizer": "gpt2", "splits": {}}
-
-
-def read_tokens(path: Path) -> np.ndarray:
-    """Opens a token file as a read-only uint16 memory map; a llm.c / modded-nanogpt shard loses its header.
-
-    Raises UserError where it is missing, its size does not fit its kind, or its tokens are of another width.
-    """
-    header = np.frombuffer(_first_bytes(path, _SHARD_HEADER_BYTES), dtype="<i4")
-    if len(header) == 256 and (header[0] == _LLAMA_SHARD_MAGIC or header[0] == _SHARD_MAGIC and header[1] != 1):
-        raise UserError(f"{path} holds llm.c's tokens of another kind than GPT-2's (version {header[1]})")
-    if len(header) == 256 and header[0] == _SHARD_MAGIC:
-        tokens = memory_map(path, np.uint16)[_SHARD_HEADER_BYTES // 2 :]
-        if len(tokens) != header[2]:
-            raise UserError(f"{path} is damaged: its header promises {header[2]:,} tokens, it holds {len(tokens):,}")
-        return tokens
-    return memory_map(path, np.uint16)
-
-
-def _first_bytes(path, n):
-    try:
-        with open(path, "rb") as file:
-            data = file.read(n)
-            return data[: len(data) // 4 * 4]
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-
-
-def memory_map(path: Path, dtype: type) -> np.ndarray:
-    """Opens a file of little-endian numbers read-only. Raises UserError where it is missing or cut short."""
-    size, item = (path.stat().st_size if path.exists() else -1), np.dtype(dtype).itemsize
-    if size < 0 or size % item:
-        raise UserError(f"{path} is {'missing' if size < 0 else 'damaged'}: prepare the data again")
-    return np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r") if size else np.zeros(0, dtype)

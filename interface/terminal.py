@@ -10,9 +10,10 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.formatted_text import ANSI
 from prompt_toolkit.key_binding import KeyBindings
 
-from cli import SamplingConfig, UserError
-from files import atomic_write
-from sampling import Chat, TextModel
+from generation.config import SamplingConfig
+from generation.text_model import Chat, TextModel
+from system.errors import UserError
+from system.files import atomic_write
 
 HELP = """/reset        forget the conversation
 /undo         take back the last exchange
@@ -148,8 +149,8 @@ def obey(conversation: Chat, command: str, argument: str) -> str:
 
 def read_conversation(path: Path) -> list[dict]:
     """Returns the first conversation in a file that /save or the app wrote. Raises UserError where there is none."""
-    from conversations import read_file
-    from sources import Notes
+    from text.conversations import read_file
+    from text.readers import Notes
 
     notes = Notes()
     messages = next(read_file(path, notes), None)

@@ -1,0 +1,1 @@
+"""Weights on disk: our checkpoints, LoRA adapters, Hugging Face's and nanoGPT's formats."""
