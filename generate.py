@@ -60,9 +60,9 @@ def main(config: Config) -> None:
     """Loads the model and writes."""
     from generation.text_model import TextModel
 
-    text_model = TextModel.load(config.model, config.device, config.dtype, config.quantize, config.verify)
-    if config.compile == "on":
-        text_model.model.compile_decoding()
+    text_model = TextModel.load(
+        config.model, config.device, config.dtype, config.quantize, config.verify, compile=config.compile == "on"
+    )
     if config.chat and not text_model.template:
         raise UserError(
             f"{config.model} only completes text: leave --chat away, or fine-tune it: "

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from generation.config import SamplingConfig
-from generation.decoding import quantize_weights, speed_up_decoding
+from generation.decoding import CompiledDecoder, generate, quantize_weights, speed_up_decoding
 from model import GPT
 from system.device import autocast, choose_device, choose_dtype
 from system.errors import UserError
@@ -102,6 +102,7 @@ class TextModel:
     """what is known of the checkpoint, in a few words"""
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
+    compiled: CompiledDecoder | None = None
 
     @classmethod
     def load(
@@ -111,17 +112,24 @@ class TextModel:
         dtype: str = "auto",
         quantize: str = "none",
         verify: bool = False,
+        compile: bool = False,
     ) -> "TextModel":
         """Loads a checkpoint. `quantize` "int8" makes it twice as fast on a CPU, and a little less exact; `verify`
-        compares the file's checksums first.
+        compares the file's checksums first; `compile` compiles the step of one token.
 
         Raises UserError where there is none, or no such device.
         """
-        return cls.of(checkpoint.load(path, verify), path, device, dtype, quantize)
+        return cls.of(checkpoint.load(path, verify), path, device, dtype, quantize, compile)
 
     @classmethod
     def of(
-        cls, state: dict, path: str | Path, device: str = "auto", dtype: str = "auto", quantize: str = "none"
+        cls,
+        state: dict,
+        path: str | Path,
+        device: str = "auto",
+        dtype: str = "auto",
+        quantize: str = "none",
+        compile: bool = False,
     ) -> "TextModel":
         """Makes a checkpoint that was read from `path` ready to write, as `load` does."""
         place = choose_device(device)
@@ -134,7 +142,8 @@ class TextModel:
             quantize_weights(model)
         else:
             speed_up_decoding(model)
-        return cls(model, checkpoint.tokenizer(state), state.get("template"), facts, place, precision)
+        compiled = CompiledDecoder(model) if compile else None
+        return cls(model, checkpoint.tokenizer(state), state.get("template"), facts, place, precision, compiled)
 
     def check(self, config: SamplingConfig) -> None:
         """Raises UserError for a config that does not fit the model."""
@@ -219,7 +228,8 @@ class TextModel:
         generator = torch.Generator(self.device)
         generator.seed() if config.seed is None else generator.manual_seed(config.seed)
         self.check(config)
-        stream = self.model.generate(
+        stream = generate(
+            self.model,
             torch.tensor([ids], dtype=torch.int64, device=self.device),
             config.max_new_tokens,
             num_samples=n,
@@ -229,6 +239,7 @@ class TextModel:
             min_p=config.min_p,
             repetition_penalty=config.repetition_penalty,
             generator=generator,
+            compiled=self.compiled,
         )
         is_open, first = [True] * n, True
         while any(is_open):

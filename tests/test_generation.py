@@ -20,9 +20,9 @@ from conftest import ENVIRONMENT, command, run_script, succeed
 from scipy.stats import chisquare
 
 from generation.config import SamplingConfig
-from generation.decoding import quantize_weights, speed_up_decoding
+from generation.decoding import CompiledDecoder, decode_one, generate, quantize_weights, sample, speed_up_decoding
 from generation.text_model import TextModel, TextWriter
-from model import GPT, GPTConfig, sample
+from model import GPT, GPTConfig
 from system.errors import UserError
 from text import tokenizer as tokenizers
 from text.token_files import read_tokens
@@ -107,7 +107,7 @@ def test_the_repetition_penalty_equals_transformers(penalty):
         pad_token_id=0,
         eos_token_id=None,
     )[0, 5:].tolist()
-    found = [int(i) for i, _ in ours.generate(prompt, 120, temperature=0, repetition_penalty=penalty)]
+    found = [int(i) for i, _ in generate(ours, prompt, 120, temperature=0, repetition_penalty=penalty)]
     assert found == expected and (penalty < 1 or len(set(found)) > 50)
 
 
@@ -130,7 +130,7 @@ def test_samples_of_one_prompt_are_a_batch():
     prompt = torch.randint(300, (1, 9))
 
     def tokens(**how):
-        return torch.stack([ids for ids, _ in model.generate(prompt, 90, **how)], dim=1)  # past the context too
+        return torch.stack([ids for ids, _ in generate(model, prompt, 90, **how)], dim=1)  # past the context too
 
     greedy = tokens(temperature=0, num_samples=3)
     assert torch.equal(greedy, tokens(temperature=0).expand(3, -1)) and greedy.unique().numel() > 30
@@ -140,22 +140,24 @@ def test_samples_of_one_prompt_are_a_batch():
 
 
 def test_decoding_over_a_static_cache_equals_decoding_over_a_growing_one():
-    model, other = varied(), varied()
-    other._compiled = other.decode  # what is compiled, as it is
+    model = varied()
+    static = CompiledDecoder(model)
+    static.decode_one = decode_one  # the function itself, not compiled
+
+    def written(prompt, num_samples, compiled=None):
+        steps = generate(model, prompt, 90, temperature=0, num_samples=num_samples, compiled=compiled)
+        return torch.stack([ids for ids, _ in steps], dim=1)
 
     for num_samples in (1, 3, 1):
         for prompt in (torch.randint(300, (1, 9)), torch.randint(300, (1, 1))):
-            written = [
-                torch.stack([ids for ids, _ in m.generate(prompt, 90, temperature=0, num_samples=num_samples)], dim=1)
-                for m in (model, other)
-            ]
-            assert torch.equal(*written) and written[0].unique().numel() > 20
+            growing = written(prompt, num_samples)
+            assert torch.equal(growing, written(prompt, num_samples, static)) and growing.unique().numel() > 20
 
 
 def test_logits_come_with_the_tokens():
     model = varied()
     prompt = torch.randint(300, (1, 9))
-    steps = list(model.generate(prompt, 20, temperature=0))
+    steps = list(generate(model, prompt, 20, temperature=0))
     written = torch.cat([prompt, *(ids[:, None] for ids, _ in steps)], dim=1)
     with torch.no_grad():
         expected = model(written)[:, 8:-1, :300]

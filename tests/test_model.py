@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, GPTConfig, linear_cross_entropy, sample
+from generation.decoding import KVCache, generate, sample
+from model import GPT, GPTConfig, linear_cross_entropy
 
 
 def small(**changes) -> GPT:
@@ -66,7 +67,7 @@ def test_greedy_tokens_equal_transformers(reference):
     prompt = torch.tensor([[5, 17, 200, 3]])
     expected = theirs.generate(prompt, max_new_tokens=200, do_sample=False, pad_token_id=0, eos_token_id=None)[0, 4:]
     assert len(set(expected.tolist())) >= 50  # so that a wrong token shows
-    assert [int(token) for token, _ in ours.generate(prompt, 200, temperature=0)] == expected.tolist()
+    assert [int(token) for token, _ in generate(ours, prompt, 200, temperature=0)] == expected.tolist()
 
 
 def test_gpt2_small_has_124_million_parameters():
@@ -193,7 +194,7 @@ def test_cached_generation_equals_uncached_past_the_context(how):
 
     def run(use_cache):
         generator = torch.Generator().manual_seed(7)
-        steps = model.generate(prompt, 70, generator=generator, use_cache=use_cache, num_samples=2, **how)
+        steps = generate(model, prompt, 70, generator=generator, use_cache=use_cache, num_samples=2, **how)
         return torch.stack([ids for ids, _ in steps], dim=1)
 
     cached = run(True)
@@ -202,13 +203,11 @@ def test_cached_generation_equals_uncached_past_the_context(how):
 
 
 def test_a_block_of_new_positions_sees_the_cached_past():
-    from model import KVCache
-
     model = small().eval()
     tokens = torch.randint(100, (2, 20))
     cache = KVCache(model.config, 2, model.wte.weight)
     with torch.no_grad():
-        parts = [model.hidden(tokens[:, a:b], cache) for a, b in ((0, 6), (6, 7), (7, 20))]
+        parts = [model.hidden(tokens[:, a:b], torch.arange(a, b), cache.layers) for a, b in ((0, 6), (6, 7), (7, 20))]
         torch.testing.assert_close(torch.cat(parts, dim=1), model.hidden(tokens), atol=1e-5, rtol=1e-5)
 
 
@@ -219,7 +218,7 @@ def test_padding_ids_are_never_sampled():
         model.ln_f.bias.fill_(1.0)
         model.lm_head.weight[100:] = 10.0
     for how in ({"temperature": 0}, {"temperature": 2.0}, {"top_k": 3}, {"top_p": 0.5}):
-        tokens = torch.cat([ids for ids, _ in model.generate(torch.zeros(8, 1, dtype=torch.int64), 20, **how)])
+        tokens = torch.cat([ids for ids, _ in generate(model, torch.zeros(8, 1, dtype=torch.int64), 20, **how)])
         assert tokens.max() < 100
 
 
