@@ -180,11 +180,18 @@ class GPT(nn.Module):
                 x = block(x, caches[i] if caches else None)
         return self.ln_f(x)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, counted: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        counted: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
         """Returns logits (B, T, V) of int64 tokens (B, T), or with int64 targets (B, T) the summed loss in nats.
 
-        `counted`, int64 indices into the flat B * T positions, restricts the loss to these positions. The loss is a
-        sum, so that micro-batches and processes can add theirs before one division by the number of counted positions.
+        `counted`, int64 indices into the flat B * T positions, restricts the loss to these positions, and `weights`,
+        float32, gives each of them a weight. The loss is a sum, so that micro-batches and processes can add theirs
+        before one division.
         """
         if targets is None:
             return self.lm_head(self.hidden(tokens))
@@ -195,6 +202,8 @@ class GPT(nn.Module):
         if counted is not None:
             x, y = x[counted], y[counted]
             loss_of_chunk = chunk_loss  # the number of positions changes with every batch, and would recompile
+        if weights is not None:  # a classifier's: its few logits need no chunks
+            return (F.cross_entropy(self.lm_head(x).float(), y, reduction="none") * weights).sum()
         return linear_cross_entropy(x, self.lm_head.weight, y, loss_of_chunk=loss_of_chunk)
 
     def compile_training(self) -> None:

@@ -1,39 +1,44 @@
 """Step 2: tokens → a language model. Pre-trains a GPT-2, from scratch or from a checkpoint."""
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import prepare_data
 from system.cli import run
 from system.errors import UserError, require
 from training.config import TrainerConfig
+
+NAMED_TEXTS = ("shakespeare", "war-and-peace", "pydocs")
+"""data sets small enough that `--data NAME` prepares them first"""
 
 
 @dataclass(frozen=True)
 class Config(TrainerConfig):
     preset: str = "gpt2"
-    """gpt2, gpt2-medium, gpt2-large, gpt2-xl, shakespeare or demo: the defaults of everything else"""
+    """gpt2, gpt2-medium, gpt2-large, gpt2-xl, shakespeare or demo: the defaults of all other flags"""
     data: Path = Path("data")
-    """folder written by prepare_data.py; or what is prepared first: a text file, shakespeare, war-and-peace, pydocs"""
+    """folder written by prepare_data.py; or a text file, shakespeare, war-and-peace or pydocs, prepared first"""
     init_from: str = "scratch"
-    """scratch, or whose weights and shape to start from: a checkpoint, gpt2 or another model of the Hugging Face Hub"""
+    """start from random weights (scratch), a checkpoint, gpt2 or another model of the Hugging Face Hub"""
     block_size: int = 1024
     """context in tokens"""
     n_layer: int = 12
     """layers"""
     n_head: int = 12
-    """attention heads a layer"""
+    """attention heads per layer"""
     n_embd: int = 768
-    """width"""
+    """width of the residual stream"""
     dropout: float = 0.0
-    """share of activations dropped in training"""
-    fsdp: bool = False
-    """shard parameters, gradients and optimizer state over torchrun's processes, for a model too large for one GPU"""
+    """probability that training drops an activation"""
     vocab_size: int | None = None
-    """where --data is prepared first: train a BPE of this many tokens on it; without it, GPT-2's tokenizer"""
+    """if --data is prepared first: train a BPE of this many tokens on it; by default GPT-2's tokenizer"""
+    sample_prompt: str = ""
+    """print a completion of this text at every evaluation"""
+    fsdp: bool = False
+    """shard parameters, gradients and optimizer state over torchrun's processes, for models too large for one GPU"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         require(
             min(self.block_size, self.n_layer, self.n_head) >= 1,
@@ -44,6 +49,7 @@ class Config(TrainerConfig):
             f"--n-embd {self.n_embd} must be a multiple of --n-head {self.n_head}",
         )
         require(0 <= self.dropout < 1, "--dropout must be at least 0 and below 1")
+        require(not (self.fsdp and self.sample_prompt), "--sample-prompt does not work with --fsdp")
 
 
 SMALL = {  # trains on a CPU in minutes
@@ -67,7 +73,6 @@ PRESETS = {
         preset="shakespeare",
         data=Path("shakespeare"),
         out=Path("checkpoints/shakespeare.pt"),
-        plot=Path("plots/shakespeare_loss.png"),
         vocab_size=1021,
         block_size=64,
         max_steps=600,
@@ -81,7 +86,6 @@ PRESETS = {
         preset="demo",
         data=Path("data/demo"),
         out=Path("checkpoints/demo/pretrained.pt"),
-        plot=Path("plots/demo_pretrain_loss.png"),
         vocab_size=2045,
         block_size=128,
         max_steps=1500,
@@ -98,84 +102,75 @@ def main(config: Config) -> None:
 
     from model import GPT, GPTConfig
     from text import tokenizer as tokenizers
-    from text.token_files import read_token_meta
+    from text.token_files import is_prepared_from, read_token_meta
+    from training.checkpointing import claim_output
+    from training.distributed import Processes
     from training.loader import Windows
-    from training.trainer import Trainer, claim_output
+    from training.report import Samples
+    from training.run import train
     from weights import checkpoint
 
     resumed = claim_output(config, "base")
-    config = prepare_first(config)
+    processes = Processes.join(config.device)
+    if is_text(config.data):
+        folder = Path("data") / config.data.stem
+        if processes.world_size > 1:
+            raise UserError(f"several processes cannot prepare {config.data} together: run prepare_data.py first")
+        prepare(config, folder, overwrite=config.overwrite or is_prepared_from(folder, str(config.data)))
+        config = dataclasses.replace(config, data=folder)
     meta = read_token_meta(config.data)
     tokenizer = tokenizers.load_beside(config.data, meta)
 
     torch.manual_seed(config.seed)
-    start = resumed or (None if config.init_from == "scratch" else checkpoint.load(config.init_from))
-    start = start and checkpoint.grow_vocabulary(start)
+    start = resumed
+    if not resumed and config.init_from != "scratch":
+        start = checkpoint.grow_vocabulary(checkpoint.load(config.init_from))
     if start:
-        start["config"] = dataclasses.replace(start["config"], dropout=config.dropout)
-        if checkpoint.tokenizer(start).name != tokenizer.name:
+        if (found := checkpoint.tokenizer(start).name) != tokenizer.name:
             raise UserError(
-                f"{config.data} was prepared with the tokenizer {tokenizer.name}, the checkpoint was trained "
-                f"with {checkpoint.tokenizer(start).name}: prepare the data with that one"
+                f"{config.data} was prepared with the tokenizer {tokenizer.name}, the checkpoint was trained with "
+                f"{found}: prepare the data with that one"
             )
+        start["config"] = dataclasses.replace(start["config"], dropout=config.dropout)
         model = checkpoint.build(start, config.out if resumed else config.init_from)
     else:
-        model = GPT(
-            GPTConfig(
-                block_size=config.block_size,
-                vocab_size=tokenizer.padded_vocab_size,
-                n_tokens=tokenizer.n_tokens,
-                n_layer=config.n_layer,
-                n_head=config.n_head,
-                n_embd=config.n_embd,
-                dropout=config.dropout,
-            )
-        )
+        shape = {name: getattr(config, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}
+        model = GPT(GPTConfig(**shape, vocab_size=tokenizer.padded_vocab_size, n_tokens=tokenizer.n_tokens))
     train_data, val_data = (
-        Windows(
-            [config.data / name for name in meta["files"] if split in name],
-            model.config.block_size,
-            config.batch_size,
-            config.seed,
-        )
+        Windows.from_folder(config.data, meta, split, model.config, config.batch_size, config.seed)
         for split in ("train", "val")
     )
-    for data, split in ((train_data, "train"), (val_data, "val")):
-        if split in meta["splits"] and data.n_tokens != meta["splits"][split]["tokens"]:
-            raise UserError(f"{config.data} is damaged, its {split} files do not fit its meta.json: prepare it again")
-        if split not in meta["splits"]:  # files that others made
-            data.require_ids_below(model.config.vocab_size)
-    val_bytes = meta["splits"].get("val", {}).get("bytes")
-    Trainer(
-        model.train(),
+    sharding = None
+    if config.fsdp:
+        from training.sharding import shard  # half a second
+
+        sharding = shard(model, config, processes)
+    train(
+        model,
         train_data,
         val_data,
         config,
+        processes,
         {"kind": "base", "tokenizer": tokenizer.spec, "template": None},
-        bytes_per_token=val_bytes and val_bytes / val_data.n_tokens,
         resumed=resumed,
-        model_is_fresh=start is None,
-        fsdp=config.fsdp,
-    ).run()
+        sharding=sharding,
+        samples=Samples(tokenizer, None, config.sample_prompt),
+        is_fresh=start is None,
+    )
 
 
-def prepare_first(config: Config) -> Config:
-    """Where `--data` is a text file or a small data set, prepares it into data/NAME; returns the config with that."""
-    is_named = str(config.data) in ("shakespeare", "war-and-peace", "pydocs")
-    if config.data.is_dir() or not (is_named or config.data.suffix or config.data.is_file()):
-        return config
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError(f"several processes cannot prepare {config.data} together: run prepare_data.py first")
-    import prepare_data
-    from text.token_files import read_meta
+def is_text(data: Path) -> bool:
+    """Whether `--data` names a text file or a small data set, not a folder of prepared data."""
+    if data.is_dir():
+        return False
+    return str(data) in NAMED_TEXTS or bool(data.suffix) or data.is_file()
 
-    name, folder = str(config.data), Path("data") / config.data.stem
-    what = {"dataset": name} if is_named else {"input": (name,)}
-    overwrite = config.overwrite
-    if not overwrite and (meta := folder / "meta.json").exists():
-        overwrite = read_meta(meta, "prepare_data.py").get("source") in (name, [name])
-    prepare_data.main(prepare_data.Config(**what, out=folder, overwrite=overwrite, vocab_size=config.vocab_size))
-    return dataclasses.replace(config, data=folder)
+
+def prepare(config: Config, folder: Path, overwrite: bool) -> None:
+    """Prepares the text that `--data` names into a folder."""
+    name = str(config.data)
+    source = {"dataset": name} if name in NAMED_TEXTS else {"input": (name,)}
+    prepare_data.main(prepare_data.Config(**source, out=folder, overwrite=overwrite, vocab_size=config.vocab_size))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
 """Step 5: a language model → one that answers. Fine-tunes on conversations; loss on the assistant's tokens only."""
 
 import dataclasses
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-from generation.config import SamplingConfig
 from system.cli import run
 from system.errors import UserError, require, require_at_least
 from training.config import TrainerConfig
@@ -14,23 +12,21 @@ from training.config import TrainerConfig
 @dataclass(frozen=True)
 class Config(TrainerConfig):
     preset: str = "gpt2"
-    """gpt2, lora or demo: the defaults of everything else"""
+    """gpt2, lora or demo: the defaults of all other flags"""
     model: Path = Path("checkpoints/pretrained.pt")
-    """what to start from: a checkpoint, or gpt2 or another model of the Hugging Face Hub"""
+    """the model to start from: a checkpoint, gpt2 or another model of the Hugging Face Hub"""
     data: Path = Path("data")
     """folder written by prepare_sft_data.py"""
     out: Path = Path("checkpoints/sft.pt")
-    """checkpoint to write; its log and the file that --resume continues from stand beside it"""
-    plot: Path = Path("plots/sft_loss.png")
-    """loss curves, redrawn as training goes on"""
+    """checkpoint to write; the log, the plot and the file for --resume are named after it"""
     epochs: int = 5
-    """times every conversation is visited"""
-    max_steps: int | None = None
-    """optimizer steps; without it, as many as the epochs make"""
+    """passes over all conversations"""
+    max_steps: int | None = None  # type: ignore[assignment]
+    """optimizer steps; by default as many as the epochs need"""
     batch_size: int = 32
     """conversations per optimizer step, over all processes"""
     learning_rate: float = 2e-5
-    """highest learning rate"""
+    """peak learning rate"""
     min_lr: float = 2e-6
     """learning rate at the last step, reached along a cosine"""
     warmup_steps: int = 100
@@ -40,21 +36,20 @@ class Config(TrainerConfig):
     save_every: int = 200
     """steps between saves of what --resume needs"""
     dropout: float = 0.0
-    """share of activations dropped in training"""
+    """probability that training drops an activation"""
     lora_rank: int = 0
-    """rank of LoRA's adapters, which train alone and make a file of a few MB; 0 trains the whole model"""
+    """train LoRA adapters of this rank, a file of a few MB, and freeze the model; 0 trains the whole model"""
     lora_alpha: float = 32.0
     """LoRA's corrections are scaled by alpha / rank"""
     lora_dropout: float = 0.05
-    """share of an adapter's inputs dropped in training"""
-    merge: bool = False
-    """at the end, make --out a whole model instead of an adapter"""
+    """probability that training drops an input of an adapter"""
+    sample_prompt: str = ""
+    """print the answer to this message at every evaluation"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(1, self, "epochs")
         require(self.lora_rank >= 0, "--lora-rank must not be negative")
-        require(self.lora_rank > 0 or not self.merge, "--merge belongs to --lora-rank")
         require(
             0 <= self.dropout < 1 and 0 <= self.lora_dropout < 1,
             "--dropout and --lora-dropout must be at least 0 and below 1",
@@ -69,7 +64,6 @@ PRESETS = {
         model=Path("checkpoints/demo/pretrained.pt"),
         data=Path("data/demo"),
         out=Path("checkpoints/demo/sft.pt"),
-        plot=Path("plots/demo_sft_loss.png"),
         epochs=6,
         optimizer="muon",
         compile="off",
@@ -89,10 +83,12 @@ def main(config: Config) -> None:
     import torch
 
     from text.token_files import read_meta
+    from training.checkpointing import claim_output
+    from training.distributed import Processes
     from training.loader import Conversations
-    from training.trainer import Trainer, claim_output
-    from weights import checkpoint
-    from weights.lora import add_adapter
+    from training.report import Examples, Samples, greedy_answers
+    from training.run import train
+    from weights import checkpoint, lora
 
     kind = "lora" if config.lora_rank else "sft"
     resumed = claim_output(config, kind)
@@ -116,18 +112,10 @@ def main(config: Config) -> None:
     start["config"] = dataclasses.replace(start["config"], dropout=config.dropout)
     model = checkpoint.build(start, path)
     facts = {"kind": kind, "tokenizer": tokenizer.spec, "template": meta["template"]}
-    if config.lora_rank:
-        facts["lora"] = (
-            resumed["lora"]
-            if resumed
-            else {
-                "rank": config.lora_rank,
-                "alpha": config.lora_alpha,
-                "base": str(config.model),
-                "base_sha256": checkpoint.sha256_of(config.model),
-            }
-        )
-        add_adapter(model, facts["lora"]["rank"], facts["lora"]["alpha"], config.lora_dropout, tokenizer.user)
+    if kind == "lora":
+        new = {"rank": config.lora_rank, "alpha": config.lora_alpha, "base": str(config.model)}
+        facts["lora"] = resumed["lora"] if resumed else {**new, "base_sha256": checkpoint.sha256_of(config.model)}
+        lora.add_adapter(model, facts["lora"]["rank"], facts["lora"]["alpha"], config.lora_dropout, tokenizer.user)
         if resumed:
             checkpoint.restore_adapter(model, resumed, config.out)
     train_data, val_data = (
@@ -136,39 +124,18 @@ def main(config: Config) -> None:
     )
     config = dataclasses.replace(config, max_steps=config.max_steps or config.epochs * train_data.batches_per_epoch)
     print(f"{len(train_data):,} conversations, {config.max_steps:,} steps")
-    trainer = Trainer(
-        model.train(),
+    exchanges = val_data.first_exchanges(5)
+    train(
+        model,
         train_data,
         val_data,
         config,
+        Processes.join(config.device),
         facts,
         resumed=resumed,
-        examine=functools.partial(answers, val_data.first_exchanges(5), tokenizer),
+        examples=Examples(lambda state: greedy_answers(state, tokenizer, exchanges)),
+        samples=Samples(tokenizer, meta["template"], config.sample_prompt) if config.sample_prompt else None,
     )
-    trainer.run()
-    if config.merge and trainer.rank == 0:
-        checkpoint.save(config.out, checkpoint.load(config.out))
-        print(f"{config.out} is a whole model now")
-
-
-def answers(exchanges: list, tokenizer, model, device, dtype) -> list[dict[str, str]]:
-    """Answers the first questions of held-out conversations greedily."""
-    from torch.nn.utils.parametrize import cached
-
-    from generation.text_model import TextModel
-
-    text_model = TextModel(model, tokenizer, None, "", device, dtype)
-    config = SamplingConfig(greedy=True, max_new_tokens=60)
-
-    def text(ids):
-        return tokenizer.decode(i for i in ids if i < tokenizer.end_of_text).strip()
-
-    with cached():  # what LoRA makes of a weight is made once
-        outputs = ["".join(text_model.stream(asked, config)).strip() for asked, _ in exchanges]
-    return [
-        {"input": text(asked), "expected": text(answer), "output": output}
-        for (asked, answer), output in zip(exchanges, outputs, strict=True)
-    ]
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def measure(config: Config, row: Row) -> dict:
     torch.manual_seed(0)
     shape = {f.name: getattr(config, f.name) for f in dataclasses.fields(GPTConfig) if hasattr(config, f.name)}
     model = GPT(GPTConfig(**shape, n_tokens=config.vocab_size)).to(device).train()
-    (optimizer,) = build_optimizers(model, "adamw", 6e-4, (0.9, 0.95), 0.1)
+    (optimizer,) = build_optimizers(model, "adamw", 6e-4, 0.95, 0.1)
     for group in optimizer.param_groups:
         group["fused"] = row.fused_adamw
     tokens, targets = torch.randint(config.vocab_size, (2, config.batch_size, config.block_size), device=device)

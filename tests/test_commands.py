@@ -19,7 +19,7 @@ def test_the_chain_leaves_models_logs_and_plots(toy):
         assert {f"{name}.pt", f"{name}.last.pt", f"{name}.jsonl"} <= {
             path.name for path in (toy / "checkpoints").iterdir()
         }
-        assert (toy / f"plots/{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (toy / f"plots/{name}_loss.png").read_bytes().startswith(b"\x89PNG")
         log = [json.loads(line) for line in (toy / f"checkpoints/{name}.jsonl").read_text().splitlines()]
         losses = [entry["val_loss"] for entry in log if "val_loss" in entry]
         assert losses[-1] < losses[0]
@@ -106,7 +106,7 @@ def test_chat_goes_on_past_the_context(toy):
 
 
 def test_training_takes_a_text_file_as_data_and_takes_it_anew_each_time(toy):
-    quick, tokens = ["--max-steps", "2", "--batch-size", "2", "--plot", "plots/s.png"], []
+    quick, tokens = ["--max-steps", "2", "--batch-size", "2"], []
     for n in (200, 300):
         (toy / "story.txt").write_text("Once upon a time there was a test. " * n, encoding="utf-8")
         succeed(
@@ -152,8 +152,6 @@ def test_alpaca_instructions_end_to_end(toy):
         "2",
         "--device",
         "cpu",
-        "--plot",
-        "plots/a.png",
     )
     succeed(
         toy,
@@ -179,7 +177,7 @@ def test_the_demo_runs_through(tmp_path):
     assert "bits per byte" in stdout and "questions about Python's built-ins answered word for word" in stdout
     assert "memory, not knowledge" in stdout and "generate.py --model checkpoints/demo/sft.pt --chat" in stdout
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == [
-        "demo_pretrain_loss.png",
+        "demo_pretrained_loss.png",
         "demo_sft_loss.png",
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "data", "my.txt", "plots"]
@@ -275,8 +273,7 @@ BAD_INPUT = [  # exit status, a part of the message, the command
     (1, "t.jsonl exists: add", "CLASSIFIER --input t.jsonl --out t.pt"),
     (1, "the adapter belongs to", "SFT --lora-rank 2 --out checkpoints/toy.pt --overwrite"),
     (2, "below 2^63", "TRAIN --seed 99999999999999999999"),
-    (2, "--beta1 and --beta2", "TRAIN --beta1 1.5"),
-    (2, "is a folder", "TRAIN --plot data"),
+    (2, "--beta2 must be", "TRAIN --beta2 1.5"),
     (2, "--context belongs to --instruction", "GENERATE --prompt x --context y"),
     (2, "at least 0.001", "GENERATE --prompt x --temperature 1e-40"),
     (2, "--repetition-penalty", "GENERATE --prompt x --repetition-penalty 1e-46"),
@@ -286,7 +283,7 @@ BAD_INPUT = [  # exit status, a part of the message, the command
     (1, "bad/meta/meta.json is damaged", "train.py --data bad/meta --out NEW"),
     (
         1,
-        "ids that the model does not have",
+        "bad/ids/val.bin holds the id",
         "evaluate.py --model checkpoints/toy.pt --data bad/ids/val.bin",
     ),
     (1, "bad/ids/train.bin holds ids", "PREPARE --inspect bad/ids"),

@@ -144,8 +144,8 @@ def test_every_split_of_a_batch_is_the_same_batch(tmp_path):
     whole = {tuple(row) for row in stack(rows).tokens.tolist()}
     for n, world_size in ((1, 1), (4, 1), (2, 3), (5, 2), (1, 16)):
         parts = [micro for rank in range(world_size) for micro in micro_batches(rows, n, rank, world_size)]
-        assert sum(micro.n_counted for micro in parts) == 12 * 8
-        assert {tuple(row) for micro in parts if micro.n_counted for row in micro.tokens.tolist()} == whole
+        assert sum(micro.total_weight for micro in parts) == 12 * 8
+        assert {tuple(row) for micro in parts if micro.total_weight for row in micro.tokens.tolist()} == whole
 
 
 def test_evaluation_scores_every_token_once(tmp_path):
@@ -201,15 +201,14 @@ def test_only_the_assistants_tokens_count(toy):
 
 def test_stacking_pads_behind_and_counts_the_same():
     rows = [Batch(torch.full((1, n), n), torch.full((1, n), n + 1), None) for n in (3, 70)]
-    batch = stack(rows, longest=100)
-    assert batch.tokens.shape == (2, 100) and batch.n_counted == 73
+    batch = stack(rows, max_length=100)
+    assert batch.tokens.shape == (2, 100) and batch.total_weight == 73
     assert batch.targets.flatten()[batch.counted].tolist() == [4] * 3 + [71] * 70
 
 
 def test_the_prefetcher_gives_what_was_asked_for():
-    fetch = Prefetcher(lambda step: step * 10, 3)
-    assert [fetch(3), fetch(4), fetch(9), fetch(10)] == [30, 40, 90, 100]
-    fetch.close()
+    with Prefetcher(lambda step: step * 10, 3) as batches:
+        assert [batches.get(step) for step in (3, 4, 9, 10)] == [30, 40, 90, 100]
 
 
 def test_meta_says_what_belongs_together(toy):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ENVIRONMENT, REPOSITORY, TOY_SHAPE, log, run_script, succeed, wait_for_log
 
-COMMON = ["--data", "data/toy", *TOY_SHAPE, "--plot", "plots/processes.png"]
+COMMON = ["--data", "data/toy", *TOY_SHAPE]
 STOP = ["--target-loss", "100"]  # one step after the first line of the log, since losses are looked at that late
 
 

@@ -97,7 +97,7 @@ def test_hellaswag_takes_the_likeliest_ending(reference, folder):
     assert "0.2859" in succeed(folder, *arguments)
     (folder / "h.jsonl").write_text('{"ctx": "a", "endings": ["b"], "label": 0}')
     bad = run_script(folder, *arguments)
-    assert bad.returncode == 1 and "h.jsonl, line 1: wanted `ctx`" in bad.stderr.splitlines()[-1]
+    assert bad.returncode == 1 and "h.jsonl, line 1: expected `ctx`" in bad.stderr.splitlines()[-1]
 
 
 def test_hellaswag_comes_from_the_hub_where_no_file_is_named(serve, folder, tmp_path):

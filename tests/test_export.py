@@ -168,7 +168,7 @@ def test_the_card_says_how_it_was_trained(toy, tmp_path):
 
 
 def test_an_adapter_is_merged(toy, tmp_path):
-    quick = ["--max-steps", "2", "--batch-size", "4", "--device", "cpu", "--plot", tmp_path / "x.png"]
+    quick = ["--max-steps", "2", "--batch-size", "4", "--device", "cpu"]
     adapter = tmp_path / "lora.pt"
     arguments = ["--model", "checkpoints/toy.pt", "--data", "data/toy", "--out", adapter, "--learning-rate", "0.1"]
     succeed(toy, "train_sft.py", *arguments, "--warmup-steps", "0", "--lora-rank", "2", "--keep", "last", *quick)

@@ -39,7 +39,7 @@ def test_the_compiled_model_trains_like_the_eager_one_and_compiles_once(toy, mon
     for how in ("off", "on"):
         result = run_script(
             toy, script, "--data", "data/toy", "--out", f"checkpoints/compile_{how}.pt", *start, "--max-steps", "10",
-            "--eval-every", "5", "--compile", how, "--plot", "plots/compile.png", "--overwrite", "--device", "cpu",
+            "--eval-every", "5", "--compile", how, "--overwrite", "--device", "cpu",
             "--batch-size", "8",
         )  # fmt: skip
         assert result.returncode == 0, result.stderr[-3000:]
@@ -98,7 +98,7 @@ def test_fifty_kills_leave_a_checkpoint_that_resumes(toy):
     arguments = [
         "--data", "data/toy", "--out", "checkpoints/kills.pt", "--n-layer", "2", "--n-head", "4", "--n-embd", "256",
         "--block-size", "32", "--batch-size", "2", "--device", "cpu", "--max-steps", "100000", "--warmup-steps", "0",
-        "--save-every", "1", "--eval-every", "5", "--eval-tokens", "64", "--log-every", "1", "--plot", "plots/k.png",
+        "--save-every", "1", "--eval-every", "5", "--eval-tokens", "64", "--log-every", "1",
     ]  # fmt: skip
     last, rng, while_writing, step = toy / "checkpoints/kills.last.pt", random.Random(0), 0, 0
     for i in range(50):

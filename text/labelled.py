@@ -21,6 +21,25 @@ class Example:
     label: str
 
 
+def read_examples(path: Path | None, dataset: str, text_column: str, label_column: str) -> list[Example]:
+    """Returns the labelled texts of a file, or of a data set of the Hub, and prints what was dropped.
+
+    Raises UserError if nothing is left.
+    """
+    notes = Notes()
+    if path:
+        examples = read_table(path, text_column, label_column, notes)
+    elif dataset == "sms-spam":
+        examples = from_hub("ucirvine/sms_spam", "sms", "label", notes)
+    else:
+        examples = from_hub(dataset, text_column, label_column, notes)
+    for line in notes.lines():
+        print(line)
+    if not examples:
+        raise UserError(f"{path or dataset} holds no labelled text{notes.in_brackets()}")
+    return examples
+
+
 def read_table(path: Path, text_column: str, label_column: str, notes: Notes) -> list[Example]:
     """Returns the rows of a .csv, .tsv, .jsonl, .json or .parquet file; those that are dropped are noted.
 
@@ -87,15 +106,6 @@ def split(examples: list[Example], val_fraction: float, test_fraction: float, se
         name: [part[i] for i in random.permutation(len(part))]
         for name, part in zip(SPLITS, (train, val, test), strict=True)
     }
-
-
-def balance(examples: list[Example], seed: int) -> list[Example]:
-    """Returns as many examples of each label as the rarest has, drawn by seed."""
-    random, by_label = np.random.default_rng(seed), {}
-    for example in examples:
-        by_label.setdefault(example.label, []).append(example)
-    n = min(map(len, by_label.values()))
-    return [rows[i] for _, rows in sorted(by_label.items()) for i in random.choice(len(rows), n, replace=False)]
 
 
 def counts(examples: list[Example]) -> str:

@@ -40,6 +40,41 @@ def read_token_meta(folder: Path) -> dict:
     return {"files": names, "tokenizer": "gpt2", "splits": {}}
 
 
+def is_prepared_from(folder: Path, source: str) -> bool:
+    """Whether prepare_data.py made the data in a folder from this data set or this one file, and nothing else."""
+    meta = folder / "meta.json"
+    return meta.exists() and read_meta(meta, "prepare_data.py").get("source") in (source, [source])
+
+
+def require_ids_below(ids: np.ndarray, vocab_size: int, where: object) -> None:
+    """Raises UserError, naming the place, if ids (n,) hold one that a vocabulary lacks; reads them in slices."""
+    for start in range(0, len(ids), 1 << 24):
+        part = ids[start : start + (1 << 24)]
+        if part.max() >= vocab_size:
+            at = start + int(np.argmax(part >= vocab_size))
+            raise UserError(
+                f"{where} holds the id {ids[at]} (token {at:,}), which a vocabulary of {vocab_size:,} does not have: "
+                "prepare the data with the model's tokenizer"
+            )
+
+
+def read_prepared_tokens(path: Path, tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+    """Returns the ids of one token file (.bin), or of the validation split in a folder, uint16 (n,).
+
+    Raises UserError if the folder was prepared with another tokenizer, or if the file holds ids that a vocabulary
+    lacks.
+    """
+    if path.suffix == ".bin":
+        ids = read_tokens(path)
+    else:
+        meta = read_token_meta(path)
+        if (found := load_beside(path, meta).name) != tokenizer.name:
+            raise UserError(f"{path} was prepared with the tokenizer {found}, the model has {tokenizer.name}")
+        ids = np.concatenate([read_tokens(path / name) for name in meta["files"] if "val" in name])
+    require_ids_below(ids, vocab_size, path)
+    return ids
+
+
 def read_tokens(path: Path) -> np.ndarray:
     """Opens a token file as a read-only uint16 memory map; a llm.c / modded-nanogpt shard loses its header.
 

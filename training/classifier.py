@@ -1,4 +1,6 @@
-"""A GPT that tells labels apart."""
+"""A GPT that classifies texts: their batches, what trains, predictions, and the test at the end."""
+
+from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,29 +13,29 @@ from torch import Tensor
 
 from model import GPT
 from system.device import autocast, choose_device, choose_dtype
-from system.errors import UserError
+from system.errors import UserError, require
 from text.labelled import Example
 from text.tokenizer import Tokenizer
+from training.config import TrainerConfig
 from training.loader import Batch, Epochs, stack
+from training.plots import draw_confusion_matrix
+from training.state import TrainingState
 from weights import checkpoint
 
 
 def encode(text: str, tokenizer: Tokenizer, block_size: int) -> list[int]:
-    """Returns the ids of a text, cut to `block_size`, the last of which is `<|endoftext|>`.
+    """Returns the ids of a text, cut so that they end with `<|endoftext|>` and fit into `block_size`.
 
-    That is the token where a classification is read off, as in the first GPT (Radford et al. 2018). Raises UserError
-    for a text of nothing but white space.
+    The model classifies at that last token, as in the first GPT (Radford et al. 2018). Raises UserError for an empty
+    text.
     """
     if not (text := text.strip()):
         raise UserError("an empty text cannot be classified")
     return [*tokenizer.encode(text[: 64 * block_size])[: block_size - 1], tokenizer.end_of_text]
 
 
-class Examples(Epochs):
-    """Labelled texts as batches: of each row only the last position counts, and its target is the label.
-
-    With `weights`, texts of a rare label count as often as makes all labels count about the same.
-    """
+class LabelledTexts(Epochs):
+    """Labelled texts as batches. Only the last position of a text counts, and its target is the label's index."""
 
     def __init__(
         self,
@@ -43,22 +45,44 @@ class Examples(Epochs):
         block_size: int,
         batch_size: int = 1,
         seed: int = 0,
-        weights: bool = False,
+        class_weights: bool = False,
     ):
+        """`class_weights` weights the loss of each text by the inverse frequency of its label."""
         self.ids = [encode(example.text, tokenizer, block_size) for example in examples]
         self.classes = np.array([labels.index(example.label) for example in examples])
         self.lengths = np.array([len(ids) for ids in self.ids])
-        n = np.bincount(self.classes, minlength=len(labels))
-        self.times = np.round(n.max() / n.clip(1)).astype(int) if weights else np.ones(len(labels), dtype=int)
+        self.n_full = int((self.lengths == block_size).sum())
+        """texts that fill the context"""
+        n = np.bincount(self.classes, minlength=len(labels)).clip(1)
+        self.weights = n.max() / n if class_weights else None
         self.batch_size, self.seed = batch_size, seed
 
-    def _row(self, i):
-        return _row(self.ids[i], self.classes[i], self.times[self.classes[i]])
+    def row(self, i: int) -> Batch:
+        """Returns text `i` as a Batch of one row."""
+        label = int(self.classes[i])
+        weight = None if self.weights is None else torch.tensor([self.weights[label]], dtype=torch.float32)
+        return one_row(self.ids[i], label, weight)
 
 
-def _row(ids, target=0, times=1):
+def one_row(ids: list[int], label: int = 0, weight: Tensor | None = None) -> Batch:
+    """Returns a Batch of one text in which the last position counts."""
     tokens = torch.tensor([ids])
-    return Batch(tokens, torch.full_like(tokens, int(target)), torch.tensor([len(ids) - 1] * times))
+    return Batch(tokens, torch.full_like(tokens, label), torch.tensor([len(ids) - 1]), weight)
+
+
+def freeze(model: GPT, train_layers: str | int) -> None:
+    """Freezes a model except its head and, if `train_layers` is a number, that many last blocks and the final
+    LayerNorm; "all" freezes nothing, "head" everything but the head. Raises UserError for more blocks than there are.
+    """
+    if train_layers == "all":
+        return
+    n = 0 if train_layers == "head" else int(train_layers)
+    require(0 <= n <= len(model.h), f"--train-layers {n}: the model has {len(model.h)} blocks")
+    model.requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    if n:
+        model.h[-n:].requires_grad_(True)
+        model.ln_f.requires_grad_(True)
 
 
 @dataclass(frozen=True)
@@ -72,32 +96,67 @@ class Classifier:
     dtype: torch.dtype = torch.float32
 
     @classmethod
-    def load(cls, path: str | Path, device: str = "auto", dtype: str = "auto") -> "Classifier":
-        """Loads a checkpoint of train_classifier.py. Raises UserError where there is none, or no such device."""
-        state, place = checkpoint.load(path, kinds=("classifier",)), choose_device(device)
-        model = checkpoint.build(state, path, place)
-        return cls(model, checkpoint.tokenizer(state), state["labels"], place, choose_dtype(dtype, place))
+    def load(cls, path: str | Path, device: str = "auto", dtype: str = "auto") -> Classifier:
+        """Loads a checkpoint of train_classifier.py. Raises UserError if there is none, or no such device."""
+        state, chosen = checkpoint.load(path, kinds=("classifier",)), choose_device(device)
+        model = checkpoint.build(state, path, chosen)
+        return cls(model, checkpoint.tokenizer(state), state["labels"], chosen, choose_dtype(dtype, chosen))
+
+    @classmethod
+    def of_run(cls, state: TrainingState, tokenizer: Tokenizer, labels: list[str]) -> Classifier:
+        """Returns the classifier that a run trains, as it is now."""
+        return cls(state.model, tokenizer, labels, state.processes.device, state.dtype)
 
     def probabilities(self, texts: Iterable[str], batch_size: int = 32) -> Iterator[Tensor]:
         """Yields for each text the float32 probabilities (n_classes,) of the labels, on the CPU.
 
-        A text longer than the context is judged by its beginning. Raises UserError for an empty one.
+        A text longer than the context is judged by its beginning. Raises UserError for an empty text.
         """
         ids = (encode(text, self.tokenizer, self.model.config.block_size) for text in texts)
         while batch := list(islice(ids, batch_size)):
             yield from self._probabilities(batch)
 
+    def predict(self, texts: Iterable[str]) -> list[str]:
+        """Returns the likeliest label of each text."""
+        return [self.labels[int(p.argmax())] for p in self.probabilities(texts)]
+
     def show(self, examples: list[Example]) -> list[dict[str, str]]:
-        """Returns of each example its text as `input`, its label as `expected`, and what the model says as `output`."""
-        best = [p.max(dim=0) for p in self.probabilities(example.text for example in examples)]
-        return [
-            {"input": e.text, "expected": e.label, "output": f"{self.labels[label]} ({p:.3f})"}
-            for e, (p, label) in zip(examples, best, strict=True)
-        ]
+        """Returns the text of each example as `input`, its label as `expected`, and the prediction as `output`."""
+        shown = []
+        for example, p in zip(examples, self.probabilities(example.text for example in examples), strict=True):
+            output = f"{self.labels[int(p.argmax())]} ({p.max():.3f})"
+            shown.append({"input": example.text, "expected": example.label, "output": output})
+        return shown
 
     @torch.inference_mode()
-    def _probabilities(self, ids):
-        batch = stack([_row(text) for text in ids], longest=self.model.config.block_size).to(self.device)
+    def _probabilities(self, texts: list[list[int]]) -> Tensor:
+        batch = stack([one_row(ids) for ids in texts], self.model.config.block_size).to(self.device)
         with autocast(self.device, self.dtype):
             last = self.model.hidden(batch.tokens).flatten(0, 1)[batch.counted]  # (B, C)
             return self.model.lm_head(last).float().softmax(dim=-1).cpu()
+
+
+def test(config: TrainerConfig, examples: list[Example]) -> None:
+    """Tests the saved weights on examples that nothing was chosen by, and adds the figures to the checkpoint.
+
+    Prints precision, recall and F1 of each label, accuracy and balanced accuracy, and draws the confusion matrix.
+    """
+    from sklearn import metrics
+
+    classifier = Classifier.load(config.out, config.device, config.dtype)
+    labels, expected = classifier.labels, [example.label for example in examples]
+    predicted = classifier.predict(example.text for example in examples)
+    options = {"labels": labels, "zero_division": 0.0}
+    figures = {
+        "accuracy": metrics.accuracy_score(expected, predicted),
+        "balanced_accuracy": metrics.balanced_accuracy_score(expected, predicted),
+        "classes": metrics.classification_report(expected, predicted, output_dict=True, **options),
+        "confusion": metrics.confusion_matrix(expected, predicted, labels=labels).tolist(),
+    }
+    print(f"\ntest on {len(examples):,} texts, which were used neither for training nor for choosing the weights:")
+    print(metrics.classification_report(expected, predicted, digits=4, **options))
+    print(f"accuracy {figures['accuracy']:.4f}, balanced accuracy {figures['balanced_accuracy']:.4f}")
+    checkpoint.save(config.out, {**checkpoint.load(config.out, kinds=("classifier",)), "test": figures})
+    plot_path = config.plot_path("confusion")
+    draw_confusion_matrix(expected, predicted, labels, plot_path)
+    print(f"confusion matrix in {plot_path}; now try: python classify.py --model {config.out} 'a text'")

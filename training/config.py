@@ -1,4 +1,6 @@
-"""The options that every training script shares."""
+"""The options that the training scripts share, in the groups that `--help` shows."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,83 +10,114 @@ from system.errors import require, require_at_least
 
 
 @dataclass(frozen=True)
-class TrainerConfig:
-    """The options that every training script shares; `trainer.py` is their one reader."""
+class OutputOptions:
+    """output"""
 
-    memory_savers: ClassVar[str] = "larger --grad-accum-steps, a smaller --batch-size or a "
-
-    data: Path = Path("data")
-    """folder of prepared data"""
     out: Path = Path("checkpoints/pretrained.pt")
-    """checkpoint to write; its log and the file that --resume continues from stand beside it"""
-    plot: Path = Path("plots/pretrain_loss.png")
-    """loss curves, redrawn as training goes on"""
+    """checkpoint to write; the log, the plot and the file for --resume are named after it"""
     resume: bool = False
     """continue an interrupted run"""
     overwrite: bool = False
     """replace an existing checkpoint"""
+
+    @property
+    def last_path(self) -> Path:
+        """The file that `--resume` continues from: `checkpoints/pretrained.last.pt`."""
+        return self.out.with_suffix(".last.pt")
+
+    @property
+    def log_path(self) -> Path:
+        """The log, one JSON object per line: `checkpoints/pretrained.jsonl`."""
+        return self.out.with_suffix(".jsonl")
+
+    def plot_path(self, what: str = "loss") -> Path:
+        """A plot: `plots/demo_sft_loss.png` for `checkpoints/demo/sft.pt`, otherwise beside the checkpoint."""
+        first, *others = self.out.with_suffix("").parts
+        if first == "checkpoints":
+            return Path("plots") / f"{'_'.join(others)}_{what}.png"
+        return self.out.with_name(f"{self.out.stem}_{what}.png")
+
+
+@dataclass(frozen=True)
+class OptimizationOptions:
+    """optimization"""
+
     max_steps: int = 80_000
     """optimizer steps"""
     batch_size: int = 64
     """sequences per optimizer step, over all processes"""
     grad_accum_steps: int | Literal["auto"] = "auto"
-    """micro-batches per step and process; auto takes the fewest that fit the GPU's memory"""
-    grad_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, about a third more time"""
+    """micro-batches per step and process; auto takes the fewest that fit into the GPU's memory"""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon trains the hidden matrices with Muon, the rest with AdamW"""
+    """muon trains the matrices inside the blocks with Muon, everything else with AdamW"""
     learning_rate: float = 6e-4
-    """highest learning rate"""
+    """peak learning rate"""
     min_lr: float = 6e-5
     """learning rate at the last step, reached along a cosine"""
     warmup_steps: int = 2_000
     """steps over which the learning rate rises from 0"""
     weight_decay: float = 0.1
     """decoupled weight decay, on matrices only"""
-    beta1: float = 0.9
-    """AdamW's decay of the mean gradient"""
     beta2: float = 0.95
-    """AdamW's decay of the mean squared gradient"""
+    """AdamW's decay rate of the mean squared gradient"""
     grad_clip: float = 1.0
     """largest gradient norm; 0 turns clipping off"""
+    patience: int = 0
+    """stop after this many evaluations without improvement; 0 never stops"""
+    target_loss: float = 0.0
+    """stop when the training loss, averaged between two lines of the log, reaches this value"""
+    seed: int = 1337
+    """seed of the weights, the data order and dropout"""
+
+
+@dataclass(frozen=True)
+class LoggingOptions:
+    """evaluation, logging and saving"""
+
     eval_every: int = 1_000
     """steps between evaluations"""
     eval_tokens: int = 1_000_000
-    """validation tokens an evaluation looks at, at most"""
-    save_every: int = 1_000
-    """steps between saves of what --resume needs"""
-    snapshot_every: int = 0
-    """steps between snapshots that are kept; 0 for none"""
+    """validation tokens per evaluation, at most"""
     log_every: int = 10
     """steps between lines of the log"""
+    save_every: int = 1_000
+    """steps between saves of the file for --resume"""
+    snapshot_every: int = 0
+    """steps between snapshots of the weights, all of which are kept; 0 for none"""
     keep: Literal["best", "last"] = "best"
-    """which weights --out holds: the best by validation loss, or the latest"""
-    patience: int = 0
-    """stop after this many evaluations without improvement; 0 never"""
-    target_loss: float = 0.0
-    """stop at this loss"""
-    target_loss_on: Literal["train", "val"] = "train"
-    """which loss --target-loss means: the mean training loss between two lines of the log, or the validation loss"""
-    sample_prompt: str = ""
-    """print what the model makes of this text at each evaluation"""
+    """the weights in --out: best has the lowest validation loss, last is the latest evaluation's"""
     tensorboard: bool = False
     """write the log for TensorBoard too"""
     wandb: bool = False
     """send the log to Weights & Biases too"""
-    seed: int = 1337
-    """of the weights, the data order and dropout"""
+
+
+@dataclass(frozen=True)
+class HardwareOptions:
+    """hardware"""
+
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """precision of the forward pass; auto takes bfloat16 where the GPU has it, float32 on the CPU"""
+    """precision of the forward pass; auto takes bfloat16 if the GPU has it, float32 on the CPU"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto is on for CUDA"""
+    """torch.compile; auto compiles on CUDA"""
+    grad_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, about a third more time"""
 
-    def __post_init__(self):
+
+@dataclass(frozen=True)
+class TrainerConfig(OutputOptions, OptimizationOptions, LoggingOptions, HardwareOptions):
+    """The options that every training script shares."""
+
+    memory_savers: ClassVar[str] = "larger --grad-accum-steps, a smaller --batch-size or a "
+
+    def __post_init__(self) -> None:
+        require(self.out.suffix == ".pt", f"--out {self.out} must end in .pt")
         require_at_least(1, self, "max_steps", "batch_size", "eval_every", "save_every", "log_every", "eval_tokens")
         require_at_least(0, self, "learning_rate", "min_lr", "warmup_steps", "weight_decay", "grad_clip")
         require_at_least(0, self, "snapshot_every", "patience", "target_loss", "seed")
         require(self.seed < 2**63, "--seed must be below 2^63")
-        require(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "--beta1 and --beta2 must be at least 0 and below 1")
+        require(0 <= self.beta2 < 1, "--beta2 must be at least 0 and below 1")
         require(self.grad_accum_steps == "auto" or self.grad_accum_steps >= 1, "--grad-accum-steps must be at least 1")
         require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")

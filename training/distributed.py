@@ -1,41 +1,80 @@
-"""A model in slices, one on each process (ZeRO, Rajbhandari et al. 2019), by PyTorch's `fully_shard`."""
+"""The processes that train one model: their ranks, their sums, and copies of the model that stay equal (DDP).
+
+The only file that knows how many processes there are. `torchrun` starts them; `training/sharding.py` cuts a model into
+slices (FSDP).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map_only
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from model import GPT
-
-
-def shard(model: GPT, device: torch.device, compiled: bool) -> None:
-    """Leaves each process a slice of every parameter, on the device: a layer is whole only while it computes."""
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for part in (*model.h, model):
-        if compiled and part is not model:
-            part.compile()
-        fully_shard(part, mesh=mesh)
+from system.device import choose_device
+from system.errors import UserError
 
 
-def shard_state(state: dict, optimizer: torch.optim.Optimizer) -> dict:
-    """Returns the state of an optimizer, saved whole, cut as the optimizer's parameters are."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+@dataclass(frozen=True)
+class Processes:
+    """This process, and how many others train with it; by default it is alone."""
 
-    def cut(value, parameter):
-        is_like_it = value.shape == parameter.shape
-        return distribute_tensor(value, parameter.device_mesh, parameter.placements) if is_like_it else value
+    device: torch.device = torch.device("cpu")
+    rank: int = 0
+    world_size: int = 1
 
-    cut_state = {i: {k: cut(v, parameters[i]) for k, v in values.items()} for i, values in state["state"].items()}
-    return {**state, "state": cut_state}
+    @classmethod
+    def join(cls, device_name: str) -> Processes:
+        """Joins the processes that `torchrun` started, if it did, each with a GPU of its own.
+
+        Raises UserError if there is no such device.
+        """
+        rank, world_size, local_rank = (
+            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        )
+        if world_size == 1:
+            return cls(choose_device(device_name))
+        if device_name in ("auto", "cuda") and torch.cuda.is_available():
+            device_name = f"cuda:{local_rank}"
+        device = choose_device(device_name)
+        gpu = device if device.type == "cuda" else None
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
+        return cls(device, rank, world_size)
+
+    def leave(self) -> None:
+        """Ends the group, after all processes have arrived here."""
+        if self.world_size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
+    def require_divisible(self, batch_size: int) -> None:
+        """Raises UserError if the sequences of a batch do not divide evenly among the processes."""
+        if batch_size % self.world_size:
+            raise UserError(f"--batch-size {batch_size} does not divide among {self.world_size} processes")
+
+    def sum_in_place(self, tensor: Tensor) -> None:
+        """Replaces a tensor by its sum over the processes."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process."""
+        if self.world_size == 1:
+            return flag
+        total = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(total, dist.ReduceOp.MAX)
+        return bool(total.item())
 
 
-def gather(state: dict) -> dict:
-    """Returns a checkpoint with its sharded tensors whole, on the CPU of process 0; the others get None for them."""
+def replicate(model: nn.Module, processes: Processes) -> nn.Module:
+    """Returns the module to call in training: the model itself, or DDP around it, which averages gradients."""
+    return DistributedDataParallel(model) if processes.world_size > 1 else model
 
-    def whole(tensor):
-        tensor = tensor.full_tensor()
-        return tensor.cpu() if dist.get_rank() == 0 else None
 
-    return tree_map_only(DTensor, whole, state)
+def local_gradients(module: nn.Module, on: bool) -> contextlib.AbstractContextManager[None]:
+    """Returns the context for a backward pass; if `on`, DDP does not exchange its gradients yet."""
+    return module.no_sync() if on and isinstance(module, DistributedDataParallel) else contextlib.nullcontext()

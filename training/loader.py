@@ -1,96 +1,138 @@
 """Token files → batches. Batch `k` is a pure function of (seed, k), whatever ran before and on how many processes."""
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from model import GPTConfig
 from system.errors import UserError
-from text.token_files import memory_map, read_tokens
+from text.token_files import memory_map, read_tokens, require_ids_below
+
+PADDING_MULTIPLE = 64
+"""Rows of different lengths are padded to a multiple of this many positions, so that few shapes occur."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on its way to the model."""
+    """Rows of tokens for one forward pass."""
 
     tokens: Tensor
     """int64 (B, T)"""
     targets: Tensor
-    """int64 (B, T): the token that follows each position."""
-    counted: Tensor | None
-    """int64: flat indices into B·T of the positions whose loss counts; None for all."""
+    """int64 (B, T): the token that follows each position"""
+    counted: Tensor | None = None
+    """int64: indices into the flat B * T positions whose loss counts; None for all"""
+    weights: Tensor | None = None
+    """float32: a weight of the loss for each counted position; None for 1"""
 
     @property
-    def n_counted(self) -> int:
-        """Number of positions whose loss counts."""
+    def total_weight(self) -> float:
+        """What the summed loss is divided by: the number of counted positions, or the sum of their weights."""
+        if self.weights is not None:
+            return float(self.weights.sum())
         return self.targets.numel() if self.counted is None else self.counted.numel()
 
-    def to(self, device: torch.device) -> "Batch":
-        """Moves the batch to a device, asynchronously on CUDA."""
+    def to(self, device: torch.device) -> Batch:
+        """Moves the batch to a device; on CUDA asynchronously, through pinned memory."""
 
-        def move(tensor):
-            if tensor is None or device.type != "cuda":
-                return tensor if tensor is None else tensor.to(device)
-            return tensor.pin_memory().to(device, non_blocking=True)
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
-        return Batch(move(self.tokens), move(self.targets), move(self.counted))
+        return Batch(
+            move(self.tokens),
+            move(self.targets),
+            None if self.counted is None else move(self.counted),
+            None if self.weights is None else move(self.weights),
+        )
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one optimizer step learns from."""
+
+    micro_batches: list[Batch]
+    """this rank's share"""
+    total_weight: float
+    """counted positions of the batch, over all ranks"""
+    n_tokens: int
+    """tokens of the batch, over all ranks"""
 
 
 class Windows:
-    """Random windows of `block_size` tokens out of one or more token files; none crosses a file's end."""
+    """Random windows of `block_size` tokens out of one or more token files; none crosses the end of a file."""
+
+    bytes_per_token: float | None = None
+    """UTF-8 bytes of text per token, which turn losses into bits per byte"""
 
     def __init__(self, paths: list[Path], block_size: int, batch_size: int, seed: int):
-        """Raises UserError for files that are missing, damaged or altogether too short."""
-        self.shards = [read_tokens(path) for path in paths]
+        """Raises UserError for files that are missing or damaged."""
+        self.paths, self.shards = paths, [read_tokens(path) for path in paths]
         self.block_size, self.batch_size, self.seed = block_size, batch_size, seed
-        starts = [max(0, len(shard) - block_size) for shard in self.shards]  # first positions a window can have
-        self.first = np.concatenate([[0], np.cumsum(starts)])
-        self.paths = paths
+        n_starts = [max(0, len(shard) - block_size) for shard in self.shards]  # positions where a window can start
+        self.first_start = np.concatenate([[0], np.cumsum(n_starts)])
+
+    @classmethod
+    def from_folder(
+        cls, folder: Path, meta: dict[str, Any], split: str, shape: GPTConfig, batch_size: int, seed: int
+    ) -> Windows:
+        """Opens the "train" or "val" files of a folder with its `meta.json`.
+
+        Raises UserError if they do not fit the meta file, or if they hold ids that the model's vocabulary lacks.
+        """
+        paths = [folder / name for name in meta["files"] if split in name]
+        data = cls(paths, shape.block_size, batch_size, seed)
+        counts = meta["splits"].get(split)
+        if counts is None:  # files of nanoGPT and others, which have no meta.json
+            for path, shard in zip(paths, data.shards, strict=True):
+                require_ids_below(shard, shape.vocab_size, path)
+        elif counts["tokens"] != data.n_tokens:
+            raise UserError(f"{folder} is damaged, its {split} files do not fit its meta.json: prepare the data again")
+        elif counts.get("bytes"):
+            data.bytes_per_token = counts["bytes"] / data.n_tokens
+        return data
 
     @property
     def n_tokens(self) -> int:
         """Tokens in all files."""
         return sum(map(len, self.shards))
 
-    def require_ids_below(self, vocab_size: int) -> None:
-        """Reads all files. Raises UserError, naming file and place, for an id that the model's vocabulary lacks."""
-        for path, shard in zip(self.paths, self.shards, strict=True):
-            for start in range(0, len(shard), 1 << 24):
-                part = shard[start : start + (1 << 24)]
-                if part.max() >= vocab_size:
-                    at = start + int(np.argmax(part >= vocab_size))
-                    raise UserError(
-                        f"{path} holds the id {shard[at]} (token {at:,}), which a vocabulary of {vocab_size:,} "
-                        "does not have: prepare the data with the model's tokenizer"
-                    )
+    @property
+    def batches_per_epoch(self) -> float:
+        """Batches that hold as many tokens as the files."""
+        return self.n_tokens / self.batch_size / self.block_size
 
     def batch(self, step: int) -> list[Batch]:
-        """Returns the global batch of a step, one Batch of one row per sequence."""
-        if self.first[-1] == 0:
+        """Returns the global batch of a step, one Batch of one row for each sequence."""
+        if self.first_start[-1] == 0:
             raise UserError(
                 f"{self.paths[0]} has {self.n_tokens} tokens, too few for windows of {self.block_size}: "
                 "use more text or a smaller --block-size"
             )
         random = np.random.Generator(np.random.Philox(key=[self.seed, step]))
-        windows = random.integers(self.first[-1], size=self.batch_size)
-        shards = np.searchsorted(self.first, windows, side="right") - 1
+        starts = random.integers(self.first_start[-1], size=self.batch_size)
+        shards = np.searchsorted(self.first_start, starts, side="right") - 1
         return [
             self._row(self.shards[i][start : start + self.block_size + 1])
-            for i, start in zip(shards, windows - self.first[shards], strict=True)
+            for i, start in zip(shards, starts - self.first_start[shards], strict=True)
         ]
 
     def largest_batch(self) -> list[Batch]:
-        """Returns a batch: all take the same memory."""
+        """Returns a batch that needs the most memory; windows are all of one size."""
         return self.batch(0)
 
     def in_order(self, max_tokens: int | None = None) -> Iterator[Batch]:
-        """Yields the files from end to end as windows that score every token once (but for each file's first).
+        """Yields the files from end to end as windows that score every token once, except the first of each file.
 
-        With `max_tokens`, evenly spaced windows with about that many tokens. The last window of a file may be short.
+        `max_tokens` selects evenly spaced windows with about that many tokens. The last window of a file may be short.
         """
         windows = [(shard, start) for shard in self.shards for start in range(0, len(shard) - 1, self.block_size)]
         if max_tokens and len(windows) * self.block_size > max_tokens:
@@ -99,21 +141,25 @@ class Windows:
             yield self._row(shard[start : start + self.block_size + 1])
 
     @staticmethod
-    def _row(window):
+    def _row(window: np.ndarray) -> Batch:
         row = torch.from_numpy(window.astype(np.int64))
-        return Batch(row[None, :-1], row[None, 1:], None)
+        return Batch(row[None, :-1], row[None, 1:])
 
 
 class Epochs:
-    """Sequences in epochs that visit every one once, in random order but grouped by length.
+    """Sequences in epochs: each epoch visits every sequence once, in random order but grouped by length.
 
-    To be derived from: `self.lengths` (tokens of each), `batch_size`, `seed`, and `_row(i)`, which gives one as a Batch
-    of one row.
+    A subclass sets `lengths` (tokens of each sequence), `batch_size` and `seed`, and implements `row`.
     """
 
     lengths: np.ndarray
     batch_size: int
     seed: int
+    bytes_per_token: float | None = None
+
+    def row(self, i: int) -> Batch:
+        """Returns sequence `i` as a Batch of one row."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -125,15 +171,15 @@ class Epochs:
 
     @property
     def batches_per_epoch(self) -> int:
-        """Optimizer steps in an epoch, the last perhaps on a smaller batch."""
+        """Optimizer steps per epoch; the last batch may be smaller."""
         return -(-len(self) // self.batch_size)
 
     def batch(self, step: int) -> list[Batch]:
-        """Returns the global batch of a step, one Batch of one row per sequence."""
+        """Returns the global batch of a step, one Batch of one row for each sequence."""
         epoch, index = divmod(step, self.batches_per_epoch)
         random = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
         order = random.permutation(len(self))
-        pool = 50 * self.batch_size  # sorting within pools keeps the order random and the padding low
+        pool = 50 * self.batch_size  # sorting inside pools keeps the order random and the padding short
         order = np.concatenate(
             [
                 part[np.argsort(self.lengths[part], kind="stable")]
@@ -141,27 +187,27 @@ class Epochs:
             ]
         )
         batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
-        return [self._row(i) for i in batches[random.permutation(len(batches))[index]]]
+        return [self.row(i) for i in batches[random.permutation(len(batches))[index]]]
 
     def largest_batch(self) -> list[Batch]:
-        """Returns a batch of the longest sequences, the longest first, in which all counts: none takes more memory."""
-        rows = [self._row(i) for i in np.argsort(-self.lengths)[: self.batch_size]]
-        return [replace(row, counted=torch.arange(row.tokens.size(1))) for row in rows]
+        """Returns a batch that needs the most memory: the longest sequences, with loss at every position."""
+        rows = [self.row(i) for i in np.argsort(-self.lengths)[: self.batch_size]]
+        return [Batch(row.tokens, row.targets, torch.arange(row.tokens.size(1))) for row in rows]
 
     def in_order(self, max_tokens: int | None = None) -> Iterator[Batch]:
-        """Yields every sequence once, in order; with `max_tokens`, the first that have about as many."""
+        """Yields every sequence once, in order; `max_tokens` stops after the first that have about as many."""
         before = np.cumsum(self.lengths) - self.lengths
         for i in range(len(self)):
             if max_tokens and before[i] >= max_tokens:
                 return
-            yield self._row(i)
+            yield self.row(i)
 
 
 class Conversations(Epochs):
-    """Whole conversations, each from position 0, with loss where the assistant speaks."""
+    """Whole conversations, each from position 0, with loss on the assistant's tokens."""
 
     def __init__(self, folder: Path, split: str, block_size: int, batch_size: int, seed: int):
-        """Reads `sft_{split}.bin`, its mask and its index. Raises UserError where they are missing or do not match."""
+        """Reads `sft_{split}.bin`, its mask and its index. Raises UserError if they are missing or do not match."""
         self.tokens = read_tokens(folder / f"sft_{split}.bin")
         self.mask = memory_map(folder / f"sft_{split}_mask.bin", np.uint8)
         self.offsets = np.array(memory_map(folder / f"sft_{split}_index.bin", np.uint64), dtype=np.int64)
@@ -181,7 +227,8 @@ class Conversations(Epochs):
         return self.tokens[span], self.mask[span]
 
     def first_exchanges(self, n: int) -> list[tuple[list[int], list[int]]]:
-        """Returns of the first `n` conversations the ids before the assistant's first answer, and those of it."""
+        """Returns, for each of the first `n` conversations, the ids before the assistant's first answer, and the ids of
+        that answer."""
         exchanges = []
         for tokens, mask in map(self.conversation, range(min(n, len(self)))):
             start = int(np.argmax(mask))
@@ -189,17 +236,18 @@ class Conversations(Epochs):
             exchanges.append((tokens[:start].tolist(), tokens[start:end].tolist()))
         return exchanges
 
-    def _row(self, i):
+    def row(self, i: int) -> Batch:
+        """Returns conversation `i` as a Batch of one row."""
         tokens, mask = self.conversation(i)
         row = torch.from_numpy(tokens.astype(np.int64))
         return Batch(row[None, :-1], row[None, 1:], torch.from_numpy(np.flatnonzero(mask[1:])))
 
 
 def strided(ids: np.ndarray, block_size: int, stride: int) -> Iterator[Batch]:
-    """Yields windows over ids (n,) in which every one but the first is scored exactly once.
+    """Yields windows over ids (n,) that score every id exactly once, except the first.
 
-    The first window scores all of its `block_size` positions, each later one its last `stride`, so that what stands
-    before them in the window is context; `stride` is at most `block_size`.
+    The first window scores all of its `block_size` positions. Each later window scores its last `stride` positions; the
+    tokens before them are context. `stride` is at most `block_size`.
     """
     scored = 1
     while scored < len(ids):
@@ -210,56 +258,64 @@ def strided(ids: np.ndarray, block_size: int, stride: int) -> Iterator[Batch]:
         scored = end
 
 
-def stack(rows: list[Batch], multiple: int = 64, longest: int | None = None) -> Batch:
-    """Stacks one-row batches into one; shorter rows are padded at the end, to a multiple of `multiple` positions.
+def stack(rows: list[Batch], max_length: int | None = None) -> Batch:
+    """Stacks one-row batches. Shorter rows are padded at the end, to a multiple of `PADDING_MULTIPLE` positions and at
+    most `max_length`, the model's context.
 
-    Padding comes after every real token and is not among `counted`, so it changes no loss. `longest` caps the length
-    (the model's context).
+    Padding stands behind all real tokens and is not counted, so it changes no loss.
     """
     lengths = [row.tokens.size(1) for row in rows]
     if all(row.counted is None for row in rows) and len(set(lengths)) == 1:
-        return Batch(torch.cat([row.tokens for row in rows]), torch.cat([row.targets for row in rows]), None)
-    T = min(-(-max(lengths) // multiple) * multiple, longest or 1 << 62)
+        return Batch(torch.cat([row.tokens for row in rows]), torch.cat([row.targets for row in rows]))
+    T = -(-max(lengths) // PADDING_MULTIPLE) * PADDING_MULTIPLE
+    if max_length is not None:
+        T = min(T, max_length)
     tokens, targets = (torch.zeros(len(rows), T, dtype=torch.int64) for _ in range(2))
     counted = []
     for i, row in enumerate(rows):
         tokens[i, : lengths[i]], targets[i, : lengths[i]] = row.tokens[0], row.targets[0]
         counted.append(i * T + (torch.arange(lengths[i]) if row.counted is None else row.counted))
-    return Batch(tokens, targets, torch.cat(counted))
+    weights = [row.weights for row in rows if row.weights is not None]
+    return Batch(tokens, targets, torch.cat(counted), torch.cat(weights) if weights else None)
 
 
 def micro_batches(
-    rows: list[Batch], n: int, rank: int = 0, world_size: int = 1, longest: int | None = None
+    rows: list[Batch], n: int, rank: int = 0, world_size: int = 1, max_length: int | None = None
 ) -> list[Batch]:
     """Returns this rank's share of a global batch in at most `n` micro-batches.
 
-    A rank for which an epoch's last batch leaves nothing gets a row of which nothing counts, to keep up with the rest.
+    A rank without rows gets one row in which nothing counts, so that collective calls match.
     """
-    share = rows[rank::world_size] or [replace(rows[0], counted=torch.zeros(0, dtype=torch.int64))]
+    share = rows[rank::world_size] or [replace(rows[0], counted=torch.zeros(0, dtype=torch.int64), weights=None)]
     size = -(-len(share) // n) or 1
-    return [stack(share[i : i + size], longest=longest) for i in range(0, len(share), size)]
+    return [stack(share[i : i + size], max_length) for i in range(0, len(share), size)]
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """Returns a seed for what is random in a step beside its batch; like the batch, a function of where a run is."""
+    """Returns the seed of a step's dropout: like the batch, a function of where the run stands."""
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
 
 
 class Prefetcher:
-    """Calls `load(step)` for one step ahead of the consumer, in a thread."""
+    """Loads the batch of the next step in a thread while the current step computes. A context manager."""
 
-    def __init__(self, load, step: int):
+    def __init__(self, load: Callable[[int], StepBatch], step: int):
+        """Starts to load the batch of `step`."""
         self.load, self.step = load, step
         self.thread = ThreadPoolExecutor(1)
         self.next = self.thread.submit(load, step)
 
-    def __call__(self, step: int):
-        """Returns `load(step)`; asking for the steps in order is what makes it fast."""
+    def get(self, step: int) -> StepBatch:
+        """Returns `load(step)`. It is ready early if steps are asked for in order."""
         result = self.next.result() if step == self.step else self.load(step)
         self.step = step + 1
         self.next = self.thread.submit(self.load, self.step)
         return result
 
-    def close(self) -> None:
-        """Ends the thread."""
+    def __enter__(self) -> Prefetcher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.thread.shutdown(cancel_futures=True)

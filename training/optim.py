@@ -1,31 +1,36 @@
-"""The optimizers: AdamW with GPT-2's rule for weight decay, and Muon for the hidden matrices."""
+"""The optimizers: AdamW with GPT-2's rule for weight decay, and Muon for the matrices inside the blocks."""
+
+from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model import GPT
 from training.config import TrainerConfig
 
 
 def build_optimizers(
-    model: GPT, name: str, learning_rate: float, betas: tuple[float, float], weight_decay: float
+    model: GPT, name: str, learning_rate: float, beta2: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """Returns [AdamW], or with `name` "muon" [Muon for the matrices inside the blocks, AdamW for the rest].
+    """Returns [AdamW], or if `name` is "muon" [Muon for the matrices inside the blocks, AdamW for the rest].
 
-    Weight decay falls on matrices and embeddings, not on biases and LayerNorms.
+    Matrices and embeddings decay; biases and LayerNorms do not. AdamW's beta1 is 0.9.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    hidden = {p for p in model.h.parameters() if p.dim() == 2 and p.requires_grad} if name == "muon" else set()
-    rest = [p for p in parameters if p not in hidden]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for_muon = [p for p in model.h.parameters() if p.requires_grad and p.dim() == 2] if name == "muon" else []
+    ids_for_muon = {id(p) for p in for_muon}
+    rest = [p for p in trained if id(p) not in ids_for_muon]
     groups = [
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
-    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=rest[0].device.type != "mps")
-    return [Muon([p for p in parameters if p in hidden], learning_rate, weight_decay), adamw] if hidden else [adamw]
+    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2), fused=rest[0].device.type != "mps")
+    return [Muon(for_muon, learning_rate, weight_decay), adamw] if for_muon else [adamw]
 
 
 def learning_rate_at(step: int, config: TrainerConfig) -> float:
@@ -38,21 +43,23 @@ def learning_rate_at(step: int, config: TrainerConfig) -> float:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum orthogonalised by Newton–Schulz (Jordan et al. 2024), in steps as large as AdamW's (Liu et al. 2025).
+    """Momentum orthogonalized by Newton–Schulz (Jordan et al. 2024), with steps as large as AdamW's (Liu et al. 2025).
 
-    The same update as `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`, with two differences that make it fast
-    everywhere: matrices of one shape are orthogonalised as one batch, and on the CPU in float32, since bfloat16 is
-    slow on most of them.
+    Computes the update of `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`. Two differences make it fast everywhere:
+    it orthogonalizes all matrices of one shape as one batch, and on the CPU it computes in float32, since bfloat16 is
+    slow on most CPUs.
     """
 
-    def __init__(self, params, lr: float, weight_decay: float = 0.1, momentum: float = 0.95):
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.1, momentum: float = 0.95
+    ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Updates every parameter that has a gradient."""
         for group in self.param_groups:
-            by_shape = defaultdict(list)
+            by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
                     by_shape[p.shape].append(p)
@@ -60,7 +67,7 @@ class Muon(torch.optim.Optimizer):
                 for p in params:
                     if not self.state[p]:
                         self.state[p]["momentum"] = torch.zeros_like(p)
-                gradients = torch.stack([p.grad for p in params])
+                gradients = torch.stack([p.grad for p in params if p.grad is not None])  # (n, rows, columns)
                 momenta = [self.state[p]["momentum"] for p in params]
                 torch._foreach_lerp_(momenta, list(gradients), 1 - group["momentum"])
                 nesterov = gradients.lerp_(torch.stack(momenta), group["momentum"])
@@ -70,12 +77,13 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Returns matrices (n, rows, columns) with singular values near 1, by Newton–Schulz steps of degree 5."""
+    """Returns matrices (n, rows, columns) whose singular values are near 1, by Newton–Schulz steps of degree 5."""
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     if x.size(1) > x.size(2):
         return orthogonalize(x.transpose(1, 2), steps).transpose(1, 2)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):  # the coefficients of Jordan et al.
-        gram = x @ x.transpose(1, 2)
+    for _ in range(steps):
+        gram = x @ x.transpose(1, 2)  # (n, rows, rows)
+        # x = 3.4445 x + (-4.7750 gram + 2.0315 gram²) x, with the coefficients of Jordan et al.
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x

@@ -1,0 +1,54 @@
+"""The search behind `--grad-accum-steps auto`: how far a batch must be split to fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from system.device import free_memory
+from system.errors import UserError, is_out_of_memory
+from training.loader import Batch, micro_batches
+from training.state import TrainingState
+
+ForwardBackward = Callable[[list[Batch], float, bool], Any]
+"""Adds gradients of micro-batches: (micro-batches, total weight, whether ranks exchange gradients)."""
+
+
+def fewest_micro_batches(state: TrainingState, rows: list[Batch], forward_backward: ForwardBackward) -> int:
+    """Returns the fewest micro-batches into which a batch must be split, the same on every process.
+
+    `rows` is the batch that needs the most memory. Raises UserError if even single sequences do not fit.
+    """
+    n, device = 1, state.processes.device
+    while state.processes.any(not fits(state, rows, n, forward_backward)):
+        if n * state.processes.world_size >= len(rows):
+            raise UserError(
+                "out of memory even with one sequence at a time: try --grad-checkpointing, a shorter context or a "
+                "smaller model"
+            )
+        n = min(2 * n, len(rows))
+        torch.compiler.reset()  # otherwise the new batch size recompiles with dynamic shapes
+        free_memory(device)
+    free_memory(device)
+    return n
+
+
+def fits(state: TrainingState, rows: list[Batch], n: int, forward_backward: ForwardBackward) -> bool:
+    """Whether forward and backward pass fit into memory beside AdamW's state. Changes nothing."""
+    processes, parameters = state.processes, state.trained_parameters
+    share = micro_batches(rows, n, processes.rank, processes.world_size, state.model.config.block_size)
+    try:
+        # AdamW allocates two means per parameter at its first step.
+        means = [] if state.step else [torch.empty_like(p) for p in (*parameters, *parameters)]
+        forward_backward(share[:2], 1, False)
+        del means
+        return True
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        for optimizer in state.optimizers:
+            optimizer.zero_grad(set_to_none=True)

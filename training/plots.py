@@ -1,0 +1,108 @@
+"""Plots of a training run, as PNG files."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from system.files import atomic_write
+from training.report import before_and_after
+from training.run_log import read_log
+from training.state import Listener, TrainingState
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Entries = list[dict[str, Any]]
+
+
+class LossPlot(Listener):
+    """Draws the log whenever the run is saved."""
+
+    def on_save(self, state: TrainingState) -> None:
+        draw_losses(state.config.log_path, state.config.plot_path())
+
+
+def draw_losses(log_path: Path, plot_path: Path) -> None:
+    """Draws a log: training and validation loss and the learning rate, over steps and tokens; below them the examples.
+
+    The file is replaced atomically.
+    """
+    from matplotlib.figure import Figure
+
+    entries = read_log(log_path)
+    with_examples = [entry for entry in entries if "examples" in entry]
+    figure = Figure(figsize=(8, 7.7 if with_examples else 4.5), layout="constrained")
+    if with_examples:
+        axes, below = figure.subplots(2, height_ratios=[4.5, 3.2])
+        below.axis("off")
+        text = before_and_after(with_examples, width=125)
+        below.text(0, 1, text, va="top", fontsize=6.5, family="monospace", parse_math=False)
+    else:
+        axes = figure.subplots()
+    plot_losses(axes, entries)
+    plot_learning_rate(axes, entries)
+    axes.set_title(log_path.stem)
+    save_figure(figure, plot_path)
+
+
+def plot_losses(axes: Axes, entries: Entries) -> None:
+    """Draws training and validation loss over steps."""
+    losses = [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
+    val_losses = [(entry["step"], entry["val_loss"]) for entry in entries if "val_loss" in entry]
+    if losses:
+        axes.plot(*zip(*losses, strict=True), lw=1, alpha=0.6, label=f"training (last: {losses[-1][1]:.3f})")
+    if val_losses:
+        label = f"validation (last: {val_losses[-1][1]:.3f})"
+        axes.plot(*zip(*val_losses, strict=True), marker="o", ms=4, label=label)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper right")
+
+
+def plot_learning_rate(axes: Axes, entries: Entries) -> None:
+    """Adds the learning rate on the right, and tokens at the top."""
+    from matplotlib.ticker import EngFormatter
+
+    steps = [entry for entry in entries if "learning_rate" in entry]
+    if not steps:
+        return
+    rates = axes.twinx()
+    rates.plot([e["step"] for e in steps], [e["learning_rate"] for e in steps], color="gray", lw=1, ls=":")
+    rates.set(ylabel="learning rate (dotted)", ylim=(0, None))
+    tokens_per_step = steps[-1]["tokens"] / steps[-1]["step"]
+    tokens = axes.secondary_xaxis("top", (lambda x: x * tokens_per_step, lambda x: x / tokens_per_step))
+    tokens.xaxis.set_major_formatter(EngFormatter())
+    tokens.set_xlabel("tokens")
+
+
+def draw_confusion_matrix(expected: list[str], predicted: list[str], labels: list[str], plot_path: Path) -> None:
+    """Draws how often each label was predicted for each expected label."""
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    figure = Figure(figsize=(2.5 + 0.7 * len(labels), 2 + 0.7 * len(labels)), layout="constrained")
+    ConfusionMatrixDisplay.from_predictions(
+        expected,
+        predicted,
+        labels=labels,
+        ax=figure.add_subplot(),
+        colorbar=False,
+        cmap="Blues",
+        xticks_rotation=45,
+    )
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a label may look like a formula
+    save_figure(figure, plot_path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure as a PNG, atomically."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    with warnings.catch_warnings(), atomic_write(path) as file:
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the font lacks many scripts
+        FigureCanvasAgg(figure).print_png(file)

@@ -1,0 +1,234 @@
+"""What a training run shows: the model at its start, progress, samples, examples, and a summary at its end."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch.nn.utils import parametrize
+from tqdm import tqdm
+
+from generation.config import SamplingConfig
+from generation.text_model import TextModel
+from model import GPT
+from system.device import peak_flops, peak_memory
+from text.tokenizer import Tokenizer
+from training.evaluation import bits_per_byte, perplexity
+from training.loader import Epochs, Windows
+from training.run_log import RunLog
+from training.state import Listener, StopReason, TrainingState
+
+Examine = Callable[[TrainingState], "list[dict[str, str]]"]
+"""Gives the model the same few held-out inputs each time; returns `input`, `expected` and `output` of each."""
+
+
+class Report(Listener):
+    """Prints the model and what a step takes, and a line per evaluation."""
+
+    def __init__(self, train_data: Windows | Epochs, first_loss: float | None = None):
+        """`first_loss` is the loss that random weights should have."""
+        self.train_data, self.first_loss = train_data, first_loss
+
+    def on_start(self, state: TrainingState) -> None:
+        config, data, model = state.config, self.train_data, state.model
+        tokens_per_batch = data.n_tokens / data.batches_per_epoch
+        print(parameter_table(model))
+        n, n_trained = model.n_parameters(), sum(p.numel() for p in state.trained_parameters)
+        if n_trained < n:
+            n_adapter = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name or "role_rows" in name)
+            # Each parameter takes 4 bytes; if it trains, its gradient and AdamW's two means take 4 bytes each.
+            partly, fully = 4 * n + 12 * n_trained, 16 * (n - n_adapter)
+            print(
+                f"{n_trained:,} of {n:,} parameters train ({n_trained / n:.2%}): weights, gradients and AdamW's state "
+                f"take {partly / 1e6:,.1f} MB; training all parameters would take {fully / 1e6:,.1f} MB"
+            )
+        print(
+            f"{data.n_tokens:,} training tokens, {data.batches_per_epoch:,.0f} batches of {config.batch_size} "
+            f"sequences an epoch, {model.flops_per_token() * tokens_per_batch / 1e12:.3g} TFLOP a step"
+        )
+        if state.n_micro_batches > 1:
+            print(f"each step adds up the gradients of {state.n_micro_batches} micro-batches")
+
+    def on_evaluation(self, state: TrainingState, entry: dict[str, Any], is_best: bool) -> None:
+        text = f"step {state.step:,}: validation loss {entry['val_loss']:.4f}"
+        if "bits_per_byte" in entry:
+            text += f", {entry['bits_per_byte']:.3f} bits per byte"
+        if is_best and state.step:
+            text += " (the best so far)"
+        tqdm.write(text)
+        if state.step == 0 and self.first_loss and abs(entry["val_loss"] - self.first_loss) > 0.5:
+            tqdm.write(f"warning: random weights should give about ln(vocabulary) = {self.first_loss:.2f}")
+
+
+class ProgressBar(Listener):
+    """A bar with the step, loss, learning rate, tokens/s and, on GPUs with a known peak, model FLOPs utilization."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
+        self.start, self.tokens_before, self.peak_flops = 0.0, 0, 0.0
+
+    def on_start(self, state: TrainingState) -> None:
+        self.start, self.tokens_before = time.perf_counter(), state.tokens
+        self.peak_flops = (peak_flops(state.processes.device) or 0.0) * state.processes.world_size
+        self.bar = tqdm(
+            total=state.config.max_steps,
+            initial=state.step,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5 if os.isatty(2) else 30,
+        )
+
+    def on_step(self, state: TrainingState, step: int, loss: float) -> None:
+        assert self.bar is not None
+        rate = (state.tokens - self.tokens_before) / (time.perf_counter() - self.start)
+        text = f"loss {loss:.3f}, lr {state.optimizers[0].param_groups[0]['lr']:.1e}, {rate:,.0f} tokens/s"
+        if self.peak_flops:
+            text += f", MFU {rate * state.model.flops_per_token() / self.peak_flops:.0%}"
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+
+    def on_end(self, state: TrainingState, reason: StopReason) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Summary(Listener):
+    """Prints what the run came to."""
+
+    def __init__(self, log: RunLog, is_text: bool, bytes_per_token: float | None):
+        """`is_text` is False for a classifier, whose loss has no perplexity."""
+        self.log, self.is_text, self.bytes_per_token = log, is_text, bytes_per_token
+
+    def on_end(self, state: TrainingState, reason: StopReason) -> None:
+        config = state.config
+        why = {
+            StopReason.DONE: "done",
+            StopReason.TARGET_LOSS: f"reached the target loss {config.target_loss}",
+            StopReason.PATIENCE: f"no improvement in {config.patience} evaluations",
+            StopReason.INTERRUPTED: "interrupted",
+        }[reason]
+        print(f"{why} at step {state.step:,}; model in {config.out}, curves in {config.plot_path()}")
+        if math.isfinite(state.best_val_loss):
+            text = f"best validation loss {state.best_val_loss:.4f}"
+            if self.is_text:
+                text += f", perplexity {perplexity(state.best_val_loss):,.2f}"
+            if self.bytes_per_token:
+                text += f", {bits_per_byte(state.best_val_loss, self.bytes_per_token):.3f} bits per byte"
+            print(text)
+        per_parameter = state.tokens / state.model.n_parameters()
+        print(
+            f"{state.tokens:,} tokens, {per_parameter:.2g} per parameter "
+            "(compute-optimal: about 20, Hoffmann et al. 2022)"
+        )
+        seconds = self.log.seconds
+        print(f"{seconds:,.0f} s, {state.tokens / max(seconds, 1e-9):,.0f} tokens/s")
+        print(f"peak memory {peak_memory(state.processes.device) / 1e6:,.0f} MB")
+        if any("examples" in entry for entry in state.history):
+            print(before_and_after(state.history))
+
+
+class Samples(Listener):
+    """Prints what the model writes: after every evaluation if there is a prompt, otherwise once at the end."""
+
+    def __init__(self, tokenizer: Tokenizer, template: str | None, prompt: str):
+        self.tokenizer, self.template, self.prompt = tokenizer, template, prompt
+
+    def on_evaluation(self, state: TrainingState, entry: dict[str, Any], is_best: bool) -> None:
+        if self.prompt:
+            tqdm.write(self.sample(state))
+
+    def on_end(self, state: TrainingState, reason: StopReason) -> None:
+        if not self.prompt:
+            print(f"it writes:\n{self.sample(state)}")
+
+    def sample(self, state: TrainingState) -> str:
+        """Returns a completion of the prompt, or a chat model's answer to it."""
+        was_training, device = state.model.training, state.processes.device
+        text_model = TextModel(state.model.eval(), self.tokenizer, self.template, "", device, state.dtype)
+        config = SamplingConfig(max_new_tokens=60, seed=state.config.seed)
+        if self.template:
+            text = "".join(text_model.answer([{"role": "user", "content": self.prompt}], config))
+        else:
+            text = self.prompt + "".join(text_model.complete(self.prompt, config))
+        state.model.train(was_training)
+        return f"  {text!r}"
+
+
+class Examples(Listener):
+    """Adds to the history what the model makes of the same held-out inputs: at first, and with the weights kept."""
+
+    def __init__(self, examine: Examine):
+        self.examine = examine
+
+    def on_evaluation(self, state: TrainingState, entry: dict[str, Any], is_best: bool) -> None:
+        if not is_best and state.config.keep == "best":
+            return
+        for earlier in state.history[1:]:
+            earlier.pop("examples", None)
+        state.model.eval()
+        entry["examples"] = self.examine(state)
+        state.model.train()
+
+
+def greedy_answers(
+    state: TrainingState, tokenizer: Tokenizer, exchanges: list[tuple[list[int], list[int]]]
+) -> list[dict[str, str]]:
+    """Answers held-out questions greedily. `exchanges` holds the ids of each question, and of its true answer."""
+    text_model = TextModel(state.model, tokenizer, None, "", state.processes.device, state.dtype)
+    config = SamplingConfig(greedy=True, max_new_tokens=60)
+
+    def text(ids: list[int]) -> str:
+        return tokenizer.decode(i for i in ids if i < tokenizer.end_of_text).strip()
+
+    with parametrize.cached():  # forms each weight with its LoRA correction once
+        outputs = ["".join(text_model.stream(question, config)).strip() for question, _ in exchanges]
+    return [
+        {"input": text(question), "expected": text(answer), "output": output}
+        for (question, answer), output in zip(exchanges, outputs, strict=True)
+    ]
+
+
+def parameter_table(model: GPT) -> str:
+    """Returns the number of parameters of each part of a model, as a table."""
+    parts = {
+        "LoRA": ("lora_", "role_rows"),
+        "token embedding": ("wte",),
+        "position embedding": ("wpe",),
+        f"attention, {model.config.n_layer} layers": (".attn.",),
+        f"MLP, {model.config.n_layer} layers": (".mlp.",),
+        "LayerNorms": ("ln_",),
+        "head": ("lm_head",),
+    }
+    counts = dict.fromkeys(parts, 0)
+    for name, parameter in model.named_parameters():  # lists a tied head once, as the embedding
+        part = next(part for part, marks in parts.items() if any(mark in name for mark in marks))
+        counts[part] += parameter.numel()
+    counts["in all"] = model.n_parameters()
+    return "\n".join(f"{part:22}{n:>15,}" for part, n in counts.items() if n)
+
+
+def before_and_after(history: list[dict[str, Any]], width: int = 160) -> str:
+    """Returns the held-out loss and the examples, before training and with the weights kept, as text."""
+    entries = [entry for entry in history if "examples" in entry]
+    first, last = entries[0], entries[-1]
+    lines = [
+        f"held-out loss {first['val_loss']:.4f} before, {last['val_loss']:.4f} after (step {last['step']:,}); "
+        "on held-out inputs, greedily:"
+    ]
+    for before, after in zip(first["examples"], last["examples"], strict=True):
+        lines.append(f"> {shorten(after['input'], width)}")
+        for label, text in (("before", before["output"]), ("after", after["output"]), ("wanted", after["expected"])):
+            lines.append(f"  {label:7} {shorten(text, width)}")
+    return "\n".join(lines)
+
+
+def shorten(text: str, max_length: int) -> str:
+    """Returns a text on one line, cut to `max_length` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= max_length else text[: max_length - 1] + "…"

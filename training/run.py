@@ -1,0 +1,62 @@
+"""A whole training run: the state, the loop, and everything that listens to it. Every training script calls `train`."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from model import GPT
+from training.checkpointing import Checkpointer, restore
+from training.config import TrainerConfig
+from training.distributed import Processes
+from training.loader import Epochs, Windows
+from training.plots import LossPlot
+from training.report import Examples, ProgressBar, Report, Samples, Summary
+from training.run_log import RunLog
+from training.state import Listener, StopReason, TrainingState
+from training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from training.sharding import Sharding  # half a second to import, needed for --fsdp only
+
+
+def train(
+    model: GPT,
+    train_data: Windows | Epochs,
+    val_data: Windows | Epochs,
+    config: TrainerConfig,
+    processes: Processes,
+    facts: dict[str, Any],
+    *,
+    resumed: dict[str, Any] | None = None,
+    sharding: Sharding | None = None,
+    samples: Samples | None = None,
+    examples: Examples | None = None,
+    is_fresh: bool = False,
+) -> StopReason:
+    """Trains a model, and writes `--out`, the resume file, the log and the plot.
+
+    `facts` (kind, tokenizer, template and the like) are stored in the checkpoints. `resumed` is a loaded resume file,
+    whose weights `model` has. `is_fresh` says that the weights are random, so that the first loss is known. Raises
+    UserError for data that cannot be used, and for a loss that is not finite. On the CPU a resumed run equals an
+    uninterrupted one bit for bit.
+    """
+    state = TrainingState.create(model, config, processes, sharding)
+    if resumed:
+        restore(state, resumed)
+    trainer = Trainer(state, train_data, val_data)
+    checkpointer = Checkpointer(facts)
+    if processes.rank > 0:
+        return trainer.run([checkpointer])
+    log = RunLog()
+    listeners: list[Listener | None] = [
+        examples,  # first, since the examples belong into the log and into the checkpoint
+        log,
+        Report(train_data, math.log(model.config.vocab_size) if is_fresh else None),
+        ProgressBar(),
+        Summary(log, is_text=facts["kind"] != "classifier", bytes_per_token=val_data.bytes_per_token),
+        samples,
+        checkpointer,
+        LossPlot(),
+    ]
+    return trainer.run([listener for listener in listeners if listener])
