@@ -102,6 +102,7 @@ def main(config: Config) -> None:
     from training.loader import Windows
     from training.trainer import Trainer, claim_output
     from weights import checkpoint
+    from weights.loading import load_checkpoint
 
     resumed = claim_output(config, "base")
     config = prepare_first(config)
@@ -109,14 +110,14 @@ def main(config: Config) -> None:
     tokenizer = tokenizers.load_beside(config.data, meta)
 
     torch.manual_seed(config.seed)
-    start = resumed or (None if config.init_from == "scratch" else checkpoint.load(config.init_from))
+    start = resumed or (None if config.init_from == "scratch" else load_checkpoint(config.init_from))
     start = start and checkpoint.grow_vocabulary(start)
     if start:
         start["config"] = dataclasses.replace(start["config"], dropout=config.dropout)
-        if checkpoint.tokenizer(start).name != tokenizer.name:
+        if checkpoint.tokenizer_of(start).name != tokenizer.name:
             raise UserError(
                 f"{config.data} was prepared with the tokenizer {tokenizer.name}, the checkpoint was trained "
-                f"with {checkpoint.tokenizer(start).name}: prepare the data with that one"
+                f"with {checkpoint.tokenizer_of(start).name}: prepare the data with that one"
             )
         model = checkpoint.build(start, config.out if resumed else config.init_from)
     else:

@@ -94,10 +94,11 @@ def main(config: Config) -> None:
     from training.classifier import Classifier, Examples
     from training.trainer import Trainer, claim_output
     from weights import checkpoint
+    from weights.loading import load_checkpoint
 
     resumed = claim_output(config, "classifier")
-    start, path = (resumed, config.out) if resumed else (checkpoint.load(config.model), config.model)
-    tokenizer = checkpoint.tokenizer(start)
+    start, path = (resumed, config.out) if resumed else (load_checkpoint(config.model), config.model)
+    tokenizer = checkpoint.tokenizer_of(start)
     parts = split(read_examples(config), config.val_fraction, config.test_fraction, config.seed)
     labels = sorted({example.label for example in parts["train"]})
     if resumed and resumed["labels"] != labels:
@@ -187,7 +188,7 @@ def test(config: Config, examples: list) -> None:
     print(f"\non {len(examples):,} texts to test on, none of which was trained on or chosen by:")
     print(metrics.classification_report(truth, guesses, labels=labels, digits=4, zero_division=0.0))
     print(f"accuracy {figures['accuracy']:.4f}, balanced accuracy {figures['balanced_accuracy']:.4f}")
-    checkpoint.save(config.out, {**checkpoint.load(config.out, kinds=("classifier",)), "test": figures})
+    checkpoint.save(config.out, {**checkpoint.read(config.out), "test": figures})
     figure = Figure(figsize=(2.5 + 0.7 * len(labels), 2 + 0.7 * len(labels)), layout="constrained")
     metrics.ConfusionMatrixDisplay.from_predictions(
         truth, guesses, labels=labels, ax=figure.add_subplot(), colorbar=False, cmap="Blues", xticks_rotation=45

@@ -92,7 +92,8 @@ def main(config: Config) -> None:
     from training.loader import Conversations
     from training.trainer import Trainer, claim_output
     from weights import checkpoint
-    from weights.lora import add_adapter
+    from weights.loading import load_base, load_checkpoint
+    from weights.lora import add_adapter, restore_adapter, sha256_of
 
     kind = "lora" if config.lora_rank else "sft"
     resumed = claim_output(config, kind)
@@ -101,11 +102,11 @@ def main(config: Config) -> None:
     if resumed and kind == "sft":
         start, path = resumed, config.out
     elif resumed:
-        start, path = checkpoint.load_base(resumed, config.out), resumed["lora"]["base"]
+        start, path = load_base(resumed, config.out), resumed["lora"]["base"]
     else:
-        start, path = checkpoint.grow_vocabulary(checkpoint.load(config.model)), config.model
+        start, path = checkpoint.grow_vocabulary(load_checkpoint(config.model)), config.model
     meta = read_meta(config.data / "sft_meta.json", "prepare_sft_data.py")
-    tokenizer = checkpoint.tokenizer(start)
+    tokenizer = checkpoint.tokenizer_of(start)
     if meta["tokenizer"] != tokenizer.name:
         raise UserError(
             f"{config.data} was prepared with the tokenizer {meta['tokenizer']}, {path} was trained with "
@@ -124,12 +125,12 @@ def main(config: Config) -> None:
                 "rank": config.lora_rank,
                 "alpha": config.lora_alpha,
                 "base": str(config.model),
-                "base_sha256": checkpoint.sha256_of(config.model),
+                "base_sha256": sha256_of(config.model),
             }
         )
         add_adapter(model, facts["lora"]["rank"], facts["lora"]["alpha"], config.lora_dropout, tokenizer.user)
         if resumed:
-            checkpoint.restore_adapter(model, resumed, config.out)
+            restore_adapter(model, resumed, config.out)
     train_data, val_data = (
         Conversations(config.data, split, model.config.block_size, config.batch_size, config.seed)
         for split in ("train", "val")
@@ -147,7 +148,7 @@ def main(config: Config) -> None:
     )
     trainer.run()
     if config.merge and trainer.rank == 0:
-        checkpoint.save(config.out, checkpoint.load(config.out))
+        checkpoint.save(config.out, load_checkpoint(config.out))
         print(f"{config.out} is a whole model now")
 
 

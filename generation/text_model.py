@@ -16,6 +16,7 @@ from system.errors import UserError
 from text.templates import Message, encode_prompt
 from text.tokenizer import Tokenizer
 from weights import checkpoint
+from weights.loading import load_checkpoint
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class TextModel:
 
         Raises UserError where there is none, or no such device.
         """
-        return cls.of(checkpoint.load(path, verify), path, device, dtype, quantize)
+        return cls.of(load_checkpoint(path, verify), path, device, dtype, quantize)
 
     @classmethod
     def of(
@@ -134,7 +135,7 @@ class TextModel:
             quantize_weights(model)
         else:
             speed_up_decoding(model)
-        return cls(model, checkpoint.tokenizer(state), state.get("template"), facts, place, precision)
+        return cls(model, checkpoint.tokenizer_of(state), state.get("template"), facts, place, precision)
 
     def check(self, config: SamplingConfig) -> None:
         """Raises UserError for a config that does not fit the model."""

@@ -14,6 +14,7 @@ from conftest import log, succeed
 
 from training.classifier import Classifier
 from weights import checkpoint
+from weights.loading import load_checkpoint
 
 SAMPLES = Path(__file__).parent / "samples"
 LANGUAGE_MODELS = ["base.pt", "base.last.pt", "adamw.last.pt", "sft.pt", "sft.last.pt", "lora.pt", "lora.last.pt"]
@@ -29,9 +30,9 @@ SCHEDULE = ["--warmup-steps", "1", "--eval-every", "2", "--save-every", "2", "--
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_language_models_of_an_earlier_version_load(name):
-    state = checkpoint.load(SAMPLES / name, verify=True)
+    state = load_checkpoint(SAMPLES / name, verify=True)
     model = checkpoint.build(state, name)
-    tokens = torch.tensor([checkpoint.tokenizer(state).encode("the fox")])
+    tokens = torch.tensor([checkpoint.tokenizer_of(state).encode("the fox")])
     with torch.no_grad():
         logits = model(tokens)
     assert logits.shape == (1, tokens.size(1), 320) and logits.isfinite().all()
@@ -39,7 +40,7 @@ def test_language_models_of_an_earlier_version_load(name):
 
 
 def test_an_adapter_of_an_earlier_version_loads_merged_with_its_base():
-    base, merged = (checkpoint.load(SAMPLES / name)["model"] for name in ("base.pt", "lora.pt"))
+    base, merged = (load_checkpoint(SAMPLES / name)["model"] for name in ("base.pt", "lora.pt"))
     adapter = torch.load(SAMPLES / "lora.pt", weights_only=True)
     scale = adapter["lora"]["alpha"] / adapter["lora"]["rank"]
     assert merged.keys() == base.keys()

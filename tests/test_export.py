@@ -28,6 +28,7 @@ from text import templates
 from text import tokenizer as tokenizers
 from training.classifier import Classifier
 from weights import checkpoint
+from weights.loading import load_checkpoint
 
 TEXTS = [
     "Hello  world's\n\n\tnaïve 日本 🙂 I'll  ",
@@ -66,7 +67,7 @@ def saved(toy: Path, path: Path, kind: str = "base", template: str | None = None
             torch.nn.init.normal_(parameter, std=0.2)
     torch.nn.init.normal_(model.wpe.weight)
     checkpoint.save(path, checkpoint.pack(model, kind=kind, tokenizer=spec, template=template, step=3))
-    return checkpoint.load(path)
+    return load_checkpoint(path)
 
 
 def logits_of(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
@@ -89,7 +90,7 @@ def test_transformers_finds_the_same_logits_and_tokens(toy, tmp_path, kind):
     greedy = [ids.item() for ids, _ in ours.generate(tokens[:1], 100, temperature=0.0)]
     found = theirs.generate(tokens[:1], do_sample=False, max_new_tokens=100, eos_token_id=1 << 20)
     assert found[0, 40:].tolist() == greedy and len(set(greedy)) > 30
-    again = checkpoint.load(tmp_path / "out")  # what was exported can be read back
+    again = load_checkpoint(tmp_path / "out")  # what was exported can be read back
     assert (again["kind"], again["template"], again["tokenizer"] == "gpt2") == (
         state["kind"],
         state["template"],
@@ -102,7 +103,7 @@ def test_transformers_finds_the_same_logits_and_tokens(toy, tmp_path, kind):
 def test_the_tokenizer_gives_the_same_ids(toy, tmp_path, kind):
     state = saved(toy, tmp_path / "x.pt", **KINDS[kind])
     export.main(export.Config(tmp_path / "out", tmp_path / "x.pt"))
-    ours, theirs = checkpoint.tokenizer(state), AutoTokenizer.from_pretrained(tmp_path / "out")
+    ours, theirs = checkpoint.tokenizer_of(state), AutoTokenizer.from_pretrained(tmp_path / "out")
     draw = random.Random(0)
     codes = [*range(1, 128), *range(0xA0, 0x250), *range(0x4E00, 0x4E40), *range(0x1F600, 0x1F640)]
     drawn = ["".join(map(chr, draw.choices(codes, k=200))) + " the theory, theorem's" for _ in range(100)]
@@ -129,7 +130,7 @@ def test_gpt2s_merges_are_openais():
 def test_the_chat_template_gives_our_ids(toy, tmp_path, template):
     state = saved(toy, tmp_path / "x.pt", kind="sft", template=template)
     export.main(export.Config(tmp_path / "out", tmp_path / "x.pt"))
-    ours, theirs = checkpoint.tokenizer(state), AutoTokenizer.from_pretrained(tmp_path / "out")
+    ours, theirs = checkpoint.tokenizer_of(state), AutoTokenizer.from_pretrained(tmp_path / "out")
     for n in (1, 3, 5):
         found = theirs.apply_chat_template(CONVERSATION[:n], add_generation_prompt=True, return_dict=False)
         assert found == templates.encode_prompt(CONVERSATION[:n], ours, template)
@@ -159,7 +160,7 @@ def test_the_text_generation_pipeline_answers_as_we_do(toy, tmp_path):
 def test_the_card_says_how_it_was_trained(toy, tmp_path):
     succeed(toy, "export.py", "--model", "checkpoints/sft.pt", "--out", tmp_path / "out")
     card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
-    state = checkpoint.load(toy / "checkpoints/sft.pt")
+    state = load_checkpoint(toy / "checkpoints/sft.pt")
     for fact in ("| data | data/toy |", f"| training steps | {state['step']} |", "control token", "library_name"):
         assert fact in card
     assert f"| training tokens | {state['tokens']:,} |" in card and state["tokens"] > 1000
@@ -176,7 +177,7 @@ def test_an_adapter_is_merged(toy, tmp_path):
     export.main(export.Config(tmp_path / "out", adapter))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     tokens = torch.randint(400, (2, 40))
-    merged, base = (checkpoint.build(checkpoint.load(path), path) for path in (adapter, tmp_path / "toy.pt"))
+    merged, base = (checkpoint.build(load_checkpoint(path), path) for path in (adapter, tmp_path / "toy.pt"))
     assert (logits_of(theirs, tokens) - logits_of(merged, tokens)).abs().max() < 1e-4
     assert (logits_of(theirs, tokens) - logits_of(base, tokens)).abs().max() > 1e-2
 
@@ -198,7 +199,7 @@ def test_a_classifier_gives_the_same_probabilities(toy, tmp_path, tokens):
     expected = torch.stack(list(ours.probabilities(texts)))
     assert (found - expected).abs().max() < 1e-4 and (expected[0] - expected[1]).abs().max() > 1e-2
     with pytest.raises(UserError, match="holds a classifier"):
-        checkpoint.load(tmp_path / "out")
+        load_checkpoint(tmp_path / "out")
     label = pipeline("text-classification", str(tmp_path / "out"), device="cpu")(texts[0])[0]["label"]
     assert label == ours.labels[expected[0].argmax()]
 
@@ -209,7 +210,7 @@ def test_a_chat_model_that_transformers_saved_again_is_one_still(toy, tmp_path):
     for auto in (AutoModelForCausalLM, AutoTokenizer):
         auto.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
     assert (tmp_path / "again/chat_template.jinja").exists()
-    state = checkpoint.load(tmp_path / "again")
+    state = load_checkpoint(tmp_path / "again")
     assert (state["kind"], state["template"]) == ("sft", "chat")
 
 

@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from model import GPT
 from system.errors import UserError
 from weights import checkpoint, huggingface
+from weights.loading import load_checkpoint
 
 GPT2 = {"n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
 
@@ -51,9 +52,9 @@ def test_a_folder_of_transformers_gives_the_same_logits(tmp_path, how):
         weights = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
         weights |= {"h.0.attn.bias": torch.ones(1, 1, 64, 64), "h.0.attn.masked_bias": torch.tensor(-1e4)}
         save_file(weights, tmp_path / "model.safetensors")
-    state = checkpoint.load(tmp_path)
+    state = load_checkpoint(tmp_path)
     assert (state["kind"], state["config"].n_tokens, state["config"].tie_weights) == ("base", 50257, how != "untied")
-    assert checkpoint.tokenizer(state).name == "gpt2"
+    assert checkpoint.tokenizer_of(state).name == "gpt2"
     assert_same_logits(reference, state)
 
 
@@ -67,15 +68,15 @@ def test_models_of_the_hub_are_found_in_its_cache(folder, tmp_path, monkeypatch)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert huggingface.find_folder("gpt2") == snapshot
-    assert_same_logits(theirs(), checkpoint.load("gpt2"))
+    assert_same_logits(theirs(), load_checkpoint("gpt2"))
     tokens = torch.randint(50257, (1, 9))
     with torch.no_grad():
         torch.testing.assert_close(GPT.from_pretrained("gpt2")(tokens), theirs()(tokens).logits, rtol=1e-4, atol=1e-5)
     for name in ("gpt2-medium", "org/name"):
         with pytest.raises(UserError, match=f"cannot get {name} from the Hugging Face Hub, nor is it in the cache"):
-            checkpoint.load(name)
+            load_checkpoint(name)
     with pytest.raises(UserError, match="no checkpoint checkpoints/none.pt"):
-        checkpoint.load("checkpoints/none.pt")
+        load_checkpoint("checkpoints/none.pt")
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -93,12 +94,12 @@ def test_nanogpts_checkpoint_gives_the_same_logits(tmp_path, bias, prefix):
     args = {"block_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 16, "bias": bias, "vocab_size": 50257}
     path = tmp_path / "ckpt.pt"
     torch.save({"model": weights, "model_args": args | {"dropout": 0.0}, "iter_num": 7, "config": {}}, path)
-    state = checkpoint.load(path)
+    state = load_checkpoint(path)
     assert state["config"].bias == bias and state["step"] == 7
     assert_same_logits(reference, state)
     torch.save({"model": weights, "model_args": args | {"vocab_size": 65}}, path)
     with pytest.raises(UserError, match="has a vocabulary of 65 tokens"):
-        checkpoint.load(path)
+        load_checkpoint(path)
 
 
 def test_what_cannot_be_read_says_why(folder, tmp_path):
@@ -110,7 +111,7 @@ def test_what_cannot_be_read_says_why(folder, tmp_path):
         if change:
             change(tmp_path / "x")
         with pytest.raises(UserError) as error:
-            checkpoint.load(tmp_path / "x")
+            load_checkpoint(tmp_path / "x")
         assert "\n" not in str(error.value)
         return str(error.value)
 

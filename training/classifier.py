@@ -16,6 +16,7 @@ from text.labelled import Example
 from text.tokenizer import Tokenizer
 from training.loader import Batch, Epochs, stack
 from weights import checkpoint
+from weights.loading import load_checkpoint
 
 
 def encode(text: str, tokenizer: Tokenizer, block_size: int) -> list[int]:
@@ -74,9 +75,9 @@ class Classifier:
     @classmethod
     def load(cls, path: str | Path, device: str = "auto", dtype: str = "auto") -> "Classifier":
         """Loads a checkpoint of train_classifier.py. Raises UserError where there is none, or no such device."""
-        state, place = checkpoint.load(path, kinds=("classifier",)), choose_device(device)
+        state, place = load_checkpoint(path, kinds=("classifier",)), choose_device(device)
         model = checkpoint.build(state, path, place)
-        return cls(model, checkpoint.tokenizer(state), state["labels"], place, choose_dtype(dtype, place))
+        return cls(model, checkpoint.tokenizer_of(state), state["labels"], place, choose_dtype(dtype, place))
 
     def probabilities(self, texts: Iterable[str], batch_size: int = 32) -> Iterator[Tensor]:
         """Yields for each text the float32 probabilities (n_classes,) of the labels, on the CPU.

@@ -35,6 +35,7 @@ from training.loader import Batch, Epochs, Prefetcher, Windows, micro_batches, s
 from training.optim import build_optimizers, learning_rate_at
 from training.run_log import RunLog, before_and_after, draw_losses, parameter_table, summary
 from weights import checkpoint
+from weights.loading import load_checkpoint
 
 Examine = Callable[[GPT, torch.device, torch.dtype], list[dict[str, str]]]
 """Gives a model the same few held-out inputs each time; returns for each `input`, `expected` and `output`."""
@@ -485,7 +486,7 @@ def claim_output(config: TrainerConfig, *kinds: str) -> dict | None:
     if config.resume:
         if not last.exists():
             raise UserError(f"nothing to resume: {last} is missing; start without --resume")
-        return checkpoint.load(last, verify=True, kinds=kinds)
+        return load_checkpoint(last, verify=True, kinds=kinds)
     files = (config.out, last, config.out.with_suffix(".jsonl"))
     if not config.overwrite and (taken := next((path for path in files if path.exists()), None)):
         go_on = "--resume to go on with it, " * last.exists()
