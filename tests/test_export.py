@@ -1,5 +1,6 @@
 """Exported models, loaded by `transformers` as anybody would: logits, tokens, templates, pipelines."""
 
+import dataclasses
 import json
 import random
 import re
@@ -27,7 +28,7 @@ from system.errors import UserError
 from text import templates
 from text import tokenizer as tokenizers
 from training.classifier import Classifier
-from weights import checkpoint
+from weights import checkpoint, huggingface
 from weights.loading import load_checkpoint
 
 TEXTS = [
@@ -227,6 +228,21 @@ def test_precision_and_trimming(toy, tmp_path):
     exact = {name: tensor.bfloat16().float() for name, tensor in state["model"].items()}
     ours = checkpoint.build({**state, "model": exact}, "x")
     assert (logits_of(theirs.float(), tokens) - logits_of(ours, tokens)[..., :n_tokens]).abs().max() < 1e-4
+
+
+def test_a_config_field_that_transformers_cannot_express_is_refused_by_name(toy, tmp_path):
+    state = saved(toy, tmp_path / "x.pt")
+    later = dataclasses.make_dataclass("Later", [("rotary", bool, False)], bases=(GPTConfig,), frozen=True)
+    fields = dataclasses.asdict(state["config"])
+    with pytest.raises(UserError, match="^cannot export the model: .* no setting for rotary=True; use .*") as error:
+        huggingface.write_folder({**state, "config": later(**fields, rotary=True)}, tmp_path / "out")
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+    huggingface.write_folder({**state, "config": later(**fields)}, tmp_path / "out")  # its default changes nothing
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_the_fields_that_an_export_expresses_exist():
+    assert {field.name for field in dataclasses.fields(GPTConfig)} >= huggingface.EXPORTED_FIELDS
 
 
 def test_bad_input_costs_one_line_and_no_file(toy, tmp_path):

@@ -1,6 +1,7 @@
 """Models in the format of Hugging Face's `transformers`: reads a folder or a model of the Hub, and writes a folder."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import re
@@ -45,6 +46,20 @@ FILES_WRITTEN = {
     "tokenizer.json",
     "tokenizer_config.json",
 }
+
+EXPORTED_FIELDS = {
+    "block_size",
+    "vocab_size",
+    "n_tokens",
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "dropout",
+    "bias",
+    "tie_weights",
+    "n_classes",
+}
+"""Fields of GPTConfig that the GPT-2 of `transformers` can express with any value."""
 
 
 # ---- reading
@@ -212,11 +227,12 @@ def write_folder(
 
     `trim_vocab` leaves out the embedding rows that pad the vocabulary. `generation` holds further settings for
     generation_config.json. Files of an earlier export that the new one does not have are removed. Raises UserError if
-    the disk is full.
+    `transformers` cannot express the model, or the disk is full.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    _require_expressible(checkpoint["config"])
     if checkpoint["kind"] == "classifier":
         checkpoint = grow_vocabulary(checkpoint)  # <|user|> becomes its padding token
     if trim_vocab:
@@ -233,6 +249,16 @@ def write_folder(
         raise UserError(f"cannot write to {folder}: {error}; the old files, if any, are unchanged") from None
     for name in FILES_WRITTEN - texts.keys() - {"model.safetensors"}:
         (folder / name).unlink(missing_ok=True)
+
+
+def _require_expressible(config: GPTConfig) -> None:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in EXPORTED_FIELDS and value != field.default:
+            raise UserError(
+                f"cannot export the model: the GPT-2 of transformers has no setting for {field.name}={value!r}; "
+                "use the checkpoint with this project's own scripts"
+            )
 
 
 def _text_files(
