@@ -1,4 +1,4 @@
-"""Exports a model: writes a folder that `transformers`, and all that builds on it, loads without any code of ours."""
+"""Exports a model as a folder that `transformers`, and every tool that builds on it, loads without our code."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ class Config:
     out: Path
     """folder to write"""
     model: Path = Path("checkpoints/pretrained.pt")
-    """what to export: a checkpoint (language model, adapter, which is merged, or classifier), or a model of the Hub"""
+    """checkpoint to export: a language model, an adapter (it is merged with its base model) or a classifier"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """precision of the weights"""
     trim_vocab: bool = False

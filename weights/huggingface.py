@@ -68,15 +68,15 @@ EXPORTED_FIELDS = {
 def find_folder(name: str | Path) -> Path | None:
     """Returns the local folder of a model: `name` itself, or the snapshot of a model of the Hub.
 
-    A model of the Hub comes from its cache, or is downloaded into it. Returns None if `name` has neither form. Raises
+    A model of the Hub comes from its cache, or is downloaded into it. Returns None if `name` cannot be either. Raises
     UserError if the Hub does not deliver the model.
     """
     path, name = Path(name), str(name)
     if (path / "config.json").is_file():
         return path
-    has_form = name in HUB_NAMES or re.fullmatch(r"[\w-]+/[\w.-]+", name)
+    is_hub_name = name in HUB_NAMES or re.fullmatch(r"[\w-]+/[\w.-]+", name)
     is_local = path.suffix == ".pt" or path.exists() or (len(path.parts) > 1 and path.parent.exists())
-    return _snapshot(name) if has_form and not is_local else None
+    return _snapshot(name) if is_hub_name and not is_local else None
 
 
 @functools.cache  # ask the Hub once per process
@@ -111,7 +111,7 @@ def weight_files(folder: Path) -> list[Path]:
 def read_folder(folder: Path) -> Checkpoint:
     """Returns the checkpoint in a folder, of the kind "base" or "sft", with float32 tensors on the CPU.
 
-    Raises UserError if the model is not a GPT-2 as OpenAI's, if it is a classifier, or if files are damaged.
+    Raises UserError if the model is not a GPT-2 like OpenAI's, if it is a classifier, or if files are damaged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -137,7 +137,10 @@ def read_folder(folder: Path) -> Checkpoint:
             tie_weights=hf_config.get("tie_word_embeddings", True),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{folder} holds no GPT-2 that can be read ({type(error).__name__}: {error})") from None
+        problem = " ".join(str(error).split())
+        raise UserError(
+            f"cannot read a GPT-2 from {folder} ({type(error).__name__}: {problem}): download or export the model again"
+        ) from None
     checkpoint = from_state_dict(weights, config, tokenizer)
     if template := _read_template(folder):
         checkpoint |= {"kind": "sft", "template": template}
@@ -145,7 +148,7 @@ def read_folder(folder: Path) -> Checkpoint:
 
 
 def _require_gpt2(hf_config: dict[str, Any], folder: Path) -> None:
-    accepted: dict[str, tuple] = {
+    accepted: dict[str, tuple[object, ...]] = {
         "model_type": ("gpt2",),
         "activation_function": ("gelu_new", "gelu_pytorch_tanh", None),
         "layer_norm_epsilon": (1e-5, None),
@@ -157,7 +160,7 @@ def _require_gpt2(hf_config: dict[str, Any], folder: Path) -> None:
     for name, values in accepted.items():
         if hf_config.get(name) not in values:
             raise UserError(
-                f"{folder} is no GPT-2 as OpenAI's: its {name} is {hf_config.get(name)!r}; choose another model"
+                f"{folder} is not a GPT-2 like OpenAI's: its {name} is {hf_config.get(name)!r}; choose another model"
             )
 
 
@@ -173,7 +176,9 @@ def _read_tokenizer(folder: Path, vocab_size: int) -> tokenizers.Tokenizer:
         if tokenizer.mergeable_ranks == gpt2.mergeable_ranks:
             tokenizer = gpt2
     if vocab_size <= tokenizer.end_of_text:
-        raise UserError(f"{folder} has {vocab_size:,} embeddings, fewer than its tokenizer has tokens")
+        raise UserError(
+            f"{folder} has {vocab_size:,} embeddings, fewer than its tokenizer has tokens: use its own tokenizer"
+        )
     return tokenizer
 
 
