@@ -93,8 +93,9 @@ def load(path: str, modified: float) -> tuple:
     """
     from generation.text_model import TextModel
     from weights import checkpoint
+    from weights.loading import load_checkpoint
 
-    state = checkpoint.load(path, kinds=("base", "sft", "classifier"))
+    state = load_checkpoint(path, kinds=("base", "sft", "classifier"))
     if state["kind"] == "classifier":
         return checkpoint.facts(state), None
     model = TextModel.of(state, path)

@@ -91,9 +91,9 @@ def script(name: str, *arguments: object) -> None:
 def held_out_beginnings() -> list[str]:
     """Returns five beginnings of lines from the held-out text."""
     from text.token_files import read_tokens
-    from weights.checkpoint import load, tokenizer
+    from weights.checkpoint import read, tokenizer_of
 
-    text = tokenizer(load("checkpoints/demo/pretrained.pt")).decode(read_tokens(Path("data/demo/val.bin")).tolist())
+    text = tokenizer_of(read("checkpoints/demo/pretrained.pt")).decode(read_tokens(Path("data/demo/val.bin")).tolist())
     lines = [line.strip() for line in text.splitlines() if len(line.split()) >= 6]
     return [" ".join(line.split()[:4]) for line in lines[:: max(1, len(lines) // 5)][:5]]
 

@@ -56,9 +56,10 @@ def main(config: Config) -> None:
     from text.token_files import read_prepared_tokens
     from training.evaluation import evaluate_hellaswag, evaluate_text, read_hellaswag
     from weights import checkpoint
+    from weights.loading import load_checkpoint
 
-    state, device = checkpoint.load(config.model), choose_device(config.device)
-    model, tokenizer = checkpoint.build(state, config.model, device), checkpoint.tokenizer(state)
+    state, device = load_checkpoint(config.model), choose_device(config.device)
+    model, tokenizer = checkpoint.build(state, config.model, device), checkpoint.tokenizer_of(state)
     text_model = TextModel(model, tokenizer, None, "", device, choose_dtype(config.dtype, device))
     if config.hellaswag is not None:
         figures = evaluate_hellaswag(text_model, read_hellaswag(*config.hellaswag), config.batch_size)

@@ -144,9 +144,9 @@ class GPT(nn.Module):
     def from_pretrained(cls, name: str) -> GPT:
         """Loads "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2", another GPT-2 of the Hugging Face Hub, a
         folder in its format, or a checkpoint; on the CPU, in evaluation mode. Raises UserError if there is none."""
-        from weights import checkpoint
+        from weights import checkpoint, loading
 
-        return checkpoint.build(checkpoint.load(name), name)
+        return checkpoint.build(loading.load_checkpoint(name), name)
 
     def n_parameters(self, positions: bool = True) -> int:
         """Number of parameters; a tied matrix counts once. `positions=False` leaves out the position embedding."""

@@ -109,6 +109,7 @@ def main(config: Config) -> None:
     from training.report import Samples
     from training.run import train
     from weights import checkpoint
+    from weights.loading import load_checkpoint
 
     resumed = claim_output(config, "base")
     processes = Processes.join(config.device)
@@ -124,9 +125,9 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     start = resumed
     if not resumed and config.init_from != "scratch":
-        start = checkpoint.grow_vocabulary(checkpoint.load(config.init_from))
+        start = checkpoint.grow_vocabulary(load_checkpoint(config.init_from))
     if start:
-        if (found := checkpoint.tokenizer(start).name) != tokenizer.name:
+        if (found := checkpoint.tokenizer_of(start).name) != tokenizer.name:
             raise UserError(
                 f"{config.data} was prepared with the tokenizer {tokenizer.name}, the checkpoint was trained with "
                 f"{found}: prepare the data with that one"

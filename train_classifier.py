@@ -93,10 +93,11 @@ def main(config: Config) -> None:
     from training.report import Examples
     from training.run import train
     from weights import checkpoint
+    from weights.loading import load_checkpoint
 
     resumed = claim_output(config, "classifier")
-    start, path = (resumed, config.out) if resumed else (checkpoint.load(config.model), config.model)
-    tokenizer = checkpoint.tokenizer(start)
+    start, path = (resumed, config.out) if resumed else (load_checkpoint(config.model), config.model)
+    tokenizer = checkpoint.tokenizer_of(start)
     examples = read_examples(config.input, config.dataset, config.text_column, config.label_column)
     parts = split(examples, config.val_fraction, config.test_fraction, config.seed)
     labels = sorted({example.label for example in parts["train"]})

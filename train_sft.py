@@ -89,6 +89,7 @@ def main(config: Config) -> None:
     from training.report import Examples, Samples, greedy_answers
     from training.run import train
     from weights import checkpoint, lora
+    from weights.loading import load_base, load_checkpoint
 
     kind = "lora" if config.lora_rank else "sft"
     resumed = claim_output(config, kind)
@@ -97,11 +98,11 @@ def main(config: Config) -> None:
     if resumed and kind == "sft":
         start, path = resumed, config.out
     elif resumed:
-        start, path = checkpoint.load_base(resumed, config.out), resumed["lora"]["base"]
+        start, path = load_base(resumed, config.out), resumed["lora"]["base"]
     else:
-        start, path = checkpoint.grow_vocabulary(checkpoint.load(config.model)), config.model
+        start, path = checkpoint.grow_vocabulary(load_checkpoint(config.model)), config.model
     meta = read_meta(config.data / "sft_meta.json", "prepare_sft_data.py")
-    tokenizer = checkpoint.tokenizer(start)
+    tokenizer = checkpoint.tokenizer_of(start)
     if meta["tokenizer"] != tokenizer.name:
         raise UserError(
             f"{config.data} was prepared with the tokenizer {meta['tokenizer']}, {path} was trained with "
@@ -114,10 +115,10 @@ def main(config: Config) -> None:
     facts = {"kind": kind, "tokenizer": tokenizer.spec, "template": meta["template"]}
     if kind == "lora":
         new = {"rank": config.lora_rank, "alpha": config.lora_alpha, "base": str(config.model)}
-        facts["lora"] = resumed["lora"] if resumed else {**new, "base_sha256": checkpoint.sha256_of(config.model)}
+        facts["lora"] = resumed["lora"] if resumed else {**new, "base_sha256": lora.sha256_of(config.model)}
         lora.add_adapter(model, facts["lora"]["rank"], facts["lora"]["alpha"], config.lora_dropout, tokenizer.user)
         if resumed:
-            checkpoint.restore_adapter(model, resumed, config.out)
+            lora.restore_adapter(model, resumed, config.out)
     train_data, val_data = (
         Conversations(config.data, split, model.config.block_size, config.batch_size, config.seed)
         for split in ("train", "val")

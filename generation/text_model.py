@@ -16,6 +16,7 @@ from system.errors import UserError
 from text.templates import Message, encode_prompt
 from text.tokenizer import Tokenizer
 from weights import checkpoint
+from weights.loading import load_checkpoint
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class TextModel:
 
         Raises UserError where there is none, or no such device.
         """
-        return cls.of(checkpoint.load(path, verify), path, device, dtype, quantize, compile)
+        return cls.of(load_checkpoint(path, verify), path, device, dtype, quantize, compile)
 
     @classmethod
     def of(
@@ -143,7 +144,7 @@ class TextModel:
         else:
             speed_up_decoding(model)
         compiled = CompiledDecoder(model) if compile else None
-        return cls(model, checkpoint.tokenizer(state), state.get("template"), facts, place, precision, compiled)
+        return cls(model, checkpoint.tokenizer_of(state), state.get("template"), facts, place, precision, compiled)
 
     def check(self, config: SamplingConfig) -> None:
         """Raises UserError for a config that does not fit the model."""

@@ -16,6 +16,7 @@ from generation.config import SamplingConfig
 from generation.text_model import TextModel
 from interface.token_view import legible
 from weights import checkpoint
+from weights.loading import load_checkpoint
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_the_picker_offers_every_checkpoint_but_resume_files_and_tells_its_facts
     page = open_page()
     options = page.selectbox(key="model").options
     assert options[0] == "toy.pt" and set(options) == {"toy.pt", "sft.pt", "snapshots/toy_step_10.pt"}
-    state = checkpoint.load("checkpoints/toy.pt")
+    state = load_checkpoint("checkpoints/toy.pt")
     facts = dict(line.split(": ") for line in page.sidebar.text[0].value.splitlines())
     assert facts["kind"] == "completes text" and facts["training tokens"] == f"{state['tokens']:,}"
     assert facts["validation loss"] == f"{state['history'][-1]['val_loss']:.4f}"
@@ -278,7 +279,7 @@ def test_a_checkpoint_may_be_deleted_or_replaced_while_the_page_is_open(folder):
 
 
 def test_a_classifier_says_where_it_is_asked(folder):
-    state = checkpoint.with_class_head(checkpoint.load("checkpoints/toy.pt"), 2)
+    state = checkpoint.with_class_head(load_checkpoint("checkpoints/toy.pt"), 2)
     checkpoint.save("checkpoints/spam.pt", {**state, "kind": "classifier", "labels": ["ham", "spam"]})
     page = open_page("spam.pt")
     assert "classify.py" in page.info[0].value

@@ -1,5 +1,6 @@
-"""Exported models, loaded by `transformers` as anybody would: logits, tokens, templates, pipelines."""
+"""Exported models in `transformers`: the same logits, tokens, templates and pipeline answers."""
 
+import dataclasses
 import json
 import random
 import re
@@ -27,8 +28,10 @@ from system.errors import UserError
 from text import templates
 from text import tokenizer as tokenizers
 from training.classifier import Classifier
-from weights import checkpoint
+from weights import checkpoint, huggingface
+from weights.loading import load_checkpoint
 
+UNUSED_ID = 1_000_000
 TEXTS = [
     "Hello  world's\n\n\tnaïve 日本 🙂 I'll  ",
     " ",
@@ -55,10 +58,10 @@ KINDS = {
 
 
 def saved(toy: Path, path: Path, kind: str = "base", template: str | None = None, tokenizer: str = "", **shape) -> dict:
-    """A random model of many different tokens, saved as a checkpoint; with the toy's BPE where no other is given."""
+    """Saves a random model whose greedy text has many different tokens; without `tokenizer`, with the toy's BPE."""
     spec = tokenizer or (toy / "data/toy/tokenizer.json").read_text(encoding="utf-8")
-    known = tokenizers.from_spec(spec)
-    shape = {"vocab_size": known.padded_vocab_size, "n_tokens": known.n_tokens, **SHAPE, **shape}
+    bpe = tokenizers.from_spec(spec)
+    shape = {"vocab_size": bpe.padded_vocab_size, "n_tokens": bpe.n_tokens, **SHAPE, **shape}
     torch.manual_seed(1)
     model = GPT(GPTConfig(**shape))
     for parameter in model.parameters():
@@ -66,30 +69,30 @@ def saved(toy: Path, path: Path, kind: str = "base", template: str | None = None
             torch.nn.init.normal_(parameter, std=0.2)
     torch.nn.init.normal_(model.wpe.weight)
     checkpoint.save(path, checkpoint.pack(model, kind=kind, tokenizer=spec, template=template, step=3))
-    return checkpoint.load(path)
+    return load_checkpoint(path)
 
 
 def logits_of(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        found = model(tokens)
-    return getattr(found, "logits", found)
+        output = model(tokens)
+    return getattr(output, "logits", output)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_transformers_finds_the_same_logits_and_tokens(toy, tmp_path, kind):
+def test_transformers_gives_the_same_logits_and_tokens(toy, tmp_path, kind):
     state = saved(toy, tmp_path / "x.pt", **KINDS[kind])
     export.main(export.Config(tmp_path / "out", tmp_path / "x.pt"))
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     ours, config = checkpoint.build(state, "x"), state["config"]
     tokens = torch.randint(config.n_tokens, (3, 40))
-    assert (logits_of(theirs, tokens) - logits_of(ours, tokens)).abs().max() < 1e-4
-    assert theirs.generation_config.suppress_tokens == (
+    assert (logits_of(exported, tokens) - logits_of(ours, tokens)).abs().max() < 1e-4
+    assert exported.generation_config.suppress_tokens == (
         list(range(config.n_tokens, config.vocab_size)) if config.vocab_size > config.n_tokens else None
     )
     greedy = [ids.item() for ids, _ in ours.generate(tokens[:1], 100, temperature=0.0)]
-    found = theirs.generate(tokens[:1], do_sample=False, max_new_tokens=100, eos_token_id=1 << 20)
-    assert found[0, 40:].tolist() == greedy and len(set(greedy)) > 30
-    again = checkpoint.load(tmp_path / "out")  # what was exported can be read back
+    generated = exported.generate(tokens[:1], do_sample=False, max_new_tokens=100, eos_token_id=UNUSED_ID)
+    assert generated[0, 40:].tolist() == greedy and len(set(greedy)) > 30
+    again = load_checkpoint(tmp_path / "out")  # what was exported can be read back
     assert (again["kind"], again["template"], again["tokenizer"] == "gpt2") == (
         state["kind"],
         state["template"],
@@ -102,19 +105,19 @@ def test_transformers_finds_the_same_logits_and_tokens(toy, tmp_path, kind):
 def test_the_tokenizer_gives_the_same_ids(toy, tmp_path, kind):
     state = saved(toy, tmp_path / "x.pt", **KINDS[kind])
     export.main(export.Config(tmp_path / "out", tmp_path / "x.pt"))
-    ours, theirs = checkpoint.tokenizer(state), AutoTokenizer.from_pretrained(tmp_path / "out")
+    tokenizer, hf_tokenizer = checkpoint.tokenizer_of(state), AutoTokenizer.from_pretrained(tmp_path / "out")
     draw = random.Random(0)
     codes = [*range(1, 128), *range(0xA0, 0x250), *range(0x4E00, 0x4E40), *range(0x1F600, 0x1F640)]
     drawn = ["".join(map(chr, draw.choices(codes, k=200))) + " the theory, theorem's" for _ in range(100)]
     for text in [*TEXTS, *drawn, (toy / "text/00.txt").read_text(encoding="utf-8")]:
-        ids = ours.encode(text)
-        assert theirs(text).input_ids == ids and theirs.decode(ids) == text
-    control = ["<|endoftext|>", "<|user|>", "<|assistant|>"][: state["config"].n_tokens - ours.end_of_text]
-    assert len(theirs) == state["config"].n_tokens and theirs.model_max_length == 256
-    assert theirs.all_special_tokens == control
+        ids = tokenizer.encode(text)
+        assert hf_tokenizer(text).input_ids == ids and hf_tokenizer.decode(ids) == text
+    control = ["<|endoftext|>", "<|user|>", "<|assistant|>"][: state["config"].n_tokens - tokenizer.end_of_text]
+    assert len(hf_tokenizer) == state["config"].n_tokens and hf_tokenizer.model_max_length == 256
+    assert hf_tokenizer.all_special_tokens == control
     for i, name in enumerate(control):
-        assert theirs.convert_tokens_to_ids(name) == ours.end_of_text + i
-        assert theirs.decode([ours.end_of_text + i, *ours.encode("a")], skip_special_tokens=True) == "a"
+        assert hf_tokenizer.convert_tokens_to_ids(name) == tokenizer.end_of_text + i
+        assert hf_tokenizer.decode([tokenizer.end_of_text + i, *tokenizer.encode("a")], skip_special_tokens=True) == "a"
 
 
 def test_gpt2s_merges_are_openais():
@@ -129,37 +132,37 @@ def test_gpt2s_merges_are_openais():
 def test_the_chat_template_gives_our_ids(toy, tmp_path, template):
     state = saved(toy, tmp_path / "x.pt", kind="sft", template=template)
     export.main(export.Config(tmp_path / "out", tmp_path / "x.pt"))
-    ours, theirs = checkpoint.tokenizer(state), AutoTokenizer.from_pretrained(tmp_path / "out")
+    tokenizer, hf_tokenizer = checkpoint.tokenizer_of(state), AutoTokenizer.from_pretrained(tmp_path / "out")
     for n in (1, 3, 5):
-        found = theirs.apply_chat_template(CONVERSATION[:n], add_generation_prompt=True, return_dict=False)
-        assert found == templates.encode_prompt(CONVERSATION[:n], ours, template)
-    found = theirs.apply_chat_template(CONVERSATION[:4], return_dict=False)
-    assert found == templates.encode_conversation(CONVERSATION[:4], ours, template)[0]
+        ids = hf_tokenizer.apply_chat_template(CONVERSATION[:n], add_generation_prompt=True, return_dict=False)
+        assert ids == templates.encode_prompt(CONVERSATION[:n], tokenizer, template)
+    ids = hf_tokenizer.apply_chat_template(CONVERSATION[:4], return_dict=False)
+    assert ids == templates.encode_conversation(CONVERSATION[:4], tokenizer, template)[0]
     system = [{"role": "system", "content": " Be brief. "}, *CONVERSATION]
-    told = [{"role": "user", "content": "Be brief.\n\nHi there!"}, *CONVERSATION[1:]]
-    found = theirs.apply_chat_template(system, add_generation_prompt=True, return_dict=False)
-    assert found == templates.encode_prompt(told, ours, template)
+    expected = [{"role": "user", "content": "Be brief.\n\nHi there!"}, *CONVERSATION[1:]]
+    ids = hf_tokenizer.apply_chat_template(system, add_generation_prompt=True, return_dict=False)
+    assert ids == templates.encode_prompt(expected, tokenizer, template)
     with pytest.raises(Exception, match="the roles are user and assistant"):
-        theirs.apply_chat_template([{"role": "tool", "content": "x"}])
+        hf_tokenizer.apply_chat_template([{"role": "tool", "content": "x"}])
 
 
-def test_the_text_generation_pipeline_answers_as_we_do(toy, tmp_path):
+def test_the_text_generation_pipeline_gives_the_same_answers(toy, tmp_path):
     saved(toy, tmp_path / "x.pt", kind="sft", template="chat")
     export.main(export.Config(tmp_path / "out", tmp_path / "x.pt"))
     model = TextModel.load(tmp_path / "x.pt", "cpu")
     answer = pipeline("text-generation", str(tmp_path / "out"), device="cpu")
     for question in ("What does len do?", "Hello!"):
         messages = [{"role": "user", "content": question}]
-        found = answer(messages, do_sample=False, max_new_tokens=40)[0]["generated_text"][-1]
-        ours = "".join(model.answer(messages, SamplingConfig(max_new_tokens=40, greedy=True)))
-        theirs, ours = (re.sub("\ufffd+", "\ufffd", text.strip()) for text in (found["content"], ours))
-        assert found["role"] == "assistant" and theirs == ours != ""
+        turn = answer(messages, do_sample=False, max_new_tokens=40)[0]["generated_text"][-1]
+        expected = "".join(model.answer(messages, SamplingConfig(max_new_tokens=40, greedy=True)))
+        given, expected = (re.sub("\ufffd+", "\ufffd", text.strip()) for text in (turn["content"], expected))
+        assert turn["role"] == "assistant" and given == expected != ""
 
 
-def test_the_card_says_how_it_was_trained(toy, tmp_path):
+def test_the_model_card_says_how_the_model_was_trained(toy, tmp_path):
     succeed(toy, "export.py", "--model", "checkpoints/sft.pt", "--out", tmp_path / "out")
     card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
-    state = checkpoint.load(toy / "checkpoints/sft.pt")
+    state = load_checkpoint(toy / "checkpoints/sft.pt")
     for fact in ("| data | data/toy |", f"| training steps | {state['step']} |", "control token", "library_name"):
         assert fact in card
     assert f"| training tokens | {state['tokens']:,} |" in card and state["tokens"] > 1000
@@ -174,11 +177,11 @@ def test_an_adapter_is_merged(toy, tmp_path):
     succeed(toy, "train_sft.py", *arguments, "--warmup-steps", "0", "--lora-rank", "2", "--keep", "last", *quick)
     (tmp_path / "toy.pt").symlink_to(toy / "checkpoints/toy.pt")
     export.main(export.Config(tmp_path / "out", adapter))
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     tokens = torch.randint(400, (2, 40))
-    merged, base = (checkpoint.build(checkpoint.load(path), path) for path in (adapter, tmp_path / "toy.pt"))
-    assert (logits_of(theirs, tokens) - logits_of(merged, tokens)).abs().max() < 1e-4
-    assert (logits_of(theirs, tokens) - logits_of(base, tokens)).abs().max() > 1e-2
+    merged, base = (checkpoint.build(load_checkpoint(path), path) for path in (adapter, tmp_path / "toy.pt"))
+    assert (logits_of(exported, tokens) - logits_of(merged, tokens)).abs().max() < 1e-4
+    assert (logits_of(exported, tokens) - logits_of(base, tokens)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("tokens", ["its own", "GPT-2's, without role tokens"])
@@ -189,27 +192,27 @@ def test_a_classifier_gives_the_same_probabilities(toy, tmp_path, tokens):
     facts = {"kind": "classifier", "labels": ["ham", "spam", "naïve"]}
     checkpoint.save(tmp_path / "x.pt", {**state, **facts})
     export.main(export.Config(tmp_path / "out", tmp_path / "x.pt"))
-    known = AutoTokenizer.from_pretrained(tmp_path / "out")
-    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    hf_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     ours, texts = Classifier.load(tmp_path / "x.pt", "cpu"), ["Call  now!", "  See you at six, 日本\n", "long " * 500]
-    batch = known(texts, padding=True, truncation=True, return_tensors="pt")
+    batch = hf_tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
     with torch.no_grad():
-        found = theirs(**batch).logits.softmax(-1)
+        probabilities = exported(**batch).logits.softmax(-1)
     expected = torch.stack(list(ours.probabilities(texts)))
-    assert (found - expected).abs().max() < 1e-4 and (expected[0] - expected[1]).abs().max() > 1e-2
+    assert (probabilities - expected).abs().max() < 1e-4 and (expected[0] - expected[1]).abs().max() > 1e-2
     with pytest.raises(UserError, match="holds a classifier"):
-        checkpoint.load(tmp_path / "out")
+        load_checkpoint(tmp_path / "out")
     label = pipeline("text-classification", str(tmp_path / "out"), device="cpu")(texts[0])[0]["label"]
     assert label == ours.labels[expected[0].argmax()]
 
 
-def test_a_chat_model_that_transformers_saved_again_is_one_still(toy, tmp_path):
+def test_a_chat_model_that_transformers_saved_again_loads_as_a_chat_model(toy, tmp_path):
     saved(toy, tmp_path / "x.pt", kind="sft", template="chat")
     export.main(export.Config(tmp_path / "out", tmp_path / "x.pt"))
     for auto in (AutoModelForCausalLM, AutoTokenizer):
         auto.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
     assert (tmp_path / "again/chat_template.jinja").exists()
-    state = checkpoint.load(tmp_path / "again")
+    state = load_checkpoint(tmp_path / "again")
     assert (state["kind"], state["template"]) == ("sft", "chat")
 
 
@@ -218,14 +221,29 @@ def test_precision_and_trimming(toy, tmp_path):
     n_tokens = state["config"].n_tokens
     assert state["config"].vocab_size > n_tokens
     export.main(export.Config(tmp_path / "out", tmp_path / "x.pt", dtype="bfloat16", trim_vocab=True))
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert {parameter.dtype for parameter in theirs.parameters()} == {torch.bfloat16}
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert {parameter.dtype for parameter in exported.parameters()} == {torch.bfloat16}
     assert AutoConfig.from_pretrained(tmp_path / "out").vocab_size == n_tokens
-    assert theirs.generation_config.suppress_tokens is None
+    assert exported.generation_config.suppress_tokens is None
     tokens = torch.randint(n_tokens, (2, 40))
     exact = {name: tensor.bfloat16().float() for name, tensor in state["model"].items()}
     ours = checkpoint.build({**state, "model": exact}, "x")
-    assert (logits_of(theirs.float(), tokens) - logits_of(ours, tokens)[..., :n_tokens]).abs().max() < 1e-4
+    assert (logits_of(exported.float(), tokens) - logits_of(ours, tokens)[..., :n_tokens]).abs().max() < 1e-4
+
+
+def test_a_config_field_that_transformers_cannot_express_is_refused_by_name(toy, tmp_path):
+    state = saved(toy, tmp_path / "x.pt")
+    later = dataclasses.make_dataclass("Later", [("rotary", bool, False)], bases=(GPTConfig,), frozen=True)
+    fields = dataclasses.asdict(state["config"])
+    with pytest.raises(UserError, match="^cannot export the model: .* no setting for rotary=True; use .*") as error:
+        huggingface.write_folder({**state, "config": later(**fields, rotary=True)}, tmp_path / "out")
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+    huggingface.write_folder({**state, "config": later(**fields)}, tmp_path / "out")  # its default changes nothing
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_the_fields_that_an_export_expresses_exist():
+    assert {field.name for field in dataclasses.fields(GPTConfig)} >= huggingface.EXPORTED_FIELDS
 
 
 def test_bad_input_costs_one_line_and_no_file(toy, tmp_path):

@@ -26,7 +26,8 @@ from training.classifier import Classifier, LabelledTexts
 from training.evaluation import mean_loss
 from training.loader import Conversations
 from weights import checkpoint
-from weights.lora import add_adapter
+from weights.loading import load_checkpoint
+from weights.lora import add_adapter, restore_adapter
 
 
 @pytest.fixture
@@ -56,10 +57,10 @@ def loss_after_the_role_token(state: dict, **changed) -> float:
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_the_role_tokens_are_learnt(here, lora_rank):
-    base = checkpoint.load("checkpoints/pretrained.pt")
+    base = load_checkpoint("checkpoints/pretrained.pt")
     sft(max_steps=60, eval_every=60, batch_size=32, lora_rank=lora_rank, learning_rate=2e-2)
-    tuned = checkpoint.load("checkpoints/sft.pt")
-    user = checkpoint.tokenizer(base).user
+    tuned = load_checkpoint("checkpoints/sft.pt")
+    user = checkpoint.tokenizer_of(base).user
     rows = tuned["model"]["wte.weight"].clone()
     rows[user : user + 2] = base["model"]["wte.weight"][user : user + 2]  # as they were before
     assert loss_after_the_role_token(tuned) < loss_after_the_role_token(tuned, **{"wte.weight": rows}) - 0.01
@@ -83,21 +84,21 @@ def test_an_adapter_is_saved_alone_and_equals_the_merged_model(here):
     assert sum(len(part["state"]) for part in state) == len(adapter["model"])
     assert Path("checkpoints/pretrained.pt").read_bytes() == base_file
 
-    live = checkpoint.build(checkpoint.grow_vocabulary(checkpoint.load("checkpoints/pretrained.pt")), "x")
-    tokenizer = checkpoint.tokenizer(adapter)
+    live = checkpoint.build(checkpoint.grow_vocabulary(load_checkpoint("checkpoints/pretrained.pt")), "x")
+    tokenizer = checkpoint.tokenizer_of(adapter)
     add_adapter(live, 4, 8.0, 0.5, tokenizer.user)
-    checkpoint.restore_adapter(live, adapter, "x")
+    restore_adapter(live, adapter, "x")
     tokens = torch.randint(tokenizer.n_tokens, (3, 64))
     with torch.no_grad():
         expected = live.eval()(tokens)
-        plain = checkpoint.build(checkpoint.load("checkpoints/pretrained.pt"), "x")(tokens)
-        loaded = checkpoint.build(checkpoint.load("checkpoints/sft.pt"), "x")(tokens)
+        plain = checkpoint.build(load_checkpoint("checkpoints/pretrained.pt"), "x")(tokens)
+        loaded = checkpoint.build(load_checkpoint("checkpoints/sft.pt"), "x")(tokens)
     torch.testing.assert_close(loaded, expected, rtol=0, atol=1e-5)
     assert (plain - expected).abs().max() > 0.01
 
     export.main(export.Config(out=Path("merged"), model=Path("checkpoints/sft.pt")))
-    merged = checkpoint.load("merged")
-    assert merged["kind"] == "sft" and merged["model"].keys() == checkpoint.load("checkpoints/sft.pt")["model"].keys()
+    merged = load_checkpoint("merged")
+    assert merged["kind"] == "sft" and merged["model"].keys() == load_checkpoint("checkpoints/sft.pt")["model"].keys()
     Path("checkpoints/pretrained.pt").unlink()  # not needed any more
     with torch.no_grad():
         on_its_own = checkpoint.build(merged, "x")(tokens)
@@ -109,13 +110,13 @@ def test_an_adapter_goes_with_its_base_model_only(here):
     base = Path("checkpoints/pretrained.pt")
     base.rename(here / "elsewhere.pt")
     with pytest.raises(UserError, match="adapts the model .*pretrained.pt.*missing"):
-        checkpoint.load("checkpoints/sft.pt")
+        load_checkpoint("checkpoints/sft.pt")
     shutil.copy("elsewhere.pt", "checkpoints/pretrained.pt")
     os.utime(base)
-    checkpoint.load("checkpoints/sft.pt")
+    load_checkpoint("checkpoints/sft.pt")
     torch.save({**torch.load(base, weights_only=True), "step": 1}, base)
     with pytest.raises(UserError, match="has changed since"):
-        checkpoint.load("checkpoints/sft.pt")
+        load_checkpoint("checkpoints/sft.pt")
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
@@ -130,11 +131,11 @@ def test_an_interrupted_fine_tuning_resumes_to_the_same_weights(here, lora_rank)
 
 def test_a_vocabulary_without_role_tokens_grows_and_no_logit_changes(here):
     small = torch.load("checkpoints/pretrained.pt", weights_only=True)
-    n = checkpoint.tokenizer(small).end_of_text + 1  # as in OpenAI's GPT-2: nothing behind <|endoftext|>
+    n = checkpoint.tokenizer_of(small).end_of_text + 1  # as in OpenAI's GPT-2: nothing behind <|endoftext|>
     small["model"]["wte.weight"] = small["model"]["wte.weight"][:n].clone()
     small["config"] |= {"vocab_size": n, "n_tokens": n}
     torch.save(small, "checkpoints/pretrained.pt")
-    small = checkpoint.load("checkpoints/pretrained.pt")
+    small = load_checkpoint("checkpoints/pretrained.pt")
     grown = checkpoint.grow_vocabulary(small)
     assert (grown["config"].n_tokens, grown["config"].vocab_size) == (n + 2, 448)
     tokens = torch.randint(n, (2, 64))
@@ -217,7 +218,7 @@ def test_a_classifier_learns_and_is_tested(classifier):
         "1 rows that repeat another",
     ):
         assert line in out
-    state = checkpoint.load(classifier / "checkpoints/spam.pt", kinds=("classifier",))
+    state = load_checkpoint(classifier / "checkpoints/spam.pt", kinds=("classifier",))
     test = state["test"]
     assert f"balanced accuracy {test['balanced_accuracy']:.4f}" in out and test["balanced_accuracy"] > 0.9
     assert sum(map(sum, test["confusion"])) == 48 and test["classes"]["number"]["support"] == 8
@@ -269,7 +270,7 @@ def test_only_the_chosen_layers_train(here, layers, trained):
     write_csv("t.csv", labelled(60))
     train_classifier.main(classify_config(train_layers=layers, max_steps=2, weight_decay=0.0, keep="last"))
     torch.manual_seed(1337)  # as the run, whose head begins with the same weights
-    before = checkpoint.with_class_head(checkpoint.load("checkpoints/pretrained.pt"), 3)["model"]
+    before = checkpoint.with_class_head(load_checkpoint("checkpoints/pretrained.pt"), 3)["model"]
     after = torch.load("checkpoints/spam.pt", weights_only=True)["model"]
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert {".".join(name.split(".")[: 2 if name.startswith("h.") else 1]) for name in changed} == trained
@@ -357,7 +358,7 @@ def test_an_ambiguous_text_is_dropped_under_every_label(tmp_path):
 
 
 def test_of_a_text_the_last_position_alone_counts(toy):
-    tokenizer = checkpoint.tokenizer(checkpoint.load(toy / "checkpoints/toy.pt"))
+    tokenizer = checkpoint.tokenizer_of(load_checkpoint(toy / "checkpoints/toy.pt"))
     examples = [Example("one two", "b"), Example("three", "a"), Example("four", "a")]
     data = LabelledTexts(examples, ["a", "b"], tokenizer, 64, batch_size=3)
     ids = {text: [*tokenizer.encode(text), tokenizer.end_of_text] for text in ("one two", "three", "four")}

@@ -27,6 +27,7 @@ from system.errors import UserError
 from text import tokenizer as tokenizers
 from text.token_files import read_tokens
 from weights import checkpoint
+from weights.loading import load_checkpoint
 
 
 def defined(logits: np.ndarray, temperature=1.0, top_k=None, top_p=None, min_p=None) -> np.ndarray:
@@ -165,7 +166,7 @@ def test_logits_come_with_the_tokens():
 
 
 def test_int8_weights_change_the_perplexity_by_less_than_a_hundredth(toy):
-    state = checkpoint.load(toy / "checkpoints/toy.pt")
+    state = load_checkpoint(toy / "checkpoints/toy.pt")
     ids = torch.from_numpy(read_tokens(toy / "data/toy/val.bin").astype("int64"))
     ids = ids[: len(ids) // 65 * 65].view(-1, 65)
 
@@ -366,13 +367,13 @@ def test_a_damaged_checkpoint_costs_one_line_and_runs_nothing(toy, tmp_path):
             damaged = bytearray(rng.randbytes(rng.randrange(3000)))
         path.write_bytes(damaged)
         try:
-            checkpoint.build(checkpoint.load(path, verify=True), path)
+            checkpoint.build(load_checkpoint(path, verify=True), path)
         except UserError as error:
             assert "\n" not in str(error)
         else:
             assert kind == 1 or bytes(damaged) == good, f"damage {i} went unseen"
         try:
-            checkpoint.build(checkpoint.load(path), path)
+            checkpoint.build(load_checkpoint(path), path)
         except UserError as error:
             assert "\n" not in str(error)
 

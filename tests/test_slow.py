@@ -13,6 +13,7 @@ from conftest import ENVIRONMENT, REPOSITORY, TOY_SHAPE, command, run_script
 
 from demo import PROMPTS
 from weights import checkpoint
+from weights.loading import load_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -122,7 +123,7 @@ def test_fifty_kills_leave_a_checkpoint_that_resumes(toy):
         for path in half_written:
             path.unlink()
         if last.exists():
-            state = checkpoint.load(last, verify=True)
+            state = load_checkpoint(last, verify=True)
             checkpoint.build(state, last)
             assert state["step"] >= step
             step = state["step"]

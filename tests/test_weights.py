@@ -1,8 +1,10 @@
-"""Weights of others: Hugging Face's folders, written by their own library, and nanoGPT's checkpoints."""
+"""Weights in other formats: folders that `transformers` writes, models of the Hub, and nanoGPT's checkpoints."""
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +14,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from model import GPT
 from system.errors import UserError
 from weights import checkpoint, huggingface
+from weights.loading import load_checkpoint
 
-GPT2 = {"n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
+SAMPLE = Path(__file__).parent / "samples/base.pt"
+GPT2: dict[str, Any] = {"n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
 
 
-def theirs(**options) -> GPT2LMHeadModel:
+def hf_gpt2(**options: Any) -> GPT2LMHeadModel:
+    """A tiny random GPT-2 of `transformers`."""
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(**{**GPT2, **options})).eval()
 
@@ -25,7 +30,7 @@ def theirs(**options) -> GPT2LMHeadModel:
 def folder(tmp_path_factory) -> Path:
     """A tiny model with GPT-2's vocabulary, as `transformers` saves it."""
     path = tmp_path_factory.mktemp("hub") / "tiny"
-    theirs().save_pretrained(path)
+    hf_gpt2().save_pretrained(path)
     return path
 
 
@@ -39,25 +44,26 @@ def assert_same_logits(reference: GPT2LMHeadModel, state: dict) -> None:
     assert grown.size(-1) == 50304
 
 
-@pytest.mark.parametrize("how", ["whole", "in shards", "untied", "without a prefix"])
-def test_a_folder_of_transformers_gives_the_same_logits(tmp_path, how):
-    reference = theirs(tie_word_embeddings=how != "untied")
-    reference.save_pretrained(tmp_path, **({"max_shard_size": "1MB"} if how == "in shards" else {}))
-    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (how == "in shards")
-    if how == "without a prefix":  # as OpenAI's own on the Hub, with the masks as buffers
+@pytest.mark.parametrize("variant", ["whole", "in shards", "untied", "without a prefix"])
+def test_a_folder_of_transformers_gives_the_same_logits(tmp_path, variant):
+    reference = hf_gpt2(tie_word_embeddings=variant != "untied")
+    reference.save_pretrained(tmp_path, **({"max_shard_size": "1MB"} if variant == "in shards" else {}))
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (variant == "in shards")
+    if variant == "without a prefix":  # as OpenAI's own weights on the Hub, with attention masks as buffers
         from safetensors.torch import load_file, save_file
 
         weights = load_file(tmp_path / "model.safetensors")
         weights = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
         weights |= {"h.0.attn.bias": torch.ones(1, 1, 64, 64), "h.0.attn.masked_bias": torch.tensor(-1e4)}
         save_file(weights, tmp_path / "model.safetensors")
-    state = checkpoint.load(tmp_path)
-    assert (state["kind"], state["config"].n_tokens, state["config"].tie_weights) == ("base", 50257, how != "untied")
-    assert checkpoint.tokenizer(state).name == "gpt2"
+    state = load_checkpoint(tmp_path)
+    config = state["config"]
+    assert (state["kind"], config.n_tokens, config.tie_weights) == ("base", 50257, variant != "untied")
+    assert checkpoint.tokenizer_of(state).name == "gpt2"
     assert_same_logits(reference, state)
 
 
-def test_models_of_the_hub_are_found_in_its_cache(folder, tmp_path, monkeypatch):
+def test_models_of_the_hub_load_from_its_cache(folder, tmp_path, monkeypatch):
     snapshot = tmp_path / "models--openai-community--gpt2/snapshots" / ("a" * 40)
     shutil.copytree(folder, snapshot)
     (tmp_path / "models--openai-community--gpt2/refs").mkdir()
@@ -67,66 +73,89 @@ def test_models_of_the_hub_are_found_in_its_cache(folder, tmp_path, monkeypatch)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert huggingface.find_folder("gpt2") == snapshot
-    assert_same_logits(theirs(), checkpoint.load("gpt2"))
+    assert_same_logits(hf_gpt2(), load_checkpoint("gpt2"))
     tokens = torch.randint(50257, (1, 9))
     with torch.no_grad():
-        torch.testing.assert_close(GPT.from_pretrained("gpt2")(tokens), theirs()(tokens).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(GPT.from_pretrained("gpt2")(tokens), hf_gpt2()(tokens).logits, rtol=1e-4, atol=1e-5)
     for name in ("gpt2-medium", "org/name"):
         with pytest.raises(UserError, match=f"cannot get {name} from the Hugging Face Hub, nor is it in the cache"):
-            checkpoint.load(name)
+            load_checkpoint(name)
     with pytest.raises(UserError, match="no checkpoint checkpoints/none.pt"):
-        checkpoint.load("checkpoints/none.pt")
+        load_checkpoint("checkpoints/none.pt")
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
 def test_nanogpts_checkpoint_gives_the_same_logits(tmp_path, bias, prefix):
-    reference = theirs()
+    reference = hf_gpt2()
     if not bias:
         for name, parameter in reference.named_parameters():
             if name.endswith("bias"):
                 torch.nn.init.zeros_(parameter)
     weights = {}
-    for name, tensor in reference.state_dict().items():  # nanoGPT's linear layers hold them the other way round
+    for name, tensor in reference.state_dict().items():  # nanoGPT's matrices are (out, in)
         if bias or not name.endswith(".bias"):
             weights[prefix + name] = tensor.t() if name.endswith(huggingface.CONV1D) else tensor
     args = {"block_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 16, "bias": bias, "vocab_size": 50257}
     path = tmp_path / "ckpt.pt"
     torch.save({"model": weights, "model_args": args | {"dropout": 0.0}, "iter_num": 7, "config": {}}, path)
-    state = checkpoint.load(path)
+    state = load_checkpoint(path)
     assert state["config"].bias == bias and state["step"] == 7
     assert_same_logits(reference, state)
     torch.save({"model": weights, "model_args": args | {"vocab_size": 65}}, path)
     with pytest.raises(UserError, match="has a vocabulary of 65 tokens"):
-        checkpoint.load(path)
+        load_checkpoint(path)
 
 
-def test_what_cannot_be_read_says_why(folder, tmp_path):
-    def damaged(change=None, **facts):
+def test_an_unreadable_folder_costs_one_line_that_says_why(folder, tmp_path):
+    def message(change: Callable[[Path], object] | None = None, **settings: object) -> str:
         shutil.rmtree(tmp_path / "x", ignore_errors=True)
         shutil.copytree(folder, tmp_path / "x")
-        config = json.loads((folder / "config.json").read_text()) | facts
+        config = json.loads((folder / "config.json").read_text()) | settings
         (tmp_path / "x/config.json").write_text(json.dumps(config))
         if change:
             change(tmp_path / "x")
         with pytest.raises(UserError) as error:
-            checkpoint.load(tmp_path / "x")
+            load_checkpoint(tmp_path / "x")
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "model_type is 'llama'" in damaged(model_type="llama")
-    assert "activation_function is 'relu'" in damaged(activation_function="relu")
-    assert "model.safetensors is missing: only weights in safetensors" in damaged(
+    assert "model_type is 'llama'" in message(model_type="llama")
+    assert "activation_function is 'relu'" in message(activation_function="relu")
+    assert "model.safetensors is missing: only weights in safetensors" in message(
         lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin")
     )
-    assert "holds no GPT-2 that can be read" in damaged(
+    assert "cannot read a GPT-2 from" in message(
         lambda path: (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:1000])
     )
-    assert "holds no GPT-2 that can be read" in damaged(lambda path: (path / "config.json").write_text("{"))
-    assert "index.json is damaged" in damaged(lambda path: (path / "model.safetensors.index.json").write_text("[]"))
+    assert "cannot read a GPT-2 from" in message(lambda path: (path / "config.json").write_text("{"))
+    assert "index.json is damaged" in message(lambda path: (path / "model.safetensors.index.json").write_text("[]"))
 
 
-def test_every_script_takes_such_a_name(toy, folder, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"format_version": 99}, "is from a newer version"),
+        ({"config": {"n_layer": 1, "later": 1}}, "is from a newer version"),
+        ({"format_version": "x"}, "is not a checkpoint of this project, or damaged"),
+        ({"config": [1]}, "is not a checkpoint of this project, or damaged"),
+        ({"config": {"n_layer": "x"}}, "its weights do not fit its config"),
+        ({"config": {"n_layer": 1}}, "its weights do not fit its config"),
+        ({"model": {}}, "its weights do not fit its config"),
+        ({"kind": "classifier"}, "is a classifier: ask it with classify.py"),
+        ({"kind": "lora"}, "it does not name its base model"),
+        ({"kind": "lora", "lora": {"base": "none.pt", "base_sha256": "0"}}, "adapts the model none.pt .*it is missing"),
+    ],
+)
+def test_a_bad_checkpoint_costs_one_line_that_says_why(tmp_path, changes, problem):
+    contents = torch.load(SAMPLE, weights_only=True)
+    torch.save({**contents, **changes}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=f"x.pt .*{problem}") as error:
+        checkpoint.build(load_checkpoint(tmp_path / "x.pt"), tmp_path / "x.pt")
+    assert "\n" not in str(error.value)
+
+
+def test_every_script_accepts_a_hugging_face_folder(toy, folder, tmp_path):
     (tmp_path / "tiny").symlink_to(folder)
     assert succeed(tmp_path, "generate.py", "--model", "tiny", "--prompt", "Hello", "--max-new-tokens", "3")
     rows = [{"instruction": f"Say {i}.", "output": str(i)} for i in range(20)]
@@ -137,7 +166,7 @@ def test_every_script_takes_such_a_name(toy, folder, tmp_path):
     succeed(tmp_path, "train_sft.py", "--model", "tiny", "--out", "lora.pt", "--lora-rank", "2", *quick)
     for model in ("sft.pt", "lora.pt"):
         succeed(tmp_path, "generate.py", "--model", model, "--chat", "--max-new-tokens", "3", stdin="Hello\n")
-    (tmp_path / "text.txt").write_text("Some text to go on with. " * 100)
+    (tmp_path / "text.txt").write_text("Some text to train on. " * 100)
     succeed(tmp_path, "train.py", "--data", "text.txt", "--init-from", "tiny", "--out", "more.pt", *quick)
     offline = run_script(tmp_path, "generate.py", "--model", "gpt2-large", "--prompt", "x")
     assert offline.returncode == 1 and "cannot get gpt2-large" in offline.stderr.splitlines()[-1]

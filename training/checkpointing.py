@@ -10,6 +10,7 @@ from system.errors import UserError
 from training.config import TrainerConfig
 from training.state import Listener, StopReason, TrainingState
 from weights import checkpoint
+from weights.loading import load_checkpoint
 
 
 def claim_output(config: TrainerConfig, *kinds: str) -> dict[str, Any] | None:
@@ -21,7 +22,7 @@ def claim_output(config: TrainerConfig, *kinds: str) -> dict[str, Any] | None:
     if config.resume:
         if not last.exists():
             raise UserError(f"nothing to resume: {last} is missing; start without --resume")
-        return checkpoint.load(last, verify=True, kinds=kinds)
+        return load_checkpoint(last, verify=True, kinds=kinds)
     existing = [path for path in (config.out, last, config.log_path) if path.exists()]
     if existing and not config.overwrite:
         remedies = ["--overwrite to replace it", "or choose another --out"]

@@ -21,6 +21,7 @@ from training.loader import Batch, Epochs, stack
 from training.plots import draw_confusion_matrix
 from training.state import TrainingState
 from weights import checkpoint
+from weights.loading import load_checkpoint
 
 
 def encode(text: str, tokenizer: Tokenizer, block_size: int) -> list[int]:
@@ -98,9 +99,9 @@ class Classifier:
     @classmethod
     def load(cls, path: str | Path, device: str = "auto", dtype: str = "auto") -> Classifier:
         """Loads a checkpoint of train_classifier.py. Raises UserError if there is none, or no such device."""
-        state, chosen = checkpoint.load(path, kinds=("classifier",)), choose_device(device)
+        state, chosen = load_checkpoint(path, kinds=("classifier",)), choose_device(device)
         model = checkpoint.build(state, path, chosen)
-        return cls(model, checkpoint.tokenizer(state), state["labels"], chosen, choose_dtype(dtype, chosen))
+        return cls(model, checkpoint.tokenizer_of(state), state["labels"], chosen, choose_dtype(dtype, chosen))
 
     @classmethod
     def of_run(cls, state: TrainingState, tokenizer: Tokenizer, labels: list[str]) -> Classifier:
@@ -156,7 +157,7 @@ def test(config: TrainerConfig, examples: list[Example]) -> None:
     print(f"\ntest on {len(examples):,} texts, which were used neither for training nor for choosing the weights:")
     print(metrics.classification_report(expected, predicted, digits=4, **options))
     print(f"accuracy {figures['accuracy']:.4f}, balanced accuracy {figures['balanced_accuracy']:.4f}")
-    checkpoint.save(config.out, {**checkpoint.load(config.out, kinds=("classifier",)), "test": figures})
+    checkpoint.save(config.out, {**load_checkpoint(config.out, kinds=("classifier",)), "test": figures})
     plot_path = config.plot_path("confusion")
     draw_confusion_matrix(expected, predicted, labels, plot_path)
     print(f"confusion matrix in {plot_path}; now try: python classify.py --model {config.out} 'a text'")

@@ -1,225 +1,100 @@
-"""Weights in and out: one dict of plain tensors, numbers, strings, lists and dicts in a `.pt` file.
+"""Our checkpoints: one dict of plain tensors, numbers, strings, lists and dicts in a `.pt` file.
 
-Nothing in a file is ever executed: everything is read with `weights_only=True`.
+Files are always read with `weights_only=True`, so that nothing in them is executed.
 """
 
 import dataclasses
-import hashlib
 import zipfile
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from model import GPT, GPTConfig
 from system.errors import UserError
 from system.files import atomic_write
 from text import tokenizer as tokenizers
-from weights import huggingface, lora, nanogpt
 
 FORMAT_VERSION = 1
 
+Checkpoint = dict[str, Any]
+"""A checkpoint in memory. `kind` is "base", "sft", "classifier" or "lora", `model` maps the names of parameters to
+float32 tensors, `config` is the GPTConfig, and `tokenizer` is the text that `text.tokenizer.from_spec` reads. Optional:
+`template`, `labels` (of a classifier), `lora` (of an adapter), `step`, `tokens`, `history`, `train_config`, `created`,
+and in a `.last.pt` file the state of the optimizer."""
 
-def save(path: str | Path, checkpoint: dict) -> None:
-    """Writes a checkpoint (of `pack` or `load`) atomically, with `format_version` and `created` (UTC, ISO 8601) added.
 
-    Raises UserError where the disk is full or the folder cannot be written; what was at `path` is as it was.
+def save(path: str | Path, checkpoint: Checkpoint) -> None:
+    """Writes a checkpoint atomically, and adds `format_version` and `created` (UTC, ISO 8601).
+
+    Raises UserError if the disk is full or the folder is not writable; an older file at `path` then stays unchanged.
     """
-    facts = {
+    contents = {
+        **checkpoint,
         "format_version": FORMAT_VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": dataclasses.asdict(checkpoint["config"]),
     }
     try:
         with atomic_write(path) as file:
-            torch.save({**checkpoint, **facts}, file)
+            torch.save(contents, file)
     except (OSError, RuntimeError) as error:
-        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides what went wrong
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides the OSError
         if not isinstance(cause, OSError):
             raise
-        raise UserError(f"cannot write {path}: {cause.strerror}; what was there is as it was") from None
+        raise UserError(f"cannot write {path}: {cause.strerror}; the old file, if any, is unchanged") from None
 
 
-def load(path: str | Path, verify: bool = False, kinds: tuple[str, ...] = ("base", "sft")) -> dict:
-    """Reads a checkpoint onto the CPU, its tensors mapped from the file; `verify` compares the checksums first.
+def read(path: str | Path, verify: bool = False) -> Checkpoint:
+    """Reads one of our files, of any kind, onto the CPU; the tensors are mapped from the file.
 
-    `path` may also name a model of the Hugging Face Hub ("gpt2"), a folder in its format, or nanoGPT's `ckpt.pt`.
-    `kinds` are those wanted; an adapter, of kind "lora", becomes the whole model unless it is wanted itself. Raises
-    UserError where the file is missing, damaged, of another kind, no checkpoint of this project, or from a newer
-    version.
+    `verify` compares the checksums first. Raises UserError if the file is damaged, foreign or from a newer version.
     """
-    path = Path(path)
-    if not path.is_file():
-        if folder := huggingface.find_folder(path):
-            return _of_a_kind(huggingface.from_folder(folder), path, kinds)
-        raise UserError(f"no checkpoint {path}: train one with train.py, or name one with --model")
+    return from_contents(read_contents(path, verify), path)
+
+
+def read_contents(path: str | Path, verify: bool = False) -> dict[str, Any]:
+    """Returns the dict that `torch.save` wrote to a file, ours or nanoGPT's, on the CPU and not yet checked.
+
+    `verify` compares the checksums first. Raises UserError if the file is damaged or holds anything but a dict.
+    """
     try:
-        if verify and (damaged := zipfile.ZipFile(path).testzip()):
-            raise UserError(f"{path} is damaged (checksum of {damaged})")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if isinstance(checkpoint, dict) and "model_args" in checkpoint:
-            return _of_a_kind(nanogpt.from_nanogpt(checkpoint, path), path, kinds)
-        config = GPTConfig(**checkpoint["config"])
-        checkpoint["model"], checkpoint["tokenizer"], checkpoint["kind"]  # noqa: B018
+        if verify:
+            _verify_checksums(path)
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(contents, dict):
+            raise TypeError
+        return contents
     except UserError:
         raise
-    except Exception as error:  # whatever a damaged or foreign file makes the readers raise
-        newer = isinstance(error, TypeError) and "unexpected keyword" in str(error)
-        what = "is from a newer version of this project" if newer else "is not a checkpoint of this project, or damaged"
-        raise UserError(f"{path} {what} ({type(error).__name__})") from None
-    if checkpoint.get("format_version", 0) > FORMAT_VERSION:
-        raise UserError(f"{path} is from a newer version of this project: update it")
-    checkpoint["config"] = config
-    if checkpoint["kind"] == "lora" and "lora" not in kinds:
-        checkpoint = _with_base(checkpoint, path)
-    return _of_a_kind(checkpoint, path, kinds)
+    except Exception as error:  # damaged and foreign files make torch and zipfile raise many types
+        raise _not_a_checkpoint(path, error) from None
 
 
-def _of_a_kind(checkpoint, path, kinds):
-    if checkpoint["kind"] not in kinds:
-        if checkpoint["kind"] == "classifier":
-            raise UserError(f"{path} is a classifier, it writes no text: ask it with classify.py")
-        if kinds == ("classifier",):
-            raise UserError(f"{path} is a language model, not a classifier: train one with train_classifier.py")
-        raise UserError(f"{path} is of the kind {checkpoint['kind']!r}, wanted {' or '.join(kinds)}")
-    return checkpoint
+def from_contents(contents: dict[str, Any], path: str | Path) -> Checkpoint:
+    """Returns the checkpoint in the contents of our file `path`.
 
-
-def load_base(adapter: dict, path: str | Path) -> dict:
-    """Returns the checkpoint that an adapter, read from `path`, was trained on, its vocabulary grown as it was then.
-
-    It is sought where it was, then beside the adapter. Raises UserError where it is missing or has changed.
+    Raises UserError if the contents are from a newer version of this project, or are no checkpoint.
     """
     try:
-        name, sha256 = adapter["lora"]["base"], adapter["lora"]["base_sha256"]
-    except (KeyError, TypeError):
-        raise UserError(f"{path} is damaged: it does not say what it adapts") from None
-    found = [base for base in (Path(name), Path(path).parent / Path(name).name) if base.is_file()]
-    found = found or [Path(name)] * (huggingface.find_folder(name) is not None)
-    if base := next((base for base in found if sha256_of(base) == sha256), None):
-        return grow_vocabulary(load(base))
-    what = f"{found[0]} has changed since" if found else "it is missing"
-    raise UserError(f"{path} adapts the model {name} (SHA-256 {sha256[:12]}…), but {what}: put that file back")
+        config = contents["config"]
+        unknown_fields = config.keys() - {field.name for field in dataclasses.fields(GPTConfig)}
+        is_newer = bool(unknown_fields) or contents.get("format_version", 0) > FORMAT_VERSION
+        contents["model"], contents["tokenizer"], contents["kind"]  # noqa: B018
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _not_a_checkpoint(path, error) from None
+    if is_newer:
+        raise UserError(f"{path} is from a newer version of this project: update the project")
+    return {**contents, "config": GPTConfig(**config)}
 
 
-def sha256_of(path: str | Path) -> str:
-    """Returns the SHA-256 sum of a checkpoint's file, in hexadecimal; of several files, that of their sums."""
-    folder = None if Path(path).is_file() else huggingface.find_folder(path)
-    sums = []
-    for part in huggingface.weight_files(folder) if folder else [path]:
-        with open(part, "rb") as file:
-            sums.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
+def pack(model: GPT, *, kind: str, **metadata: object) -> Checkpoint:
+    """Returns the checkpoint to save for a model: its weights, its config and the given metadata.
 
-
-def _with_base(adapter, path):
-    base = load_base(adapter, path)
-    try:
-        scale = adapter["lora"]["alpha"] / adapter["lora"]["rank"]
-        weights = lora.merge(base["model"], adapter["model"], scale, tokenizer(adapter).user)
-    except (KeyError, RuntimeError, TypeError):
-        raise UserError(f"{path} is damaged: it does not fit the model that it adapts") from None
-    return {name: value for name, value in adapter.items() if name != "lora"} | {"kind": "sft", "model": weights}
-
-
-def grow_vocabulary(checkpoint: dict) -> dict:
-    """Returns a checkpoint with a row for each token of its tokenizer, the role tokens included.
-
-    OpenAI's GPT-2 has 50,257 rows and gets 50,304. New rows are the mean of the old (Hewitt 2021); no logit of an
-    existing token changes.
-    """
-    config, known = checkpoint["config"], tokenizer(checkpoint)
-    if config.n_tokens >= known.n_tokens:
-        return checkpoint
-    n = config.n_tokens
-    vocab_size = max(known.padded_vocab_size, config.vocab_size)
-
-    def grown(rows):
-        return torch.cat((rows[:n], rows[:n].mean(dim=0, keepdim=True).expand(vocab_size - n, -1)))
-
-    weights = {
-        name: grown(tensor) if name == "wte.weight" or (name == "lm_head.weight" and not config.n_classes) else tensor
-        for name, tensor in checkpoint["model"].items()
-    }
-    config = dataclasses.replace(config, vocab_size=vocab_size, n_tokens=known.n_tokens)
-    return {**checkpoint, "model": weights, "config": config}
-
-
-def build(checkpoint: dict, path: str | Path, device: torch.device | str = "cpu") -> GPT:
-    """Builds the model of a loaded checkpoint, in evaluation mode. Raises UserError where the weights misfit.
-
-    On the CPU its weights are the file's pages, read when they are first used, and copied where they are written to.
-    """
-    with torch.device("meta"):
-        model = GPT(checkpoint["config"])
-    try:
-        weights = checkpoint["model"]
-        if checkpoint["config"].tie_weights:
-            weights = {**weights, "lm_head.weight": weights["wte.weight"]}
-        model.load_state_dict(weights, assign=True)
-    except (RuntimeError, KeyError):
-        raise UserError(f"{path} is damaged: its weights do not fit its config") from None
-    if checkpoint["config"].tie_weights:
-        model.lm_head.weight = model.wte.weight
-    return model.eval().to(device)
-
-
-def with_class_head(checkpoint: dict, n_classes: int) -> dict:
-    """Returns a language model's checkpoint with a random head over `n_classes` in place of that over tokens."""
-    config = dataclasses.replace(checkpoint["config"], n_classes=n_classes, tie_weights=False)
-    head = torch.normal(0.0, 0.02, (n_classes, config.n_embd))
-    return {**checkpoint, "config": config, "model": {**checkpoint["model"], "lm_head.weight": head}}
-
-
-def restore_adapter(model: GPT, adapter: dict, path: str | Path) -> None:
-    """Puts an adapter, read from `path`, into a model that has one. Raises UserError where it does not fit."""
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    try:
-        if adapter["model"].keys() != trained:
-            raise RuntimeError
-        model.load_state_dict(adapter["model"], strict=False)
-    except RuntimeError:
-        raise UserError(f"{path} is damaged: its adapter does not fit its model") from None
-
-
-def facts(checkpoint: dict) -> dict[str, str]:
-    """Returns what is known of a checkpoint, for people; what is not known is left out."""
-    config, loss = checkpoint["config"], (checkpoint.get("history") or [{}])[-1].get("val_loss")
-    kinds = {"base": "completes text", "sft": "answers", "classifier": "tells texts apart"}
-    known = {
-        "kind": kinds[checkpoint["kind"]],
-        "labels": ", ".join(checkpoint.get("labels", [])),
-        "parameters": f"{sum(tensor.numel() for tensor in checkpoint['model'].values()):,}",
-        "shape": f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide",
-        "context": f"{config.block_size:,} tokens",
-        "vocabulary": f"{config.n_tokens:,} tokens, " + ("GPT-2's" if checkpoint["tokenizer"] == "gpt2" else "its own"),
-        "training steps": f"{checkpoint['step']:,}" if checkpoint.get("step") else "",
-        "training tokens": f"{checkpoint['tokens']:,}" if checkpoint.get("tokens") else "",
-        "validation loss": f"{loss:.4f}" if loss is not None else "",
-        "written": checkpoint.get("created", "")[:10],
-    }
-    return {name: value for name, value in known.items() if value}
-
-
-def describe(checkpoint: dict) -> str:
-    """Returns the main facts of a checkpoint in one line."""
-    known = facts(checkpoint)
-    return ", ".join(
-        f"{name} {known[name]}" if name != "kind" else known[name]
-        for name in ("kind", "parameters", "training steps", "validation loss")
-        if name in known
-    )
-
-
-def tokenizer(checkpoint: dict) -> tokenizers.Tokenizer:
-    """Returns the tokenizer that a checkpoint was trained with."""
-    return tokenizers.from_spec(checkpoint["tokenizer"])
-
-
-def pack(model: GPT, *, kind: str, **facts: object) -> dict:
-    """Returns the dict to save for a model: its weights (the tied head once), its config and the given facts.
-
-    Of kind "lora" the weights are the adapter alone: what trains.
+    A tied head is left out. For the kind "lora", the weights are the adapter's alone: the parameters that train.
     """
     if kind == "lora":
         weights = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -227,4 +102,128 @@ def pack(model: GPT, *, kind: str, **facts: object) -> dict:
         weights = model.state_dict()
         if model.config.tie_weights:
             del weights["lm_head.weight"]
-    return {"kind": kind, "model": weights, "config": model.config, **facts}
+    return {"kind": kind, "model": weights, "config": model.config, **metadata}
+
+
+def from_state_dict(weights: Mapping[str, Tensor], config: GPTConfig, tokenizer: tokenizers.Tokenizer) -> Checkpoint:
+    """Returns a checkpoint of the kind "base" for weights that another program trained and that have our names.
+
+    Stored attention masks and a tied head are left out; the rest becomes float32.
+    """
+    kept = {
+        name: tensor.to(torch.float32).contiguous()
+        for name, tensor in weights.items()
+        if not name.endswith((".attn.bias", ".attn.masked_bias"))
+        and not (name == "lm_head.weight" and config.tie_weights)
+    }
+    return {"kind": "base", "model": kept, "config": config, "tokenizer": tokenizer.spec, "template": None}
+
+
+def build(checkpoint: Checkpoint, path: str | Path, device: torch.device | str = "cpu") -> GPT:
+    """Builds the model of a checkpoint, in evaluation mode; error messages name `path`.
+
+    On the CPU, the weights of a checkpoint from a file are pages of that file: they are read at their first use, and
+    copied when they are written to. Raises UserError if the weights do not fit the config.
+    """
+    config, weights = checkpoint["config"], checkpoint["model"]
+    try:
+        with torch.device("meta"):
+            model = GPT(config)
+        if config.tie_weights:
+            weights = {**weights, "lm_head.weight": weights["wte.weight"]}
+        model.load_state_dict(weights, assign=True)
+    except (RuntimeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{path} is damaged: its weights do not fit its config") from None
+    if config.tie_weights:
+        model.lm_head.weight = model.wte.weight
+    return model.eval().to(device)
+
+
+def grow_vocabulary(checkpoint: Checkpoint) -> Checkpoint:
+    """Returns a checkpoint with an embedding row for each token of its tokenizer, the role tokens included.
+
+    OpenAI's GPT-2 grows from 50,257 to 50,304 rows. New rows are the mean of the old ones (Hewitt 2021); the logits of
+    the old tokens do not change.
+    """
+    config, tokenizer = checkpoint["config"], tokenizer_of(checkpoint)
+    n = config.n_tokens
+    if n >= tokenizer.n_tokens:
+        return checkpoint
+    vocab_size = max(tokenizer.padded_vocab_size, config.vocab_size)
+
+    def grow(rows: Tensor) -> Tensor:
+        mean = rows[:n].mean(dim=0, keepdim=True)  # (1, C)
+        return torch.cat((rows[:n], mean.expand(vocab_size - n, -1)))  # (vocab_size, C)
+
+    weights = {**checkpoint["model"]}
+    for name in _vocabulary_matrices(checkpoint):
+        weights[name] = grow(weights[name])
+    config = dataclasses.replace(config, vocab_size=vocab_size, n_tokens=tokenizer.n_tokens)
+    return {**checkpoint, "model": weights, "config": config}
+
+
+def trim_vocabulary(checkpoint: Checkpoint) -> Checkpoint:
+    """Returns a checkpoint without the embedding rows that pad the vocabulary."""
+    config = checkpoint["config"]
+    weights = {**checkpoint["model"]}
+    for name in _vocabulary_matrices(checkpoint):
+        weights[name] = weights[name][: config.n_tokens]
+    return {**checkpoint, "model": weights, "config": dataclasses.replace(config, vocab_size=config.n_tokens)}
+
+
+def with_class_head(checkpoint: Checkpoint, n_classes: int) -> Checkpoint:
+    """Returns a language model's checkpoint with a random head over `n_classes` instead of the head over tokens."""
+    config = dataclasses.replace(checkpoint["config"], n_classes=n_classes, tie_weights=False)
+    head = torch.normal(0.0, 0.02, (n_classes, config.n_embd))
+    return {**checkpoint, "config": config, "model": {**checkpoint["model"], "lm_head.weight": head}}
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> tokenizers.Tokenizer:
+    """Returns the tokenizer that a checkpoint was trained with."""
+    return tokenizers.from_spec(checkpoint["tokenizer"])
+
+
+def facts(checkpoint: Checkpoint) -> dict[str, str]:
+    """Returns the metadata of a checkpoint as text to show, name by name; missing metadata is left out."""
+    config = checkpoint["config"]
+    kinds = {"base": "completes text", "sft": "answers", "classifier": "classifies text"}
+    history = checkpoint.get("history") or [{}]
+    val_loss = history[-1].get("val_loss")
+    vocabulary = "GPT-2's" if checkpoint["tokenizer"] == "gpt2" else "its own"
+    metadata = {
+        "kind": kinds[checkpoint["kind"]],
+        "labels": ", ".join(checkpoint.get("labels", [])),
+        "parameters": f"{sum(tensor.numel() for tensor in checkpoint['model'].values()):,}",
+        "shape": f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide",
+        "context": f"{config.block_size:,} tokens",
+        "vocabulary": f"{config.n_tokens:,} tokens, {vocabulary}",
+        "training steps": f"{checkpoint['step']:,}" if checkpoint.get("step") else "",
+        "training tokens": f"{checkpoint['tokens']:,}" if checkpoint.get("tokens") else "",
+        "validation loss": f"{val_loss:.4f}" if val_loss is not None else "",
+        "written": checkpoint.get("created", "")[:10],
+    }
+    return {name: value for name, value in metadata.items() if value}
+
+
+def describe(checkpoint: Checkpoint) -> str:
+    """Returns the main facts of a checkpoint in one line."""
+    metadata = facts(checkpoint)
+    shown = [name for name in ("parameters", "training steps", "validation loss") if name in metadata]
+    return ", ".join([metadata["kind"], *(f"{name} {metadata[name]}" for name in shown)])
+
+
+def _verify_checksums(path: str | Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged:
+        raise UserError(f"{path} is damaged (checksum of {damaged}): restore the file from a copy")
+
+
+def _not_a_checkpoint(path: str | Path, error: Exception) -> UserError:
+    return UserError(f"{path} is not a checkpoint of this project, or damaged ({type(error).__name__})")
+
+
+def _vocabulary_matrices(checkpoint: Checkpoint) -> list[str]:
+    """Returns the names of the stored matrices that have one row for each token."""
+    has_own_head = "lm_head.weight" in checkpoint["model"] and not checkpoint["config"].n_classes
+    return ["wte.weight", "lm_head.weight"] if has_own_head else ["wte.weight"]

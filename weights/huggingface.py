@@ -1,24 +1,34 @@
-"""Weights that others trained, as checkpoints of ours: Hugging Face's GPT-2 folders and models."""
+"""Models in the format of Hugging Face's `transformers`: reads a folder or a model of the Hub, and writes a folder."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from model import GPTConfig
 from system.errors import UserError
+from system.files import atomic_folder
 from text import tokenizer as tokenizers
 from text.templates import jinja_template
+from weights.checkpoint import Checkpoint, from_state_dict, grow_vocabulary, tokenizer_of, trim_vocabulary
+from weights.model_card import model_card
 
 HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")} | {
     "distilgpt2": "distilbert/distilgpt2"
 }
+"""Short names of models on the Hub."""
 
-_FILES = [
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+"""Matrices that `transformers` stores as (in, out), in its class Conv1D; ours are (out, in)."""
+
+FILES_READ = [
     "config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -28,127 +38,324 @@ _FILES = [
     "model.safetensors.index.json",
 ]
 
-CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # stored transposed
+FILES_WRITTEN = {
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+EXPORTED_FIELDS = {
+    "block_size",
+    "vocab_size",
+    "n_tokens",
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "dropout",
+    "bias",
+    "tie_weights",
+    "n_classes",
+}
+"""Fields of GPTConfig that the GPT-2 of `transformers` can express with any value."""
+
+
+# ---- reading
 
 
 def find_folder(name: str | Path) -> Path | None:
-    """Returns the folder of a model in Hugging Face's format: a local one, or a model of the Hub, from its cache or
-    downloaded; None for what can be neither. Raises UserError where the Hub does not give it."""
+    """Returns the local folder of a model: `name` itself, or the snapshot of a model of the Hub.
+
+    A model of the Hub comes from its cache, or is downloaded into it. Returns None if `name` cannot be either. Raises
+    UserError if the Hub does not deliver the model.
+    """
     path, name = Path(name), str(name)
     if (path / "config.json").is_file():
         return path
     is_hub_name = name in HUB_NAMES or re.fullmatch(r"[\w-]+/[\w.-]+", name)
-    if not is_hub_name or path.suffix == ".pt" or path.exists() or (len(path.parts) > 1 and path.parent.exists()):
-        return None
-    return _from_hub(name)
+    is_local = path.suffix == ".pt" or path.exists() or (len(path.parts) > 1 and path.parent.exists())
+    return _snapshot(name) if is_hub_name and not is_local else None
 
 
-@functools.cache  # the Hub is asked once
-def _from_hub(name):
+@functools.cache  # ask the Hub once per process
+def _snapshot(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(HUB_NAMES.get(name, name), allow_patterns=_FILES))
-    except Exception as error:  # whatever the Hub's client raises
-        what = " ".join(str(error).split())[:150]
+        return Path(snapshot_download(HUB_NAMES.get(name, name), allow_patterns=FILES_READ))
+    except Exception as error:  # the client of the Hub raises many types
+        problem = " ".join(str(error).split())[:150]
         raise UserError(
-            f"cannot get {name} from the Hugging Face Hub, nor is it in the cache ({type(error).__name__}: {what}); "
+            f"cannot get {name} from the Hugging Face Hub, nor is it in the cache ({type(error).__name__}: {problem}); "
             "without a network, name a local folder or checkpoint"
         ) from None
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Returns the safetensors files of a folder in order. Raises UserError where there are none, or one is missing."""
-    index = folder / "model.safetensors.index.json"
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else []
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index} is damaged") from None
-    files = [folder / Path(name).name for name in names] or [folder / "model.safetensors"]
-    if missing := next((file for file in files if not file.is_file()), None):
-        raise UserError(f"{missing} is missing: only weights in safetensors are read, never pickled ones")
+    """Returns the safetensors files of a folder in order. Raises UserError if there is none, or one is missing."""
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values())) or names
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{index} is damaged: download the model again") from None
+    files = [folder / Path(name).name for name in names]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file} is missing: only weights in safetensors are read, never pickled ones")
     return files
 
 
-def from_folder(folder: Path) -> dict:
-    """Returns the checkpoint in a folder of Hugging Face's format, its tensors mapped from the files.
+def read_folder(folder: Path) -> Checkpoint:
+    """Returns the checkpoint in a folder, of the kind "base" or "sft", with float32 tensors on the CPU.
 
-    Raises UserError for another architecture than GPT-2's, and for damaged files.
+    Raises UserError if the model is not a GPT-2 like OpenAI's, if it is a classifier, or if files are damaged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        _require_gpt2(facts, folder)
-        weights = {}
+        hf_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        _require_gpt2(hf_config, folder)
+        weights: dict[str, Tensor] = {}
         for file in weight_files(folder):
             weights |= load_file(file)
-        weights = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
         if "score.weight" in weights:
             raise UserError(f"{folder} holds a classifier: only language models are read from such a folder")
+        weights = _with_our_names(weights)
         vocab_size, n_embd = weights["wte.weight"].shape
-        tokenizer = _tokenizer_of(folder, vocab_size)
-        tied = facts.get("tie_word_embeddings", True)
+        tokenizer = _read_tokenizer(folder, vocab_size)
         config = GPTConfig(
             block_size=weights["wpe.weight"].shape[0],
             vocab_size=vocab_size,
             n_tokens=min(vocab_size, tokenizer.n_tokens),
-            n_layer=facts["n_layer"],
-            n_head=facts["n_head"],
+            n_layer=hf_config["n_layer"],
+            n_head=hf_config["n_head"],
             n_embd=n_embd,
-            tie_weights=tied,
+            tie_weights=hf_config.get("tie_word_embeddings", True),
         )
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"{folder} holds no GPT-2 that can be read ({type(error).__name__}: {error})") from None
-    return as_checkpoint(weights, config, tokenizer, transposed=True) | _kind_of(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        problem = " ".join(str(error).split())
+        raise UserError(
+            f"cannot read a GPT-2 from {folder} ({type(error).__name__}: {problem}): download or export the model again"
+        ) from None
+    checkpoint = from_state_dict(weights, config, tokenizer)
+    if template := _read_template(folder):
+        checkpoint |= {"kind": "sft", "template": template}
+    return checkpoint
 
 
-def _kind_of(folder):
-    """Tells a model that answers, and that `export.py` once wrote, by its template: `transformers` saves it again in a
-    file of its own."""
-    written = ""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        written = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
-    with contextlib.suppress(OSError, ValueError):
-        written = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    for template in ("chat", "alpaca"):
-        if written == jinja_template(template):
-            return {"kind": "sft", "template": template}
-    return {}
-
-
-def as_checkpoint(weights: dict[str, Tensor], config: GPTConfig, tokenizer, transposed: bool) -> dict:
-    kept = {
-        name: tensor.t() if transposed and name.endswith(CONV1D) else tensor
-        for name, tensor in weights.items()
-        if not name.endswith((".attn.bias", ".attn.masked_bias"))  # masks, not weights
-        and not (name == "lm_head.weight" and config.tie_weights)
-    }
-    kept = {name: tensor.to(torch.float32).contiguous() for name, tensor in kept.items()}
-    return {"kind": "base", "model": kept, "config": config, "tokenizer": tokenizer.spec, "template": None}
-
-
-def _require_gpt2(facts, folder):
-    wanted = {
+def _require_gpt2(hf_config: dict[str, Any], folder: Path) -> None:
+    accepted: dict[str, tuple[object, ...]] = {
         "model_type": ("gpt2",),
         "activation_function": ("gelu_new", "gelu_pytorch_tanh", None),
         "layer_norm_epsilon": (1e-5, None),
-        "n_inner": (None, 4 * facts.get("n_embd", 0)),
+        "n_inner": (None, 4 * hf_config.get("n_embd", 0)),
         "scale_attn_by_inverse_layer_idx": (False, None),
         "scale_attn_weights": (True, None),
         "add_cross_attention": (False, None),
     }
-    for name, values in wanted.items():
-        if facts.get(name) not in values:
-            raise UserError(f"{folder} is no GPT-2 as OpenAI's: its {name} is {facts.get(name)!r}")
+    for name, values in accepted.items():
+        if hf_config.get(name) not in values:
+            raise UserError(
+                f"{folder} is not a GPT-2 like OpenAI's: its {name} is {hf_config.get(name)!r}; choose another model"
+            )
 
 
-def _tokenizer_of(folder, vocab_size):
-    gpt2 = tokenizers.gpt2()
-    found = tokenizers.load(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else gpt2
-    if found.mergeable_ranks == gpt2.mergeable_ranks:
-        found = gpt2
-    if vocab_size <= found.end_of_text:
-        raise UserError(f"{folder} has {vocab_size:,} embeddings, fewer than its tokenizer has tokens")
-    return found
+def _with_our_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    ours = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+    return {name: tensor.t() if name.endswith(CONV1D) else tensor for name, tensor in ours.items()}
+
+
+def _read_tokenizer(folder: Path, vocab_size: int) -> tokenizers.Tokenizer:
+    tokenizer = gpt2 = tokenizers.gpt2()
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = tokenizers.load(folder / "tokenizer.json")
+        if tokenizer.mergeable_ranks == gpt2.mergeable_ranks:
+            tokenizer = gpt2
+    if vocab_size <= tokenizer.end_of_text:
+        raise UserError(
+            f"{folder} has {vocab_size:,} embeddings, fewer than its tokenizer has tokens: use its own tokenizer"
+        )
+    return tokenizer
+
+
+def _read_template(folder: Path) -> str | None:
+    """Returns the name of our template if the folder's chat template is ours, which marks a model that answers.
+
+    `transformers` saves the template to a file of its own; our export writes it into tokenizer_config.json.
+    """
+    chat_template = None
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        chat_template = tokenizer_config.get("chat_template")
+    with contextlib.suppress(OSError, ValueError):
+        chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    return next((name for name in ("chat", "alpaca") if chat_template == jinja_template(name)), None)
+
+
+# ---- writing
+
+
+def check_export_folder(folder: Path, overwrite: bool) -> None:
+    """Raises UserError unless `folder` is missing or empty, or `overwrite` is given and it holds only an export."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"--out {folder} is a file: name a folder")
+    names = {path.name for path in folder.iterdir()} - {".prepare-config.json"}  # a killed export leaves this behind
+    if names and not overwrite:
+        raise UserError(f"{folder} is not empty: choose another --out, or add --overwrite to replace an earlier export")
+    if names - FILES_WRITTEN or (names and not _is_export(folder)):
+        raise UserError(f"{folder} holds more than an export: choose another --out")
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether a folder holds a GPT-2's config, or the mark of an export that was killed while it replaced another."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return "incomplete" in config or config["model_type"] == "gpt2"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def write_folder(
+    checkpoint: Checkpoint,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    trim_vocab: bool = False,
+    generation: Mapping[str, object] | None = None,
+) -> None:
+    """Writes a checkpoint (base, sft or classifier) as a folder that `transformers` loads, whole or not at all.
+
+    `trim_vocab` leaves out the embedding rows that pad the vocabulary. `generation` holds further settings for
+    generation_config.json. Files of an earlier export that the new one does not have are removed. Raises UserError if
+    `transformers` cannot express the model, or the disk is full.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    _require_expressible(checkpoint["config"])
+    if checkpoint["kind"] == "classifier":
+        checkpoint = grow_vocabulary(checkpoint)  # <|user|> becomes its padding token
+    if trim_vocab:
+        checkpoint = trim_vocabulary(checkpoint)
+    texts = _text_files(checkpoint, folder.resolve().name, dtype, generation or {})
+    try:
+        with atomic_folder(folder, "config.json") as temporary:
+            weights = temporary / "model.safetensors"
+            save_file(_with_hf_names(checkpoint, dtype), weights, metadata={"format": "pt"})
+            weights.chmod(0o644)  # safetensors lets only the owner read the file
+            for name, text in texts.items():
+                (temporary / name).write_text(text, encoding="utf-8")
+    except SafetensorError as error:  # the disk is full
+        raise UserError(f"cannot write to {folder}: {error}; the old files, if any, are unchanged") from None
+    for name in FILES_WRITTEN - texts.keys() - {"model.safetensors"}:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _require_expressible(config: GPTConfig) -> None:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in EXPORTED_FIELDS and value != field.default:
+            raise UserError(
+                f"cannot export the model: the GPT-2 of transformers has no setting for {field.name}={value!r}; "
+                "use the checkpoint with this project's own scripts"
+            )
+
+
+def _text_files(
+    checkpoint: Checkpoint, name: str, dtype: torch.dtype, generation: Mapping[str, object]
+) -> dict[str, str]:
+    """Returns the names and the contents of all files of an export but the weights; `name` is the model's."""
+    config, tokenizer = checkpoint["config"], tokenizer_of(checkpoint)
+    is_classifier = checkpoint["kind"] == "classifier"
+    values = {
+        "config.json": _model_config(checkpoint, tokenizer, dtype),
+        "tokenizer_config.json": _tokenizer_config(checkpoint, tokenizer),
+    }
+    if not is_classifier:
+        values["generation_config.json"] = {**_generation_config(config, tokenizer), **generation}
+    texts = {file: json.dumps(value, indent=2) + "\n" for file, value in values.items()}
+    texts["tokenizer.json"] = tokenizers.to_json(tokenizer, config.n_tokens, ends_texts=is_classifier)
+    texts["README.md"] = model_card(checkpoint, name)
+    return texts
+
+
+def _with_hf_names(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Returns the weights under the names of `transformers`: matrices as (in, out), missing biases as zeros."""
+    config, weights = checkpoint["config"], {}
+    for name, tensor in checkpoint["model"].items():
+        hf_name = f"transformer.{name}"
+        if name == "lm_head.weight":
+            hf_name = "score.weight" if config.n_classes else name
+        if not config.bias and name.endswith((*CONV1D, "ln_1.weight", "ln_2.weight", "ln_f.weight")):
+            weights[hf_name.removesuffix("weight") + "bias"] = torch.zeros(len(tensor), dtype=dtype)
+        weights[hf_name] = (tensor.t() if name.endswith(CONV1D) else tensor).to(dtype).contiguous()
+    return weights
+
+
+def _model_config(checkpoint: Checkpoint, tokenizer: tokenizers.Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
+    config, labels = checkpoint["config"], checkpoint.get("labels", [])
+    hf_config = {
+        "architectures": ["GPT2ForSequenceClassification" if labels else "GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "n_inner": None,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "initializer_range": 0.02,
+        "attn_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+        "tie_word_embeddings": bool(labels) or config.tie_weights,
+        "bos_token_id": tokenizer.end_of_text,
+        "eos_token_id": tokenizer.end_of_text,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    if labels:
+        hf_config |= {
+            "pad_token_id": tokenizer.user,
+            "problem_type": "single_label_classification",
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: i for i, label in enumerate(labels)},
+        }
+    return hf_config
+
+
+def _generation_config(config: GPTConfig, tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
+    """Returns settings for sampling: each control token ends a text, and padding ids are never sampled."""
+    settings: dict[str, Any] = {
+        "bos_token_id": tokenizer.end_of_text,
+        "eos_token_id": list(range(tokenizer.end_of_text, config.n_tokens)),
+        "pad_token_id": tokenizer.end_of_text,
+        "do_sample": True,
+    }
+    if config.vocab_size > config.n_tokens:
+        settings["suppress_tokens"] = list(range(config.n_tokens, config.vocab_size))
+    return settings
+
+
+def _tokenizer_config(checkpoint: Checkpoint, tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
+    config, end_of_text = checkpoint["config"], tokenizers.END_OF_TEXT
+    role_tokens = [tokenizers.USER, tokenizers.ASSISTANT]
+    n_role_tokens = max(0, config.n_tokens - tokenizer.user)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.block_size,
+        "clean_up_tokenization_spaces": False,
+        "bos_token": end_of_text,
+        "eos_token": end_of_text,
+        "pad_token": tokenizers.USER if checkpoint["kind"] == "classifier" else end_of_text,
+        "additional_special_tokens": role_tokens[:n_role_tokens],
+    }
+    if checkpoint.get("template"):
+        settings["chat_template"] = jinja_template(checkpoint["template"])
+    return settings

@@ -1,11 +1,15 @@
-"""LoRA (Hu et al. 2021): fine-tuning that learns low-rank corrections of the weight matrices, and freezes the rest.
+"""LoRA (Hu et al. 2021): fine-tuning that learns low-rank corrections of the weight matrices and freezes the rest.
 
-Learnt are `W + alpha/rank · B A` for every matrix of attention and MLP, and the embedding rows of the role tokens,
-which a base model has never seen. An adapter is these tensors alone: `NAME.lora_A` (rank, in), `NAME.lora_B`
-(out, rank) and `role_rows` (2, C), all float32.
+An adapter learns `W + alpha/rank · B A` for every matrix of attention and MLP, and the embedding rows of the role
+tokens, which no base model has seen. Its float32 tensors are `NAME.lora_A` (rank, in), `NAME.lora_B` (out, rank) and
+`role_rows` (2, C). A checkpoint of the kind "lora" holds these tensors alone, and in `lora` the name and the SHA-256
+sum of its base model.
 """
 
+import hashlib
 import math
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -14,10 +18,13 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from model import GPT
+from system.errors import UserError
+from weights import huggingface
+from weights.checkpoint import Checkpoint, tokenizer_of
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer and its correction, which is 0 at first: A is random and B is 0."""
+    """A frozen linear layer and its correction, which starts at 0: A is random and B is 0."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float):
         super().__init__()
@@ -27,42 +34,112 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as in the authors' code
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps activations (..., in) to (..., out)."""
         y = self.linear(x)
         if self.training and self.dropout:
-            x, _ = torch.native_dropout(x, self.dropout, True)  # on the CPU, F.dropout would keep four times as much
+            x, _ = torch.native_dropout(x, self.dropout, True)  # on the CPU, F.dropout keeps four times as much memory
         return y + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
 
 
 class RoleRows(nn.Module):
-    """The embedding with its rows from `first` on replaced by learnt ones, for `wte` and the tied head alike."""
+    """Replaces the rows of an embedding from `first` on by learnt rows, for `wte` and the tied head alike."""
 
     def __init__(self, rows: nn.Parameter, first: int):
         super().__init__()
         self.rows, self.first = rows, first
 
     def forward(self, embedding: Tensor) -> Tensor:
+        """Returns the embedding (V, C) with the learnt rows in place."""
         return torch.cat((embedding[: self.first], self.rows, embedding[self.first + len(self.rows) :]))
 
 
 def add_adapter(model: GPT, rank: int, alpha: float, dropout: float, first_role: int) -> None:
-    """Freezes a model and adds an adapter to it; `first_role` is the id of `<|user|>`, `<|assistant|>`'s is the next.
+    """Freezes a model and adds an adapter; afterwards only the adapter's tensors require a gradient.
 
-    What trains is what then requires a gradient, under the names of the adapter's tensors.
+    `first_role` is the id of `<|user|>`; the id of `<|assistant|>` is the next one.
     """
     model.requires_grad_(False)
-    for module in [module for block in model.h for module in (block.attn, block.mlp)]:
-        for name, linear in list(module.named_children()):
-            setattr(module, name, LoRALinear(linear, rank, alpha, dropout))
+    for module in list(model.h.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, LoRALinear(child, rank, alpha, dropout))
     model.role_rows = nn.Parameter(model.wte.weight[first_role : first_role + 2].clone())
     for layer in (model.wte, model.lm_head) if model.config.tie_weights else (model.wte,):
         parametrize.register_parametrization(layer, "weight", RoleRows(model.role_rows, first_role))
 
 
-def merge(weights: dict[str, Tensor], adapter: dict[str, Tensor], scale: float, first_role: int) -> dict[str, Tensor]:
-    """Returns the weights of a plain model that computes what `weights` with the adapter do; `scale` is alpha/rank."""
+def restore_adapter(model: GPT, adapter: Checkpoint, path: str | Path) -> None:
+    """Puts the tensors of the adapter in the file `path` into a model that `add_adapter` prepared.
+
+    Raises UserError if they do not fit.
+    """
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    try:
+        if adapter["model"].keys() != trained:
+            raise RuntimeError
+        model.load_state_dict(adapter["model"], strict=False)
+    except RuntimeError:
+        raise UserError(f"{path} is damaged: its adapter does not fit its base model") from None
+
+
+def merge(
+    weights: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: float, first_role: int
+) -> dict[str, Tensor]:
+    """Returns the weights of a model without an adapter that computes the same as `weights` with `adapter`.
+
+    `scale` is alpha/rank, `first_role` the id of `<|user|>`.
+    """
     merged = {**weights, "wte.weight": weights["wte.weight"].clone()}
     merged["wte.weight"][first_role : first_role + 2] = adapter["role_rows"]
     for name in [name.removesuffix("lora_A") for name in adapter if name.endswith("lora_A")]:
         A, B, W = adapter[name + "lora_A"], adapter[name + "lora_B"], weights[name + "weight"]
-        merged[name + "weight"] = torch.addmm(W, B, A, alpha=scale)
+        merged[name + "weight"] = torch.addmm(W, B, A, alpha=scale)  # (out, in)
     return merged
+
+
+def merge_into_base(adapter: Checkpoint, base: Checkpoint, path: str | Path) -> Checkpoint:
+    """Returns the whole model, of the kind "sft", that the adapter in the file `path` makes of its base model.
+
+    Raises UserError if the two do not fit.
+    """
+    try:
+        scale = adapter["lora"]["alpha"] / adapter["lora"]["rank"]
+        weights = merge(base["model"], adapter["model"], scale, tokenizer_of(adapter).user)
+    except (KeyError, RuntimeError, TypeError, ZeroDivisionError):
+        raise UserError(f"{path} is damaged: its adapter does not fit its base model") from None
+    metadata = {name: value for name, value in adapter.items() if name != "lora"}
+    return {**metadata, "kind": "sft", "model": weights}
+
+
+def find_base(adapter: Checkpoint, path: str | Path) -> Path:
+    """Returns the base model of the adapter in the file `path`: the name it had in training, or a file beside `path`.
+
+    Raises UserError if the base model is missing, or if its SHA-256 sum is not that in the adapter.
+    """
+    try:
+        base, sha256 = Path(adapter["lora"]["base"]), str(adapter["lora"]["base_sha256"])
+    except (KeyError, TypeError):
+        raise UserError(f"{path} is damaged: it does not name its base model") from None
+    candidates = [file for file in (base, Path(path).parent / base.name) if file.is_file()]
+    if not candidates and huggingface.find_folder(base):
+        candidates = [base]
+    for candidate in candidates:
+        if sha256_of(candidate) == sha256:
+            return candidate
+    problem = f"{candidates[0]} has changed since" if candidates else "it is missing"
+    raise UserError(f"{path} adapts the model {base} (SHA-256 {sha256[:12]}…), but {problem}: put that file back")
+
+
+def sha256_of(model: str | Path) -> str:
+    """Returns the SHA-256 sum, in hexadecimal, of a checkpoint's file or of the weights of a Hugging Face model.
+
+    For weights in several files, the SHA-256 sum of their concatenated sums is returned.
+    """
+    path = Path(model)
+    folder = None if path.is_file() else huggingface.find_folder(path)
+    files = huggingface.weight_files(folder) if folder else [path]
+    sums = []
+    for file in files:
+        with open(file, "rb") as opened:
+            sums.append(hashlib.file_digest(opened, "sha256").hexdigest())
+    return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()

@@ -1,12 +1,21 @@
-"""The page about an exported model, in Markdown: what it is, how it was trained, how it is used."""
+"""The model card of an exported model: a page in Markdown that tells how the model was trained and how to use it."""
 
-from weights.checkpoint import facts
+from weights.checkpoint import Checkpoint, facts
 
-_FACTS = ("data", "batch_size", "block_size", "optimizer", "learning_rate", "min_lr", "warmup_steps", "weight_decay")
+_TRAIN_CONFIG = (
+    "data",
+    "batch_size",
+    "block_size",
+    "optimizer",
+    "learning_rate",
+    "min_lr",
+    "warmup_steps",
+    "weight_decay",
+)
 _KINDS = {
     "base": "a GPT-2 that completes text",
-    "sft": "a GPT-2 that answers: a language model, fine-tuned on conversations",
-    "classifier": "a GPT-2 that tells kinds of text apart",
+    "sft": "a GPT-2 that answers, fine-tuned on conversations",
+    "classifier": "a GPT-2 that classifies text",
 }
 _COMPLETE = """```python
 from transformers import pipeline
@@ -23,9 +32,9 @@ question = [{{"role": "user", "content": "What is the capital of France?"}}]
 print(answer(question)[0]["generated_text"][-1]["content"])
 ```
 
-The chat template writes conversations as they were in training. One thing to know: text passes through it together
-with the control tokens, and this library takes a control token that somebody typed, such as `<|assistant|>`, for a real
-one. Take them out of what strangers type.
+The chat template formats conversations as in training. `transformers` encodes the text of a message together with the
+control tokens of the template: if a user types `<|assistant|>`, the model sees a real control token. Remove control
+tokens from the text of users that you do not trust.
 """
 _CLASSIFY = """```python
 from transformers import pipeline
@@ -34,18 +43,19 @@ classify = pipeline("text-classification", "{name}")
 print(classify("WINNER! Call now to claim your prize", truncation=True))
 ```
 
-The label is read off the `<|endoftext|>` that the tokenizer puts behind a text. Padding is `<|user|>`, which no
-text has.
+The tokenizer appends `<|endoftext|>` to each text, and the model predicts the label at that token. The padding token is
+`<|user|>`, because no text contains it.
 """
 
 
-def model_card(checkpoint: dict, name: str) -> str:
-    """Returns the model card of a checkpoint that is exported under a name."""
-    kind, trained = checkpoint["kind"], checkpoint.get("train_config") or {}
-    known = facts(checkpoint) | {fact.replace("_", " "): trained[fact] for fact in _FACTS if fact in trained}
+def model_card(checkpoint: Checkpoint, name: str) -> str:
+    """Returns the model card of a checkpoint (base, sft or classifier) that is exported under a name."""
+    kind, train_config = checkpoint["kind"], checkpoint.get("train_config") or {}
+    metadata = facts(checkpoint)
+    metadata |= {key.replace("_", " "): train_config[key] for key in _TRAIN_CONFIG if key in train_config}
     task = "text-classification" if kind == "classifier" else "text-generation"
     usage = {"base": _COMPLETE, "sft": _ANSWER, "classifier": _CLASSIFY}[kind].format(name=name)
-    rows = "\n".join(f"| {fact} | {str(value).replace('|', '&#124;')} |" for fact, value in known.items())
+    rows = "\n".join(f"| {key} | {str(value).replace('|', '&#124;')} |" for key, value in metadata.items())
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags: [gpt2]\n---\n\n"
         f"# {name}\n\nThis is {_KINDS[kind]}.\n\n| | |\n| --- | --- |\n{rows}\n\n## Use\n\n{usage}"

@@ -1,33 +1,42 @@
-"""nanoGPT's `ckpt.pt`, as a checkpoint of ours."""
+"""Reads nanoGPT's `ckpt.pt` as a checkpoint of ours."""
 
 from pathlib import Path
+from typing import Any
 
 from model import GPTConfig
 from system.errors import UserError
 from text import tokenizer as tokenizers
-from weights.huggingface import as_checkpoint
+from weights.checkpoint import Checkpoint, from_state_dict
 
 
-def from_nanogpt(state: dict, path: str | Path) -> dict:
-    """Returns the checkpoint in what nanoGPT saved. Raises UserError where its tokenizer was not GPT-2's.
+def is_nanogpt(contents: dict[str, Any]) -> bool:
+    """Whether nanoGPT wrote the file that has these contents."""
+    return "model_args" in contents
 
-    nanoGPT trains with the exact GELU, for which ours is GPT-2's approximation: activations differ by less than 5e-4.
+
+def from_nanogpt(contents: dict[str, Any], path: str | Path) -> Checkpoint:
+    """Returns the checkpoint in the contents of nanoGPT's file `path`.
+
+    nanoGPT trains with the exact GELU, our model computes GPT-2's tanh approximation: activations differ by less than
+    5e-4. Raises UserError if the vocabulary is not GPT-2's, or the contents are incomplete.
     """
     try:
-        args = state["model_args"]
+        args = contents["model_args"]
         weights = {
             name.removeprefix("_orig_mod.").removeprefix("transformer."): tensor
-            for name, tensor in state["model"].items()
+            for name, tensor in contents["model"].items()
         }
         tokenizer, vocab_size = tokenizers.gpt2(), args["vocab_size"]
         if vocab_size <= tokenizer.end_of_text:
             raise UserError(
-                f"{path} has a vocabulary of {vocab_size:,} tokens: only GPT-2's can be used, its file has no other"
+                f"{path} has a vocabulary of {vocab_size:,} tokens, but the file holds no tokenizer: "
+                "only models with GPT-2's 50,257 tokens can be read"
             )
         names = ("block_size", "n_layer", "n_head", "n_embd", "bias")
         config = GPTConfig(
             **{name: args[name] for name in names}, vocab_size=vocab_size, n_tokens=tokenizer.end_of_text + 1
         )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a checkpoint of nanoGPT that can be read ({type(error).__name__})") from None
-    return as_checkpoint(weights, config, tokenizer, transposed=False) | {"step": int(state.get("iter_num", 0))}
+        step = int(contents.get("iter_num", 0))
+        return from_state_dict(weights, config, tokenizer) | {"step": step}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not a checkpoint of nanoGPT, or damaged ({type(error).__name__})") from None

@@ -1,0 +1,55 @@
+"""The one entry for every model that a user can name, in our format or another."""
+
+from pathlib import Path
+
+from system.errors import UserError
+from weights import huggingface, lora, nanogpt
+from weights.checkpoint import Checkpoint, from_contents, grow_vocabulary, read_contents
+
+
+def load_checkpoint(name: str | Path, verify: bool = False, kinds: tuple[str, ...] = ("base", "sft")) -> Checkpoint:
+    """Loads the model that the user names onto the CPU; tensors are mapped from their file where possible.
+
+    `name` is our `.pt` file, nanoGPT's `ckpt.pt`, a folder in the format of Hugging Face, or a model of the Hugging
+    Face Hub, such as "gpt2". `verify` compares the checksums of a file first. `kinds` are the kinds that the caller
+    accepts; an adapter, of the kind "lora", is merged with its base model unless the caller accepts "lora". Raises
+    UserError if the model is missing, damaged, foreign, of another kind, or from a newer version of this project.
+    """
+    path = Path(name)
+    checkpoint = _load_file(path, verify) if path.is_file() else _load_folder(path)
+    if checkpoint["kind"] == "lora" and "lora" not in kinds:
+        checkpoint = lora.merge_into_base(checkpoint, load_base(checkpoint, path), path)
+    _require_kind(checkpoint["kind"], path, kinds)
+    return checkpoint
+
+
+def load_base(adapter: Checkpoint, path: str | Path) -> Checkpoint:
+    """Returns the base model of the adapter in the file `path`, with the vocabulary grown as for training it.
+
+    Raises UserError if the base model is missing or has changed since.
+    """
+    return grow_vocabulary(load_checkpoint(lora.find_base(adapter, path)))
+
+
+def _load_file(path: Path, verify: bool) -> Checkpoint:
+    contents = read_contents(path, verify)
+    if nanogpt.is_nanogpt(contents):
+        return nanogpt.from_nanogpt(contents, path)
+    return from_contents(contents, path)
+
+
+def _load_folder(path: Path) -> Checkpoint:
+    folder = huggingface.find_folder(path)
+    if folder is None:
+        raise UserError(f"no checkpoint {path}: train one with train.py, or name one with --model")
+    return huggingface.read_folder(folder)
+
+
+def _require_kind(kind: str, path: Path, kinds: tuple[str, ...]) -> None:
+    if kind in kinds:
+        return
+    if kind == "classifier":
+        raise UserError(f"{path} is a classifier: ask it with classify.py")
+    if kinds == ("classifier",):
+        raise UserError(f"{path} is a language model, not a classifier: train one with train_classifier.py")
+    raise UserError(f"{path} is of the kind {kind!r}, wanted {' or '.join(kinds)}")
