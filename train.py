@@ -52,24 +52,24 @@ class Config(TrainerConfig):
         require(not (self.fsdp and self.sample_prompt), "--sample-prompt does not work with --fsdp")
 
 
-SMALL = {  # trains on a CPU in minutes
-    "n_layer": 4,
-    "n_head": 2,
-    "n_embd": 128,
-    "optimizer": "muon",
-    "compile": "off",
-    "learning_rate": 1e-2,
-    "min_lr": 0.0,
-    "warmup_steps": 50,
-    "beta2": 0.99,
-}
+SMALL = Config(  # trains on a CPU in minutes
+    n_layer=4,
+    n_head=2,
+    n_embd=128,
+    optimizer="muon",
+    compile="off",
+    learning_rate=1e-2,
+    min_lr=0.0,
+    warmup_steps=50,
+    beta2=0.99,
+)
 PRESETS = {
     "gpt2": Config(),
     "gpt2-medium": Config(preset="gpt2-medium", n_layer=24, n_head=16, n_embd=1024, learning_rate=3e-4, min_lr=3e-5),
     "gpt2-large": Config(preset="gpt2-large", n_layer=36, n_head=20, n_embd=1280, learning_rate=2.5e-4, min_lr=2.5e-5),
     "gpt2-xl": Config(preset="gpt2-xl", n_layer=48, n_head=25, n_embd=1600, learning_rate=2e-4, min_lr=2e-5),
-    "shakespeare": Config(
-        **SMALL,
+    "shakespeare": dataclasses.replace(
+        SMALL,
         preset="shakespeare",
         data=Path("shakespeare"),
         out=Path("checkpoints/shakespeare.pt"),
@@ -81,8 +81,8 @@ PRESETS = {
         save_every=300,
         patience=3,
     ),
-    "demo": Config(
-        **SMALL,
+    "demo": dataclasses.replace(
+        SMALL,
         preset="demo",
         data=Path("data/demo"),
         out=Path("checkpoints/demo/pretrained.pt"),
@@ -155,7 +155,7 @@ def main(config: Config) -> None:
         {"kind": "base", "tokenizer": tokenizer.spec, "template": None},
         resumed=resumed,
         sharding=sharding,
-        samples=Samples(tokenizer, None, config.sample_prompt),
+        samples=None if sharding else Samples(tokenizer, None, config.sample_prompt),
         is_fresh=start is None,
     )
 
