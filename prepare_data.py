@@ -1,7 +1,5 @@
 """Step 1: text → tokens. Writes train.bin, val.bin (or shards) and meta.json, which train.py reads."""
 
-import os
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +7,6 @@ from system.cli import run
 from system.errors import require, require_at_least
 
 DATASETS = ("openwebtext", "fineweb-edu", "shakespeare", "war-and-peace", "pydocs")
-BPE_CHARACTERS = 200_000_000  # of the training text are enough to train a tokenizer on
 
 
 @dataclass(frozen=True)
@@ -74,6 +71,7 @@ def main(config: Config) -> None:
     """Prepares one corpus."""
     from system.files import claim_folder
     from text import tokenizer as tokenizers
+    from text.corpora import open_corpus, training_text
     from text.preparation import write_corpus
     from text.token_files import count_tokens, report
 
@@ -81,85 +79,27 @@ def main(config: Config) -> None:
         print(report(*count_tokens(config.inspect), config.inspect))
         return
     claim_folder(config.out, "train*.bin", config.overwrite)
-    corpus = open_corpus(config)
+    corpus = open_corpus(config.dataset, config.input, config.text_column, config.config, config.split, config.revision)
     if config.vocab_size:
-        tokenizer = tokenizers.train_bpe(training_text(pieces(corpus, config)), config.vocab_size)
+        pieces = corpus.pieces(config.val_fraction, config.seed)
+        tokenizer = tokenizers.train_bpe(training_text(pieces), config.vocab_size)
     else:
         tokenizer = tokenizers.load(config.tokenizer) if config.tokenizer else tokenizers.gpt2()
     counts = write_corpus(
-        pieces(corpus, config),
         corpus,
         tokenizer,
         config.out,
-        {"source": list(config.input) or config.dataset},
-        workers=config.workers or available_cores(),
-        shard_tokens=config.shard_tokens or (100_000_000 if first_shard_val(config) else None),
+        source=list(config.input) or config.dataset,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+        workers=config.workers,
+        shard_tokens=config.shard_tokens,
         max_tokens=config.max_tokens,
-        first_shard_val=first_shard_val(config),
     )
     print(report(counts, tokenizer, config.out))
     for line in corpus.notes.lines():
         print(line)
     print(f"wrote {config.out}, tokenizer {tokenizer.name}")
-
-
-def open_corpus(config: Config):
-    """Returns the documents that a config names, a `Corpus`."""
-    from text import corpora, readers
-
-    if config.input:
-        return corpora.Files(config.input, config.text_column)
-    if config.dataset == "pydocs":
-        from text import pydocs
-
-        return corpora.Texts(pydocs.documents())
-    if config.dataset in readers.DOWNLOADS:
-        return corpora.Files([readers.download(config.dataset, corpora.INSTEAD)])
-    if config.dataset == "openwebtext":
-        return corpora.OpenWebText()
-    if config.dataset == "fineweb-edu":
-        return corpora.Hub("HuggingFaceFW/fineweb-edu", "sample-10BT")
-    return corpora.Hub(config.dataset, config.config, config.split, config.revision, config.text_column)
-
-
-def first_shard_val(config: Config) -> bool:
-    """Whether the first shard is held out, as is the custom with FineWeb-Edu, instead of a share of the documents."""
-    return config.dataset == "fineweb-edu" and not config.input
-
-
-def pieces(corpus, config: Config) -> Iterator[tuple[str, str, bool]]:
-    """Yields the corpus in pieces: split, text, whether a document ends with it."""
-    from text.corpora import OpenWebText, hold_out
-    from text.preparation import in_pieces
-
-    if isinstance(corpus, OpenWebText):
-        rows = zip(corpus, corpus.is_val(), strict=True)
-        documents = (("val" if is_val else "train", document) for document, is_val in rows)
-    elif first_shard_val(config):
-        documents = (("train", document) for document in corpus)
-    else:
-        documents = hold_out(corpus, config.val_fraction, config.seed)
-    for split, document in documents:
-        is_empty = True
-        for text, ends in in_pieces(document):
-            is_empty = is_empty and not text
-            if not is_empty:
-                yield split, text, ends
-
-
-def training_text(parts: Iterable[tuple[str, str, bool]]) -> Iterator[str]:
-    """Yields the text to train a tokenizer on."""
-    left = BPE_CHARACTERS
-    for text in (text for split, text, _ in parts if split == "train"):
-        yield text[:left]
-        left -= len(text)
-        if left <= 0:
-            return
-
-
-def available_cores() -> int:
-    """Returns the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

@@ -28,8 +28,7 @@ from system.files import atomic_folder
 from text import readers
 from text import tokenizer as tokenizers
 from text.conversations import oasst1_trees
-from text.corpora import Files, OpenWebText, Texts, cut, draw_held_out, hold_out
-from text.preparation import in_pieces
+from text.corpora import Files, OpenWebText, Texts, cut, draw_held_out, hold_out, in_pieces
 from text.readers import Notes
 from text.token_files import read_tokens
 

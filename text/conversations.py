@@ -1,15 +1,19 @@
 """Where conversations come from: the Hub, files of chats or instructions, Python's own documentation."""
 
 import json
+import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 from system.errors import UserError
+from text import pydocs
 from text.corpora import draw_held_out
 from text.readers import Notes, hub_rows, load_hub, opened, records
 from text.templates import Message
+
+Conversation = list[Message]
 
 _INSTEAD = "--dataset pydocs-qa and --input FILE work"
 
@@ -18,9 +22,49 @@ class Unusable(Exception):
     """A conversation that nothing can be learnt from; the message says what was done to such ones, in the plural."""
 
 
+def open_conversations(
+    dataset: str, path: Path | None, max_conversations: int | None, val_fraction: float, seed: int, notes: Notes
+) -> Iterable[tuple[str, Conversation]]:
+    """Returns the conversations of a file, or without `path` those of a data set, with their splits, "train" or "val".
+
+    What is left out goes into `notes`. Raises UserError for fewer than two conversations.
+    """
+    if path is None and dataset == "oasst1":
+        return islice(load_oasst1(val_fraction, seed, notes), max_conversations)
+    if path:
+        found = read_file(path, notes)
+    elif dataset == "pydocs-qa":
+        found = pydocs_qa(notes)
+    else:
+        found = from_hub("vicgalle/alpaca-gpt4" if dataset == "alpaca-gpt4" else dataset, notes)
+    conversations = list(islice(found, max_conversations))
+    if len(conversations) < 2:
+        raise UserError(
+            f"{path or dataset} holds fewer than two conversations to learn from: one to train on, one to validate "
+            f"on{notes.in_brackets()}"
+        )
+    split = list(draw_held_out(conversations, max(val_fraction, 1 / len(conversations)), seed))
+    if path is None and dataset == "pydocs-qa":
+        joined = join_exchanges([conversation for name, conversation in split if name == "train"], seed)
+        split += [("train", conversation) for conversation in joined]
+    return split
+
+
+def join_exchanges(exchanges: list[Conversation], seed: int) -> list[Conversation]:
+    """Joins short conversations to longer ones, since users ask one thing after another.
+
+    Each is part of four random conversations of two or three, so that its answer is learnt from its question and not
+    from what came before.
+    """
+    rng, exchanges, joined = random.Random(seed), exchanges.copy(), []
+    for n in (2, 3, 2, 3):
+        rng.shuffle(exchanges)
+        joined += [sum(exchanges[i : i + n], []) for i in range(0, len(exchanges), n)]
+    return joined
+
+
 def pydocs_qa(notes: Notes) -> Iterator[list[Message]]:
     """Yields the bundled conversations and questions about Python's built-ins, then about the standard library."""
-    from text import pydocs
 
     def ask(pairs):
         return (

@@ -11,11 +11,27 @@ from types import UnionType
 from typing import TypeVar
 
 from system.errors import UserError
-from text.readers import TABLES, Notes, count_rows, hub_error, hub_rows, kind, load_hub, opened, records
+from text import pydocs
+from text.readers import (
+    DOWNLOADS,
+    TABLES,
+    Notes,
+    count_rows,
+    download,
+    hub_error,
+    hub_rows,
+    kind,
+    load_hub,
+    opened,
+    records,
+)
 
 Item = TypeVar("Item")
+Piece = tuple[str, str, bool]
+"""A split, "train" or "val", a part of a document's text, and whether the document ends with it."""
 
 CHUNK = 1_000_000  # characters that are read, and tokenized, at a time
+BPE_CHARACTERS = 200_000_000  # of the training text are enough to train a tokenizer on
 TEXTS = (".txt", ".md", ".py")  # a file is a document; of TABLES, a row
 INSTEAD = "--dataset pydocs and --input FILE work"
 
@@ -30,10 +46,27 @@ class Corpus:
 
     total: int | None = None
     position: int = 0
+    default_shard_tokens: int | None = None
+    """tokens per shard unless the user chooses another number; None for one file per split"""
+    first_shard_val: bool = False
+    """whether the first shard is held out, instead of a share of the documents"""
 
     def __iter__(self) -> Iterator[Iterable[str]]:
         self.position, self.notes = 0, Notes()
         return self._documents()
+
+    def pieces(self, val_fraction: float, seed: int) -> Iterator[Piece]:
+        """Yields all text in pieces of about CHUNK characters; empty documents are passed over."""
+        for split, document in self.split(val_fraction, seed):
+            is_empty = True
+            for text, ends in in_pieces(document):
+                is_empty = is_empty and not text
+                if not is_empty:
+                    yield split, text, ends
+
+    def split(self, val_fraction: float, seed: int) -> Iterator[tuple[str, Iterable[str]]]:
+        """Yields every document with its split, "train" or "val"."""
+        return hold_out(self, val_fraction, seed)
 
     def of_rows(self, rows: Iterable[tuple[str, dict]], text_column: str) -> Iterator[Iterable[str]]:
         """Yields the texts in rows; empty ones are passed over, and noted."""
@@ -140,10 +173,88 @@ class OpenWebText(Hub):
         held_out[np.random.default_rng(2357).permutation(self.total)[: int(np.ceil(0.0005 * self.total))]] = True
         return held_out
 
+    def split(self, val_fraction: float, seed: int) -> Iterator[tuple[str, Iterable[str]]]:
+        """Yields every document with nanoGPT's split, whatever the arguments."""
+        for document, is_val in zip(self, self.is_val(), strict=True):
+            yield "val" if is_val else "train", document
+
+
+class FineWebEdu(Hub):
+    """The sample of 10 billion tokens of FineWeb-Edu (Penedo et al. 2024); its first shard is held out, as is usual."""
+
+    default_shard_tokens = 100_000_000
+    first_shard_val = True
+
+    def __init__(self):
+        """Raises UserError where it cannot be reached."""
+        super().__init__("HuggingFaceFW/fineweb-edu", "sample-10BT")
+
+    def split(self, val_fraction: float, seed: int) -> Iterator[tuple[str, Iterable[str]]]:
+        """Yields every document as training data: `write_corpus` takes the first shard from it."""
+        return (("train", document) for document in self)
+
+
+def open_corpus(
+    dataset: str,
+    inputs: Iterable[str] = (),
+    text_column: str = "text",
+    config: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+) -> Corpus:
+    """Returns the corpus of files, folders and globs, or without `inputs` that of a data set.
+
+    `config`, `split` and `revision` choose from a data set of the Hub, named org/name. Raises UserError where there is
+    none.
+    """
+    if inputs:
+        return Files(inputs, text_column)
+    if dataset == "pydocs":
+        return Texts(pydocs.documents())
+    if dataset in DOWNLOADS:
+        return Files([download(dataset, INSTEAD)])
+    if dataset == "openwebtext":
+        return OpenWebText()
+    if dataset == "fineweb-edu":
+        return FineWebEdu()
+    return Hub(dataset, config, split, revision, text_column)
+
+
+def training_text(pieces: Iterable[Piece]) -> Iterator[str]:
+    """Yields the text to train a tokenizer on."""
+    left = BPE_CHARACTERS
+    for text in (text for split, text, _ in pieces if split == "train"):
+        yield text[:left]
+        left -= len(text)
+        if left <= 0:
+            return
+
 
 def in_chunks(text: str) -> Iterable[str]:
     """Returns a text in pieces of at most CHUNK characters."""
     return (text[i : i + CHUNK] for i in range(0, len(text), CHUNK)) if len(text) > CHUNK else [text]
+
+
+def in_pieces(chunks: Iterable[str], size: int = CHUNK) -> Iterator[tuple[str, bool]]:
+    """Yields a document of any length in pieces of about `size` characters, each with whether it is the last.
+
+    A piece ends where a word ends and white space begins. The pattern that cuts text for the BPE always cuts there, so
+    the tokens are those of the whole document. Only where 10,000 characters hold no such place may they differ.
+    """
+    text = ""
+    for chunk in chunks:
+        if len(text) >= size:
+            end = len(text)
+            while end > len(text) - 10_000:
+                end = max(text.rfind(" ", 0, end), text.rfind("\n", 0, end))
+                if end > 0 and not text[end - 1].isspace():
+                    break
+            else:
+                end = len(text)
+            yield text[:end], False
+            text = text[end:]
+        text += chunk
+    yield text, True
 
 
 def hold_out(corpus: Iterable[Iterable[str]], fraction: float, seed: int) -> Iterator[tuple[str, Iterable[str]]]:

@@ -1,5 +1,6 @@
 """Text and conversations → token files, in order, on all cores and in constant memory."""
 
+import os
 import shlex
 import sys
 import threading
@@ -14,54 +15,52 @@ from tqdm import tqdm
 
 from system.errors import UserError
 from system.files import atomic_folder, write_json
-from text.corpora import CHUNK, Corpus
-from text.token_files import TokenFiles, statistics
+from text.conversations import Conversation
+from text.corpora import CHUNK, Corpus, Piece
+from text.readers import Notes
+from text.templates import encode_conversation
+from text.token_files import ConversationFiles, TokenFiles, statistics
 from text.tokenizer import Tokenizer
-
-Piece = tuple[str, str, bool]
-"""A split, "train" or "val", a part of a document's text, and whether the document ends with it."""
 
 
 def write_corpus(
-    pieces: Iterable[Piece],
     corpus: Corpus,
     tokenizer: Tokenizer,
     out: Path,
-    facts: dict,
+    source: str | list[str],
     *,
-    workers: int,
+    val_fraction: float,
+    seed: int,
+    workers: int | None = None,
     shard_tokens: int | None = None,
     max_tokens: int | None = None,
-    first_shard_val: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Tokenizes `pieces` into `out`, each document followed by `<|endoftext|>`; returns how often each id was written.
+    """Tokenizes a corpus into `out`, each document followed by `<|endoftext|>`; returns how often each id was written.
 
-    Files are train.bin and val.bin, or shards of `shard_tokens` tokens. `max_tokens` in all are written at most; with
-    `first_shard_val` the first shard becomes validation data, whatever the pieces say. `facts` go into meta.json.
-    The files appear together at the end; whatever happens before, the old ones stay as they were. The bytes depend on
-    the text and the tokenizer, never on `workers`. Raises UserError where nothing is left for one of the splits.
+    Files are train.bin and val.bin, or shards of `shard_tokens` tokens. `max_tokens` in all are written at most. The
+    files appear together at the end; whatever happens before, the old ones stay as they were. `source` goes into
+    meta.json. The bytes depend on the text and the tokenizer, never on `workers`, the number of threads (without it,
+    one a core). Raises UserError where nothing is left for one of the splits.
     """
+    shard_tokens = shard_tokens or corpus.default_shard_tokens
+    val_tokens = shard_tokens if corpus.first_shard_val else None
+    batches = tokenized(corpus.pieces(val_fraction, seed), tokenizer, workers or available_cores())
+    if val_tokens:
+        batches = hold_out_first(batches, val_tokens)
+    if max_tokens:
+        batches = take_tokens(batches, max_tokens)
     with atomic_folder(out, last="meta.json") as folder:
-        splits = {name: TokenFiles(folder, name, tokenizer.n_tokens, shard_tokens) for name in ("train", "val")}
-        left = max_tokens or 1 << 62
+        files = {split: TokenFiles(folder, split, tokenizer.n_tokens, shard_tokens) for split in ("train", "val")}
         with Progress(corpus, max_tokens) as progress:
-            for split, ids in tokenized(pieces, tokenizer, workers):
-                ids = ids[:left]
-                left -= len(ids)
-                if first_shard_val:
-                    n = shard_tokens - splits["val"].n_tokens
-                    splits["val"].write(ids[:n])
-                    split, ids = "train", ids[n:]
-                splits[split].write(ids)
-                progress.show(splits, tokenizer)
-                if not left:
-                    break
-            progress.show(splits, tokenizer, at_once=True)
-        for files in splits.values():
-            files.close()
-        counts = {name: files.counts for name, files in splits.items()}
-        _require_text(counts, tokenizer, corpus, shard_tokens if first_shard_val else None)
-        names = [name for files in splits.values() for name in files.names]
+            for split, ids in batches:
+                files[split].write(ids)
+                progress.show(files, tokenizer)
+            progress.show(files, tokenizer, at_once=True)
+        for split in files:
+            files[split].close()
+        counts = {split: files[split].counts for split in files}
+        _require_text(counts, tokenizer, corpus, val_tokens)
+        names = files["train"].names + files["val"].names
         if tokenizer.spec != "gpt2":
             (folder / "tokenizer.json").write_text(tokenizer.spec, encoding="utf-8")
             names.append("tokenizer.json")
@@ -70,13 +69,36 @@ def write_corpus(
             "tokenizer": tokenizer.name,
             "n_tokens": tokenizer.n_tokens,
             "splits": {name: statistics(count, tokenizer) for name, count in counts.items()},
-            **facts,
+            "source": source,
             "notes": corpus.notes.plain(),
             "command": shlex.join(["python", *sys.argv]),
             "format_version": 1,
         }
         write_json(folder / "meta.json", meta)
     return counts
+
+
+def hold_out_first(batches: Iterable[tuple[str, np.ndarray]], n: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields batches of ids (split, ids) with the first `n` tokens as "val" and the others as "train"."""
+    for _, ids in batches:
+        if n:
+            yield "val", ids[:n]
+        yield "train", ids[n:]
+        n = max(0, n - len(ids))
+
+
+def take_tokens(batches: Iterable[tuple[str, np.ndarray]], n: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields batches of ids (split, ids) up to the first `n` tokens."""
+    for split, ids in batches:
+        yield split, ids[:n]
+        n -= len(ids)
+        if n <= 0:
+            return
+
+
+def available_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _require_text(counts, tokenizer, corpus, val_tokens):
@@ -137,26 +159,49 @@ def batches(pieces: Iterable[Piece]) -> Iterator[tuple[str, list[str], bool]]:
     yield from ((name, rest, False) for name, rest in texts.items() if rest)
 
 
-def in_pieces(chunks: Iterable[str], size: int = CHUNK) -> Iterator[tuple[str, bool]]:
-    """Yields a document of any length in pieces of about `size` characters, each with whether it is the last.
+def write_conversations(
+    conversations: Iterable[tuple[str, Conversation]],
+    tokenizer: Tokenizer,
+    out: Path,
+    source: str,
+    *,
+    template: str,
+    block_size: int,
+    notes: Notes,
+) -> dict:
+    """Writes tokens, loss masks and offsets of conversations, which come with their splits, into `out`.
 
-    A piece ends where a word ends and white space begins. The pattern that cuts text for the BPE always cuts there, so
-    the tokens are those of the whole document. Only where 10,000 characters hold no such place may they differ.
+    A conversation longer than `block_size` tokens loses its oldest exchanges; `notes` counts those. Returns what was
+    written into sft_meta.json. The files appear together at the end; whatever happens before, the old ones stay as
+    they were. Raises UserError where there is no conversation to train on.
     """
-    text = ""
-    for chunk in chunks:
-        if len(text) >= size:
-            end = len(text)
-            while end > len(text) - 10_000:
-                end = max(text.rfind(" ", 0, end), text.rfind("\n", 0, end))
-                if end > 0 and not text[end - 1].isspace():
-                    break
-            else:
-                end = len(text)
-            yield text[:end], False
-            text = text[end:]
-        text += chunk
-    yield text, True
+    with atomic_folder(out, last="sft_meta.json") as folder:
+        files = {split: ConversationFiles(folder, split) for split in ("train", "val")}
+        for i, (split, messages) in enumerate(tqdm(conversations, unit=" conversations", desc="tokenizing"), 1):
+            ids, mask = encode_conversation(messages, tokenizer, template)
+            if len(ids) > block_size:
+                ids, mask = encode_conversation(messages, tokenizer, template, block_size)
+                what = "lost their oldest turns" if ids else "were dropped, since one exchange alone is as long"
+                notes.add(f"conversations longer than {block_size:,} tokens {what}", f"conversation {i:,}")
+            if ids:
+                files[split].write(ids, mask)
+        for split in files:
+            files[split].close()
+        if not files["train"].counts["conversations"]:
+            raise UserError(f"there is no conversation to train on{notes.in_brackets()}")
+        meta = {
+            "files": files["train"].names + files["val"].names,
+            "tokenizer": tokenizer.name,
+            "template": template,
+            "block_size": block_size,
+            "splits": {split: files[split].counts for split in files},
+            "notes": notes.plain(),
+            "source": source,
+            "command": shlex.join(["python", *sys.argv]),
+            "format_version": 1,
+        }
+        write_json(folder / "sft_meta.json", meta)
+    return meta
 
 
 class Progress(tqdm):

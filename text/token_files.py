@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -102,9 +103,39 @@ class TokenFiles:
     def close(self) -> None:
         """Brings the last file to the disk."""
         if self.file:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.file.close()
+            _close(self.file)
+
+
+class ConversationFiles:
+    """Writes the tokens, the loss masks and the offsets of one split's conversations, and counts them."""
+
+    def __init__(self, folder: Path, split: str):
+        self.names = [f"sft_{split}{part}.bin" for part in ("", "_mask", "_index")]
+        self.files = [open(folder / name, "wb") for name in self.names]  # noqa: SIM115
+        self.counts = {"conversations": 0, "tokens": 0, "counted": 0}
+
+    def write(self, ids: list[int], mask: list[int]) -> None:
+        """Appends a conversation: its ids and its loss mask, 1 where loss counts."""
+        tokens_file, mask_file, index_file = self.files
+        index_file.write(np.array([self.counts["tokens"]], "<u8").tobytes())
+        tokens_file.write(np.array(ids, "<u2").tobytes())
+        mask_file.write(np.array(mask, "u1").tobytes())
+        self.counts["conversations"] += 1
+        self.counts["tokens"] += len(ids)
+        self.counts["counted"] += sum(mask)
+
+    def close(self) -> None:
+        """Writes the last offset, the number of tokens, and brings the files to the disk."""
+        self.files[2].write(np.array([self.counts["tokens"]], "<u8").tobytes())
+        for file in self.files:
+            _close(file)
+
+
+def _close(file: BinaryIO) -> None:
+    """Brings a file to the disk and closes it."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
 
 
 def statistics(counts: np.ndarray, tokenizer: Tokenizer) -> dict[str, int]:
