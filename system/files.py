@@ -6,10 +6,11 @@ import glob
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 from system.errors import UserError
 
@@ -66,6 +67,48 @@ def atomic_folder(folder: str | Path, last: str) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         unlock()
+
+
+def read_utf8(path: str | Path | None = None) -> str:
+    """Returns the text of a file, or without `path` all of standard input.
+
+    Raises UserError if the file cannot be read or is not UTF-8.
+    """
+    with _open_binary(path) as file:
+        return _decode(file.read(), _name(path))
+
+
+def read_utf8_lines(path: str | Path | None = None) -> Iterator[str]:
+    """Yields the lines of a file, or without `path` those of standard input, without their line breaks.
+
+    Raises UserError if the file cannot be read, or for a line that is not UTF-8.
+    """
+    with _open_binary(path) as file:
+        for number, line in enumerate(file, 1):
+            yield _decode(line, f"{_name(path)}, line {number}").rstrip("\r\n")
+
+
+@contextlib.contextmanager
+def _open_binary(path: str | Path | None) -> Iterator[BinaryIO]:
+    if path is None:
+        yield sys.stdin.buffer
+        return
+    try:
+        with open(path, "rb") as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _name(path: str | Path | None) -> str:
+    return "standard input" if path is None else str(path)
+
+
+def _decode(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{where} is not UTF-8 text: convert it to UTF-8 first") from None
 
 
 def claim_folder(folder: Path, files: str, overwrite: bool) -> None:

@@ -28,7 +28,7 @@ from system.files import atomic_folder
 from text import readers
 from text import tokenizer as tokenizers
 from text.conversations import oasst1_trees
-from text.corpora import Files, OpenWebText, Texts, cut, draw_held_out, hold_out, in_pieces
+from text.corpora import Files, OpenWebText, Texts, draw_held_out, hold_out, in_pieces
 from text.readers import Notes
 from text.token_files import read_tokens
 
@@ -156,8 +156,8 @@ def test_a_single_document_is_cut():
     for size in (1, 3, 100):
         text = "0123456789" * 10
         document = [text[i : i + size] for i in range(0, 100, size)]
-        assert ["".join(part) for part in cut(document, 90)] == [text[:90], text[90:]]
-    split = [(name, "".join(part)) for name, part in hold_out(Texts(["0123456789"]), 0.1, seed=1)]
+        assert list(in_pieces(document, cut_at=90)) == [(text[:90], True), (text[90:], True)]
+    split = [(name, text) for name, text, _ in hold_out(Texts(["0123456789"]), 0.1, seed=1)]
     assert split == [("train", "012345678"), ("val", "9")]
 
 

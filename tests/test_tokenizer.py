@@ -234,6 +234,12 @@ def test_a_foreign_tokenizer_file_is_refused(spec):
         tokenizers.from_spec(spec)
 
 
+def test_another_tokenizer_is_refused_by_name(gpt2, trained):
+    tokenizers.require_same_tokenizer("gpt2", gpt2.name, "data", "prepare it again")
+    with pytest.raises(UserError, match=rf"data .* {trained.name}, .* gpt2: prepare it again"):
+        tokenizers.require_same_tokenizer("gpt2", trained.name, "data", "prepare it again")
+
+
 def test_a_tokenizer_is_rebuilt_from_its_spec(trained):
     again = tokenizers.from_spec(json.dumps(json.loads(trained.spec)))
     assert again.encode(SAMPLES[1]) == trained.encode(SAMPLES[1])

@@ -5,7 +5,7 @@ import io
 import os
 import random
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from types import UnionType
 from typing import TypeVar
@@ -56,23 +56,23 @@ class Corpus:
         return self._documents()
 
     def pieces(self, val_fraction: float, seed: int) -> Iterator[Piece]:
-        """Yields all text in pieces of about CHUNK characters; empty documents are passed over."""
-        for split, document in self.split(val_fraction, seed):
-            is_empty = True
-            for text, ends in in_pieces(document):
-                is_empty = is_empty and not text
-                if not is_empty:
-                    yield split, text, ends
+        """Yields the text of all documents that are not empty, in pieces of about CHUNK characters."""
+        is_empty = True
+        for split, text, ends in self.split(val_fraction, seed):
+            is_empty = is_empty and not text
+            if not is_empty:
+                yield split, text, ends
+            is_empty = is_empty or ends
 
-    def split(self, val_fraction: float, seed: int) -> Iterator[tuple[str, Iterable[str]]]:
-        """Yields every document with its split, "train" or "val"."""
+    def split(self, val_fraction: float, seed: int) -> Iterator[Piece]:
+        """Yields all documents in pieces, with their splits."""
         return hold_out(self, val_fraction, seed)
 
     def of_rows(self, rows: Iterable[tuple[str, dict]], text_column: str) -> Iterator[Iterable[str]]:
         """Yields the texts in rows; empty ones are passed over, and noted."""
         for where, row in rows:
             if text := self.notes.clean(text_of(row, text_column, where), where):
-                yield in_chunks(text)
+                yield [text]
             else:
                 self.notes.add("empty documents were passed over", where)
 
@@ -173,10 +173,10 @@ class OpenWebText(Hub):
         held_out[np.random.default_rng(2357).permutation(self.total)[: int(np.ceil(0.0005 * self.total))]] = True
         return held_out
 
-    def split(self, val_fraction: float, seed: int) -> Iterator[tuple[str, Iterable[str]]]:
-        """Yields every document with nanoGPT's split, whatever the arguments."""
-        for document, is_val in zip(self, self.is_val(), strict=True):
-            yield "val" if is_val else "train", document
+    def split(self, val_fraction: float, seed: int) -> Iterator[Piece]:
+        """Yields all documents in pieces, with nanoGPT's split whatever the arguments."""
+        splits = ("val" if is_val else "train" for is_val in self.is_val())
+        return whole_documents(zip(splits, self, strict=True))
 
 
 class FineWebEdu(Hub):
@@ -189,9 +189,9 @@ class FineWebEdu(Hub):
         """Raises UserError where it cannot be reached."""
         super().__init__("HuggingFaceFW/fineweb-edu", "sample-10BT")
 
-    def split(self, val_fraction: float, seed: int) -> Iterator[tuple[str, Iterable[str]]]:
-        """Yields every document as training data: `write_corpus` takes the first shard from it."""
-        return (("train", document) for document in self)
+    def split(self, val_fraction: float, seed: int) -> Iterator[Piece]:
+        """Yields all documents in pieces, as training data: `write_corpus` takes the first shard from it."""
+        return whole_documents(("train", document) for document in self)
 
 
 def open_corpus(
@@ -230,57 +230,59 @@ def training_text(pieces: Iterable[Piece]) -> Iterator[str]:
             return
 
 
-def in_chunks(text: str) -> Iterable[str]:
-    """Returns a text in pieces of at most CHUNK characters."""
-    return (text[i : i + CHUNK] for i in range(0, len(text), CHUNK)) if len(text) > CHUNK else [text]
+def in_pieces(chunks: Iterable[str], size: int = CHUNK, cut_at: int | None = None) -> Iterator[tuple[str, bool]]:
+    """Yields a document of any length in pieces of about `size` characters, each with whether the document ends there.
 
-
-def in_pieces(chunks: Iterable[str], size: int = CHUNK) -> Iterator[tuple[str, bool]]:
-    """Yields a document of any length in pieces of about `size` characters, each with whether it is the last.
-
-    A piece ends where a word ends and white space begins. The pattern that cuts text for the BPE always cuts there, so
-    the tokens are those of the whole document. Only where 10,000 characters hold no such place may they differ.
+    A document with `cut_at` becomes two, the first of that many characters. Other pieces end at the end of a word,
+    before white space. The pattern that splits text for the BPE always splits there, so the tokens are those of the
+    whole document. They may differ only if 10,000 characters hold no such place.
     """
-    text = ""
+    text, left = "", cut_at
     for chunk in chunks:
-        if len(text) >= size:
-            end = len(text)
-            while end > len(text) - 10_000:
-                end = max(text.rfind(" ", 0, end), text.rfind("\n", 0, end))
-                if end > 0 and not text[end - 1].isspace():
-                    break
-            else:
-                end = len(text)
-            yield text[:end], False
-            text = text[end:]
-        text += chunk
+        for start in range(0, len(chunk), CHUNK):
+            part = chunk[start : start + CHUNK]
+            if len(text) >= size:
+                end = _last_word_end(text)
+                yield text[:end], False
+                text = text[end:]
+            if left is not None and left <= len(part):
+                yield text + part[:left], True
+                text, part, left = "", part[left:], None
+            elif left is not None:
+                left -= len(part)
+            text += part
     yield text, True
 
 
-def hold_out(corpus: Iterable[Iterable[str]], fraction: float, seed: int) -> Iterator[tuple[str, Iterable[str]]]:
+def _last_word_end(text: str) -> int:
+    """Returns where the last word before white space ends, or the length of the text if no word ends near there."""
+    end = len(text)
+    while end > max(0, len(text) - 10_000):
+        end = max(text.rfind(" ", 0, end), text.rfind("\n", 0, end))
+        if end > 0 and not text[end - 1].isspace():
+            return end
+    return len(text)
+
+
+def hold_out(corpus: Iterable[Iterable[str]], fraction: float, seed: int) -> Iterator[Piece]:
     """Splits documents into "train" and "val": whole documents, or, of fewer than 20, the last part of each."""
     sizes = [sum(map(len, document)) for document in islice(corpus, 20)]
     if len(sizes) == 20:
-        yield from draw_held_out(corpus, fraction, seed)
+        yield from whole_documents(draw_held_out(corpus, fraction, seed))
         return
     for size, document in zip(sizes, corpus, strict=True):
-        head, tail = cut(document, int(size * (1 - fraction)))
-        yield from (("train", head), ("val", tail))
+        split = "train"
+        for text, ends in in_pieces(document, cut_at=int(size * (1 - fraction))):
+            yield split, text, ends
+            if ends:
+                split = "val"
 
 
-def cut(chunks: Iterable[str], n: int) -> tuple[Iterator[str], Iterator[str]]:
-    """Returns the first `n` characters of a text in chunks and the rest, to be read in this order."""
-    chunks, rest = iter(chunks), []
-
-    def head(left):
-        for chunk in chunks:
-            yield chunk[:left]
-            rest[:] = [chunk[left:]]
-            left -= len(chunk)
-            if left <= 0:
-                return
-
-    return head(n), chain(rest, chunks)
+def whole_documents(documents: Iterable[tuple[str, Iterable[str]]]) -> Iterator[Piece]:
+    """Yields the pieces of documents that come with their splits."""
+    for split, document in documents:
+        for text, ends in in_pieces(document):
+            yield split, text, ends
 
 
 def draw_held_out(items: Iterable[Item], fraction: float, seed: int) -> Iterator[tuple[str, Item]]:

@@ -1,7 +1,9 @@
 """Token files: their format, the `meta.json` that says what belongs together, and what they hold."""
 
 import json
+import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,6 +14,7 @@ from system.errors import UserError
 from text.tokenizer import Tokenizer, load_beside
 
 _SHARD_MAGIC, _LLAMA_SHARD_MAGIC, _SHARD_HEADER_BYTES = 20240520, 20240801, 1024
+_SLICE = 2**24  # tokens that are read at a time, 32 MiB
 
 
 def read_meta(path: str | Path, command: str) -> dict:
@@ -64,6 +67,27 @@ def _first_bytes(path, n):
             return data[: len(data) // 4 * 4]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def require_ids_below(ids: np.ndarray, vocab_size: int, where: str | Path, remedy: str, offset: int = 0) -> None:
+    """Raises UserError, naming the place, if one of `ids` (n,) is not below `vocab_size`.
+
+    `where` names the file, `remedy` tells the user what to do. `ids` may be a memory map of any size; if they are a
+    part of a file, `offset` is the number of tokens before them.
+    """
+    for start, part in slices(ids):
+        if part.max() >= vocab_size:
+            i = int(np.argmax(part >= vocab_size))
+            raise UserError(
+                f"{where} holds the id {part[i]} (token {offset + start + i:,}), which a vocabulary of "
+                f"{vocab_size:,} does not have: {remedy}"
+            )
+
+
+def slices(ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields ids in slices that fit into memory, each with the position of its first."""
+    for start in range(0, len(ids), _SLICE):
+        yield start, ids[start : start + _SLICE]
 
 
 def memory_map(path: Path, dtype: type) -> np.ndarray:
@@ -162,14 +186,13 @@ def count_tokens(folder: Path) -> tuple[dict[str, np.ndarray], Tokenizer]:
     tokenizer = load_beside(folder, meta)
     counts = {}
     for split in ("train", "val"):
-        counts[split] = np.zeros(1 << 16, dtype=np.int64)
+        counts[split] = np.zeros(tokenizer.n_tokens, dtype=np.int64)
         for name in (name for name in meta["files"] if split in name):
             tokens = read_tokens(folder / name)
-            for start in tqdm(range(0, len(tokens), 1 << 24), desc=name, leave=False):
-                counts[split] += np.bincount(tokens[start : start + (1 << 24)], minlength=1 << 16)
-            if counts[split][tokenizer.n_tokens :].any():
-                raise UserError(f"{folder / name} holds ids that its tokenizer {tokenizer.name} does not have")
-        counts[split] = counts[split][: tokenizer.n_tokens]
+            n_slices = math.ceil(len(tokens) / _SLICE)
+            for start, part in tqdm(slices(tokens), total=n_slices, desc=name, leave=False):
+                require_ids_below(part, tokenizer.n_tokens, folder / name, "prepare the data again", offset=start)
+                counts[split] += np.bincount(part, minlength=tokenizer.n_tokens)
     return counts, tokenizer
 
 

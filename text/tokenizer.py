@@ -16,6 +16,7 @@ import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from system.errors import UserError
+from system.files import read_utf8
 
 END_OF_TEXT, USER, ASSISTANT = "<|endoftext|>", "<|user|>", "<|assistant|>"
 
@@ -218,16 +219,22 @@ def to_json(tokenizer: Tokenizer, n_tokens: int, ends_texts: bool = False) -> st
 
 
 def load(path: str | Path) -> Tokenizer:
-    """Reads a `tokenizer.json`. Raises UserError where it is missing or not one."""
-    try:
-        return from_spec(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):
-        raise UserError(f"cannot read the tokenizer {path}") from None
+    """Reads a `tokenizer.json`. Raises UserError if it is missing or not one."""
+    return from_spec(read_utf8(path))
 
 
 def load_beside(folder: Path, meta: dict) -> Tokenizer:
     """Returns the tokenizer of prepared data: that of its `tokenizer.json`, if its `meta` lists one, else GPT-2's."""
     return load(folder / "tokenizer.json") if "tokenizer.json" in meta["files"] else gpt2()
+
+
+def require_same_tokenizer(expected: str, found: str, what: str | Path, remedy: str) -> None:
+    """Raises UserError unless `found`, the name of the tokenizer that prepared `what`, is the model's, `expected`.
+
+    Names are those of `Tokenizer.name` and `meta.json`; `remedy` tells the user what to do.
+    """
+    if found != expected:
+        raise UserError(f"{what} was prepared with the tokenizer {found}, but the model has {expected}: {remedy}")
 
 
 def _byte_of_character() -> dict[str, int]:
