@@ -107,13 +107,13 @@ def read_ids(tokenizer, config: Config):
     import numpy as np
 
     from text.token_files import read_token_meta, read_tokens
-    from text.tokenizer import load_beside
+    from text.tokenizer import tokenizer_of_data
 
     if config.data and config.data.suffix == ".bin":
         return read_tokens(config.data)
     if config.data:
         meta = read_token_meta(config.data)
-        if (theirs := load_beside(config.data, meta).name) != tokenizer.name:
+        if (theirs := tokenizer_of_data(config.data, meta).name) != tokenizer.name:
             raise UserError(f"{config.data} was prepared with the tokenizer {theirs}, the model has {tokenizer.name}")
         return np.concatenate([read_tokens(config.data / name) for name in meta["files"] if "val" in name])
     try:

@@ -70,10 +70,10 @@ class Config:
 def main(config: Config) -> None:
     """Prepares one corpus."""
     from system.files import claim_folder
-    from text import tokenizer as tokenizers
     from text.corpora import open_corpus, training_text
     from text.preparation import write_corpus
     from text.token_files import count_tokens, report
+    from text.tokenizer import gpt2, load_tokenizer, train_bpe
 
     if config.inspect:
         print(report(*count_tokens(config.inspect), config.inspect))
@@ -82,9 +82,9 @@ def main(config: Config) -> None:
     corpus = open_corpus(config.dataset, config.input, config.text_column, config.config, config.split, config.revision)
     if config.vocab_size:
         pieces = corpus.pieces(config.val_fraction, config.seed)
-        tokenizer = tokenizers.train_bpe(training_text(pieces), config.vocab_size)
+        tokenizer = train_bpe(training_text(pieces), config.vocab_size)
     else:
-        tokenizer = tokenizers.load(config.tokenizer) if config.tokenizer else tokenizers.gpt2()
+        tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else gpt2()
     counts = write_corpus(
         corpus,
         tokenizer,

@@ -46,19 +46,19 @@ class Config:
 def main(config: Config) -> None:
     """Prepares one set of conversations."""
     from system.files import claim_folder
-    from text import tokenizer as tokenizers
     from text.conversations import open_conversations
     from text.preparation import write_conversations
     from text.readers import Notes
     from text.token_files import read_meta
+    from text.tokenizer import gpt2, load_tokenizer, tokenizer_of_data
 
     claim_folder(config.out, "sft_train.bin", config.overwrite)
     if config.tokenizer:
-        tokenizer = tokenizers.load(config.tokenizer)
+        tokenizer = load_tokenizer(config.tokenizer)
     elif (config.out / "meta.json").exists():
-        tokenizer = tokenizers.load_beside(config.out, read_meta(config.out / "meta.json", "prepare_data.py"))
+        tokenizer = tokenizer_of_data(config.out, read_meta(config.out / "meta.json", "prepare_data.py"))
     else:
-        tokenizer = tokenizers.gpt2()
+        tokenizer = gpt2()
     notes = Notes()
     conversations = open_conversations(
         config.dataset, config.input, config.max_conversations, config.val_fraction, config.seed, notes

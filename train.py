@@ -106,7 +106,7 @@ def main(config: Config) -> None:
     resumed = claim_output(config, "base")
     config = prepare_first(config)
     meta = read_token_meta(config.data)
-    tokenizer = tokenizers.load_beside(config.data, meta)
+    tokenizer = tokenizers.tokenizer_of_data(config.data, meta)
 
     torch.manual_seed(config.seed)
     start = resumed or (None if config.init_from == "scratch" else checkpoint.load(config.init_from))

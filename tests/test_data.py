@@ -213,7 +213,7 @@ def test_only_the_assistants_tokens_count(toy):
     data = Conversations(toy / "data/toy", "train", block_size=64, batch_size=8, seed=0)
     from text import tokenizer
 
-    bpe = tokenizer.load(toy / "data/toy/tokenizer.json")
+    bpe = tokenizer.load_tokenizer(toy / "data/toy/tokenizer.json")
     batch = stack(data.batch(0))
     assert batch.tokens.size(1) % 64 == 0
     counted = bpe.decode(batch.targets.flatten()[batch.counted].tolist())

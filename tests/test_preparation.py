@@ -91,7 +91,7 @@ def test_pieces_change_no_token():
 def write_table(path, texts, column="text"):
     rows = [{"id": i, column: text} for i, text in enumerate(texts)]
     opened = gzip.open if path.suffix == ".gz" else open
-    kind = readers.kind(path)
+    kind = readers.content_suffix(path)
     if kind == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=700)
         return

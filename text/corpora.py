@@ -16,11 +16,11 @@ from text.readers import (
     DOWNLOADS,
     TABLES,
     Notes,
+    content_suffix,
     count_rows,
     download,
     hub_error,
     hub_rows,
-    kind,
     load_hub,
     opened,
     records,
@@ -102,7 +102,7 @@ class Files(Corpus):
     def _documents(self):
         for path in self.paths:
             before, size = self.position, path.stat().st_size
-            if kind(path) in TABLES:
+            if content_suffix(path) in TABLES:
                 with opened(path) as (raw, stream):
                     for document in self.of_rows(records(path, stream, [self.text_column]), self.text_column):
                         yield document
@@ -303,7 +303,7 @@ def find_files(patterns: Iterable[str]) -> list[Path]:
     for pattern in patterns:
         matches = [Path(match) for match in glob.glob(os.path.expanduser(pattern), recursive=True)] or [Path(pattern)]
         for path in matches:
-            inside = (p for p in path.rglob("*") if kind(p) in (*TEXTS, *TABLES) and p.is_file())
+            inside = (p for p in path.rglob("*") if content_suffix(p) in (*TEXTS, *TABLES) and p.is_file())
             files = set(inside) if path.is_dir() else {path} if path.is_file() else set()
             if not files:
                 raise UserError(

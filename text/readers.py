@@ -72,7 +72,7 @@ class Notes(dict[str, tuple[int, str]]):
         return {what: {"number": number, "first": where} for what, (number, where) in self.items()}
 
 
-def kind(path: Path) -> str:
+def content_suffix(path: Path) -> str:
     """Returns a file's suffix, that of a compression left out: ".jsonl" for a.jsonl.gz."""
     return Path(path.stem if path.suffix in COMPRESSIONS else path.name).suffix.lower()
 
@@ -102,7 +102,7 @@ def records(path: Path, stream: BinaryIO, columns: list[str] | None = None) -> I
     Of Parquet only `columns` are read, where given. Columns named "1", "2" and so on are those of a .csv or .tsv file
     that has no header. Raises UserError, naming the place, for what cannot be parsed.
     """
-    suffix = kind(path)
+    suffix = content_suffix(path)
     if suffix == ".parquet":
         yield from _parquet(path, stream, columns)
     elif suffix in (".csv", ".tsv"):

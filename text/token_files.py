@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from system.errors import UserError
-from text.tokenizer import Tokenizer, load_beside
+from text.tokenizer import Tokenizer, tokenizer_of_data
 
 _SHARD_MAGIC, _LLAMA_SHARD_MAGIC, _SHARD_HEADER_BYTES = 20240520, 20240801, 1024
 _SLICE = 2**24  # tokens that are read at a time, 32 MiB
@@ -183,7 +183,7 @@ def count_tokens(folder: Path) -> tuple[dict[str, np.ndarray], Tokenizer]:
     Raises UserError where there are none, or where they hold ids that the tokenizer does not have.
     """
     meta = read_token_meta(folder)
-    tokenizer = load_beside(folder, meta)
+    tokenizer = tokenizer_of_data(folder, meta)
     counts = {}
     for split in ("train", "val"):
         counts[split] = np.zeros(tokenizer.n_tokens, dtype=np.int64)

@@ -218,14 +218,14 @@ def to_json(tokenizer: Tokenizer, n_tokens: int, ends_texts: bool = False) -> st
     return bpe.to_str(pretty=True)
 
 
-def load(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path) -> Tokenizer:
     """Reads a `tokenizer.json`. Raises UserError if it is missing or not one."""
     return from_spec(read_utf8(path))
 
 
-def load_beside(folder: Path, meta: dict) -> Tokenizer:
+def tokenizer_of_data(folder: Path, meta: dict) -> Tokenizer:
     """Returns the tokenizer of prepared data: that of its `tokenizer.json`, if its `meta` lists one, else GPT-2's."""
-    return load(folder / "tokenizer.json") if "tokenizer.json" in meta["files"] else gpt2()
+    return load_tokenizer(folder / "tokenizer.json") if "tokenizer.json" in meta["files"] else gpt2()
 
 
 def require_same_tokenizer(expected: str, found: str, what: str | Path, remedy: str) -> None:

@@ -146,7 +146,7 @@ def _require_gpt2(facts, folder):
 
 def _tokenizer_of(folder, vocab_size):
     gpt2 = tokenizers.gpt2()
-    found = tokenizers.load(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else gpt2
+    found = tokenizers.load_tokenizer(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else gpt2
     if found.mergeable_ranks == gpt2.mergeable_ranks:
         found = gpt2
     if vocab_size <= found.end_of_text:
