@@ -1,4 +1,6 @@
-"""Files on disk: atomic writes of files and of folders, and locks."""
+"""Files on disk: atomic writes of files and of folders, locks, and UTF-8 text."""
+
+from __future__ import annotations
 
 import contextlib
 import errno
@@ -12,7 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
 
+from filelock import FileLock, Timeout
+
 from system.errors import UserError
+
+_LOCK = "lock"
 
 
 @contextlib.contextmanager
@@ -41,32 +47,76 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
 def atomic_folder(folder: str | Path, last: str) -> Iterator[Path]:
     """Yields a temporary folder inside `folder`; at the end its files are renamed into `folder`, `last` after the rest.
 
-    `last` is the meta file that vouches for the others. A kill leaves a whole old set or a whole new set; in the
-    moment of renaming, a meta file that says so. What a killed run left behind is removed by the next, and so are old
-    files that the new meta file does not list. Raises UserError while another process writes the same files.
+    `last` is the meta file that lists the others. A kill leaves a whole old set or a whole new set; a kill while files
+    are being renamed leaves a meta file that says so. What a killed run left behind is removed by the next run, and so
+    are old files that the new meta file does not list. Raises UserError if another process is writing the same files,
+    or if the disk is full.
     """
     folder = Path(folder)
     temporary = folder / f".prepare-{last}"
     temporary.mkdir(parents=True, exist_ok=True)
-    unlock = _lock(temporary)
+    with _locked(temporary):
+        try:
+            for path in _files_in(temporary):  # left behind by a run that was killed
+                path.unlink()
+            yield temporary
+            _replace_files(folder, temporary, last)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+                raise UserError(f"cannot write to {folder}: {error.strerror}; the old files are unchanged") from None
+            raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace_files(folder: Path, temporary: Path, last: str) -> None:
+    """Renames the files of `temporary` into `folder`, `last` after the rest, and removes those that are outdated."""
+    old_names = _listed_files(folder / last)
+    if (folder / last).exists():
+        write_json(folder / last, {"incomplete": "files are being replaced"})
+    for path in sorted(_files_in(temporary), key=lambda path: (path.name == last, path.name)):
+        os.replace(path, folder / path.name)
+    for name in old_names - _listed_files(folder / last):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _files_in(temporary: Path) -> list[Path]:
+    return [path for path in temporary.iterdir() if path.name != _LOCK]
+
+
+def _listed_files(meta: Path) -> set[str]:
+    """Returns the token files and the tokenizer that a meta file lists, or nothing if it cannot be read."""
     try:
-        for left_behind in temporary.iterdir():
-            left_behind.unlink()
-        yield temporary
-        old_files = _listed_files(folder / last)
-        if (folder / last).exists():
-            write_json(folder / last, {"incomplete": "files are being replaced"})
-        for path in sorted(temporary.iterdir(), key=lambda path: (path.name == last, path.name)):
-            os.replace(path, folder / path.name)
-        for name in old_files - _listed_files(folder / last):
-            (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise UserError(f"cannot write to {folder}: {error.strerror}; what was there is as it was") from None
-        raise
+        names = json.loads(meta.read_text(encoding="utf-8"))["files"]
+        return {name for name in names if name == Path(name).name and name.endswith((".bin", "tokenizer.json"))}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes that call this out of a folder until the block ends or this process dies.
+
+    The lock file stays in the folder, to be removed with it: `filelock` notices if a file that it has just locked was
+    removed. A soft lock would outlive a process that is killed, so a file system without locks gets none.
+    """
+    lock = FileLock(folder / _LOCK, fallback_to_soft=False)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"another run is writing to {folder.parent}: wait for it, or choose another --out") from None
+    except (OSError, NotImplementedError):  # a file system without locks
+        pass
+    try:
+        yield
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        unlock()
+        lock.release()
+
+
+def claim_folder(folder: Path, files: str, overwrite: bool) -> None:
+    """Raises UserError if a folder holds files of the pattern `files`, unless they may be replaced."""
+    if not overwrite and (taken := next(folder.glob(files), None)):
+        raise UserError(f"{taken} exists: add --overwrite to replace the data there, or choose another --out")
 
 
 def read_utf8(path: str | Path | None = None) -> str:
@@ -109,38 +159,6 @@ def _decode(content: bytes, where: str) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{where} is not UTF-8 text: convert it to UTF-8 first") from None
-
-
-def claim_folder(folder: Path, files: str, overwrite: bool) -> None:
-    """Raises UserError where a folder holds files of the pattern `files` and they are not to be replaced."""
-    if not overwrite and (taken := next(folder.glob(files), None)):
-        raise UserError(f"{taken} exists: add --overwrite to replace the data there, or choose another --out")
-
-
-def _lock(folder):
-    """Keeps other processes that call this out of a folder, until the returned function is called or this one dies."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return lambda: None
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise UserError(f"another run is writing to {folder.parent}: wait for it, or choose another --out") from None
-    except OSError:  # a file system without locks
-        pass
-    return lambda: os.close(handle)
-
-
-def _listed_files(meta):
-    """Names of the token files and the tokenizer that a meta file lists, none where it cannot be read."""
-    try:
-        names = json.loads(meta.read_text(encoding="utf-8"))["files"]
-        return {name for name in names if name == Path(name).name and name.endswith((".bin", "tokenizer.json"))}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return set()
 
 
 def write_json(path: str | Path, value: object) -> None:

@@ -1,6 +1,8 @@
 """Text becomes tokens: every kind of file and data set, the same tokens whatever the workers, nothing half-written."""
 
 import csv
+import errno
+import fcntl
 import gzip
 import hashlib
 import http.server
@@ -9,15 +11,17 @@ import os
 import re
 import resource
 import subprocess
+import sys
 import threading
 from functools import partial
 from pydoc_data.topics import topics
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ENVIRONMENT, command, hub_environment, run_script, succeed
+from conftest import ENVIRONMENT, REPOSITORY, command, hub_environment, run_script, succeed
 from hub_server import HubHandler
 
 from prepare_data import Config, main
@@ -413,6 +417,26 @@ def test_a_full_disk_costs_one_line_and_no_file(tmp_path):
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: cannot write to data: ")
     assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == before
+
+
+@pytest.mark.parametrize("reason", ["a dead process", "no locks"])
+def test_no_lock_stands_in_the_way(tmp_path, monkeypatch, reason):
+    if reason == "a dead process":
+        code = f"""
+import os, sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+from system.files import atomic_folder
+with atomic_folder("data", last="meta.json") as folder:
+    (folder / "train.bin").write_text("half")
+    os._exit(0)
+"""
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENVIRONMENT, check=True)
+        assert (tmp_path / "data/.prepare-meta.json/train.bin").exists()
+    else:
+        monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOSYS, "Function not implemented")))
+    with atomic_folder(tmp_path / "data", last="meta.json") as folder:
+        (folder / "meta.json").write_text("{}")
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["meta.json"]
 
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path):
