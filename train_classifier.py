@@ -30,8 +30,6 @@ class Config(TrainerConfig):
     """loss curves; the confusion matrix stands beside them"""
     train_layers: Literal["all", "head"] | int = "all"
     """what trains: all, the head alone, or the head and that many of the last blocks"""
-    balance: bool = False
-    """train on as many texts of each label as the rarest has"""
     class_weights: bool = False
     """let a text of a rare label count more in the loss, so that all labels count the same"""
     val_fraction: float = 0.1
@@ -90,7 +88,7 @@ def main(config: Config) -> None:
     """Trains one classifier, and tests it."""
     import torch
 
-    from text.labelled import balance, counts, split
+    from text.labelled import counts, split
     from training.classifier import Classifier, Examples
     from training.trainer import Trainer, claim_output
     from weights import checkpoint
@@ -104,9 +102,6 @@ def main(config: Config) -> None:
         raise UserError(f"{config.out} was trained on other labels: {', '.join(resumed['labels'])}")
     for name, examples in parts.items():
         print(f"{name}: {len(examples):,} texts, {counts(examples)}")
-    if config.balance:
-        parts["train"] = balance(parts["train"], config.seed)
-        print(f"train, balanced: {len(parts['train']):,} texts, {counts(parts['train'])}")
 
     torch.manual_seed(config.seed)
     if not resumed:
