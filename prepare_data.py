@@ -12,47 +12,48 @@ DATASETS = ("openwebtext", "fineweb-edu", "shakespeare", "war-and-peace", "pydoc
 @dataclass(frozen=True)
 class Config:
     dataset: str = "openwebtext"
-    """openwebtext, fineweb-edu (10 billion tokens), shakespeare, war-and-peace, pydocs (the documentation inside every
-    Python, no download), or a data set of the Hugging Face Hub as org/name"""
+    """openwebtext, fineweb-edu (10 billion tokens), shakespeare, war-and-peace, pydocs (Python's own documentation, no
+    download), or a data set of the Hugging Face Hub as org/name"""
     input: tuple[str, ...] = ()
-    """files, folders or globs instead of a data set: .txt .md .py, and .jsonl .json .csv .tsv .parquet, of which every
-    row is a document; each also .gz or .zst"""
+    """files, folders or globs instead of a data set: .txt .md .py, or tables .jsonl .json .csv .tsv .parquet, in which
+    every row is a document; all may be compressed, .gz or .zst"""
     out: Path = Path("data")
-    """folder to write"""
+    """output folder"""
     overwrite: bool = False
-    """replace the data in that folder"""
+    """replace the data in the output folder"""
     text_column: str = "text"
     """column that holds the text, in tables and on the Hub"""
     config: str | None = None
-    """of a data set org/name: its configuration"""
+    """for a data set org/name: its configuration"""
     split: str = "train"
-    """of a data set org/name: the split to read"""
+    """for a data set org/name: the split to read"""
     revision: str | None = None
-    """of a data set org/name: branch, tag or commit"""
+    """for a data set org/name: branch, tag or commit"""
     vocab_size: int | None = None
-    """train a byte-level BPE of this many tokens on the training text (its first 200 million characters); without it,
-    GPT-2's tokenizer"""
+    """train a byte-level BPE of this many tokens on the first 200 million characters of the training text; by default
+    GPT-2's tokenizer is used"""
     tokenizer: Path | None = None
-    """use this tokenizer.json, such as the one beside the data of a model that is to be trained further"""
+    """use this tokenizer.json, for example the one beside the data of a model that you want to train further"""
     val_fraction: float = 0.1
-    """share of the documents held out; of fewer than 20, the last part of each. openwebtext has nanoGPT's split,
-    fineweb-edu holds out its first shard"""
+    """share of the documents to hold out; if there are fewer than 20, the end of each document. openwebtext has
+    nanoGPT's split, fineweb-edu holds out its first shard"""
     max_tokens: int | None = None
-    """stop after this many tokens, those held out included"""
+    """stop after this many tokens, training and validation together"""
     shard_tokens: int | None = None
-    """write files of this many tokens, train_000001.bin and so on; fineweb-edu: 100 million, else one file a split"""
+    """write files of this many tokens (train_000001.bin and so on); default: 100 million for fineweb-edu, otherwise one
+    file per split"""
     workers: int | None = None
-    """tokenize in this many threads; without it, one a core. The output is the same for any number"""
+    """number of tokenizing threads, by default one per core; it does not change the output"""
     seed: int = 1337
-    """of the choice of held-out documents"""
+    """seed that draws the held-out documents"""
     inspect: Path | None = None
-    """write nothing; say what the token files in this folder hold"""
+    """write nothing; print what the token files in this folder hold"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         on_hub = not self.input and "/" in self.dataset
         require(
             on_hub or self.dataset in DATASETS,
-            f"no data set {self.dataset!r}: choose from {', '.join(DATASETS)}, or name one of the Hub's as org/name",
+            f"no data set {self.dataset!r}: choose from {', '.join(DATASETS)}, or name one of the Hub as org/name",
         )
         require(
             on_hub or (self.config, self.split, self.revision) == (None, "train", None),
@@ -61,7 +62,7 @@ class Config:
         require(1e-6 <= self.val_fraction <= 0.5, "--val-fraction must be at least 0.000001 and at most 0.5")
         require(
             self.vocab_size is None or 256 < self.vocab_size <= 65_000,
-            "--vocab-size must lie between 257 and 65000: 256 bytes and what is merged from them, in 16 bits",
+            "--vocab-size must be between 257 (256 bytes and one merge) and 65000 (token files have 16 bits)",
         )
         require(not (self.vocab_size and self.tokenizer), "--vocab-size and --tokenizer exclude each other")
         require_at_least(1, self, "max_tokens", "shard_tokens", "workers")

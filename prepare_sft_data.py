@@ -12,31 +12,31 @@ from system.errors import require
 class Config:
     dataset: str = "oasst1"
     """oasst1 (human conversations), alpaca-gpt4 (instructions), pydocs-qa (questions about Python and small talk, no
-    download), or a data set of the Hugging Face Hub as org/name, with columns as --input has them"""
+    download), or a data set of the Hugging Face Hub as org/name, with the same columns as --input"""
     input: Path | None = None
-    """a .json, .jsonl or .parquet file instead, perhaps .gz or .zst: chat `messages`, or Alpaca's instruction, input
-    and output"""
+    """a .json, .jsonl or .parquet file instead, perhaps compressed (.gz or .zst), with chat `messages`, or with
+    Alpaca's instruction, input and output"""
     out: Path = Path("data")
-    """folder to write"""
+    """output folder"""
     overwrite: bool = False
-    """replace the conversations in that folder"""
+    """replace the conversations in the output folder"""
     template: Literal["chat", "alpaca"] = "chat"
-    """how turns are marked in the text"""
+    """how the text marks turns"""
     tokenizer: Path | None = None
-    """a tokenizer.json; without it, that of the data in --out, else GPT-2's"""
+    """a tokenizer.json; by default the tokenizer of the data in --out, or GPT-2's if there is no data"""
     block_size: int = 1024
     """longest conversation in tokens (the model's context): longer ones lose their oldest exchanges"""
     max_conversations: int | None = None
-    """stop after so many conversations (of pydocs-qa the chats and built-ins come first)"""
+    """stop after this many conversations (pydocs-qa begins with the chats and the built-ins)"""
     val_fraction: float = 0.05
-    """share of the conversations held out (oasst1 has its own split)"""
+    """share of the conversations to hold out (oasst1 has its own split)"""
     seed: int = 1337
-    """of the choice of held-out conversations"""
+    """seed that draws the held-out conversations"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(
             self.dataset in ("oasst1", "alpaca-gpt4", "pydocs-qa") or "/" in self.dataset,
-            f"no data set {self.dataset!r}: choose oasst1, alpaca-gpt4, pydocs-qa, or one of the Hub's as org/name",
+            f"no data set {self.dataset!r}: choose oasst1, alpaca-gpt4, pydocs-qa, or name one of the Hub as org/name",
         )
         require(1e-6 <= self.val_fraction <= 0.5, "--val-fraction must be at least 0.000001 and at most 0.5")
         require(self.block_size >= 2, "--block-size must be at least 2")
@@ -75,7 +75,7 @@ def main(config: Config) -> None:
     for split, counts in meta["splits"].items():
         print(
             f"{split}: {counts['conversations']:,} conversations, {counts['tokens']:,} tokens, "
-            f"{counts['counted']:,} of them the assistant's"
+            f"{counts['counted']:,} of them in the assistant's answers"
         )
     for line in notes.lines():
         print(line)

@@ -23,13 +23,14 @@ _LOCK = "lock"
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
-    """Opens a temporary file beside `path` and renames it to `path` once it is written and on the disk.
+    """Yields a temporary file beside `path`, flushes it to the disk and renames it to `path`.
 
-    Whatever happens in between, `path` holds either what it held before or the whole new content.
+    Whatever happens meanwhile, `path` holds either its old content or all of the new content. `mode` is "wb" or "w"
+    (UTF-8 text).
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left_behind in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by a process that was killed
+    for left_behind in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of a process that was killed
         if time.time() - left_behind.stat().st_mtime > 3600:
             left_behind.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -45,19 +46,19 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
 
 @contextlib.contextmanager
 def atomic_folder(folder: str | Path, last: str) -> Iterator[Path]:
-    """Yields a temporary folder inside `folder`; at the end its files are renamed into `folder`, `last` after the rest.
+    """Yields a temporary folder inside `folder`; at the end moves its files into `folder`, the file named `last` last.
 
-    `last` is the meta file that lists the others. A kill leaves a whole old set or a whole new set; a kill while files
-    are being renamed leaves a meta file that says so. What a killed run left behind is removed by the next run, and so
-    are old files that the new meta file does not list. Raises UserError if another process is writing the same files,
-    or if the disk is full.
+    `last` is the meta file that lists the others. A kill leaves either all old files or all new files. Only a kill
+    while the files are being moved leaves a mixture, with a meta file that says so. The next run removes what a killed
+    run left behind, and old files that the new meta file does not list. Raises UserError if another process is writing
+    the same files, or if the disk is full.
     """
     folder = Path(folder)
     temporary = folder / f".prepare-{last}"
     temporary.mkdir(parents=True, exist_ok=True)
     with _locked(temporary):
         try:
-            for path in _files_in(temporary):  # left behind by a run that was killed
+            for path in _files_in(temporary):  # of a run that was killed
                 path.unlink()
             yield temporary
             _replace_files(folder, temporary, last)
@@ -70,7 +71,7 @@ def atomic_folder(folder: str | Path, last: str) -> Iterator[Path]:
 
 
 def _replace_files(folder: Path, temporary: Path, last: str) -> None:
-    """Renames the files of `temporary` into `folder`, `last` after the rest, and removes those that are outdated."""
+    """Moves the files of `temporary` into `folder`, `last` after the others, and removes outdated files."""
     old_names = _listed_files(folder / last)
     if (folder / last).exists():
         write_json(folder / last, {"incomplete": "files are being replaced"})
@@ -95,17 +96,17 @@ def _listed_files(meta: Path) -> set[str]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes that call this out of a folder until the block ends or this process dies.
+    """Lets one process at a time use a folder, until the block ends or the process dies.
 
-    The lock file stays in the folder, to be removed with it: `filelock` notices if a file that it has just locked was
-    removed. A soft lock would outlive a process that is killed, so a file system without locks gets none.
+    The lock file goes when the folder is removed: `filelock` notices if the file that it has just locked was removed.
+    A soft lock would survive a kill, so on a file system without locks nothing is locked.
     """
     lock = FileLock(folder / _LOCK, fallback_to_soft=False)
     try:
         lock.acquire(blocking=False)
     except Timeout:
         raise UserError(f"another run is writing to {folder.parent}: wait for it, or choose another --out") from None
-    except (OSError, NotImplementedError):  # a file system without locks
+    except (OSError, NotImplementedError):  # the file system has no locks
         pass
     try:
         yield
@@ -114,7 +115,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def claim_folder(folder: Path, files: str, overwrite: bool) -> None:
-    """Raises UserError if a folder holds files of the pattern `files`, unless they may be replaced."""
+    """Raises UserError if a folder holds files that match the glob `files`, unless `overwrite` is set."""
     if not overwrite and (taken := next(folder.glob(files), None)):
         raise UserError(f"{taken} exists: add --overwrite to replace the data there, or choose another --out")
 
@@ -162,7 +163,7 @@ def _decode(content: bytes, where: str) -> str:
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """Writes a value as indented JSON, atomically."""
+    """Writes a value as indented JSON with `atomic_write`."""
     with atomic_write(path, "w") as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")

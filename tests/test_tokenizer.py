@@ -196,7 +196,7 @@ def test_conversations_are_brought_into_one_form():
     two = [turn("user"), turn("assistant")]
     assert check_messages([*two, turn("user")], "f", notes) == two and len(notes) == 1
     for bad in ("text", [turn("user"), "text"], [{"role": "user"}], [turn("user", 1)]):
-        with pytest.raises(UserError, match="f: wanted messages"):
+        with pytest.raises(UserError, match="f: expected messages"):
             check_messages(bad, "f", notes)
 
 

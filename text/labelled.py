@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from system.errors import UserError
-from text.corpora import text_of
-from text.readers import Notes, hub_rows, load_hub, opened, records
+from text.readers import Notes, hub_rows, load_hub, opened, records, text_of
 
 SPLITS = ("train", "val", "test")
 

@@ -1,5 +1,7 @@
 """Text and conversations → token files, in order, on all cores and in constant memory."""
 
+from __future__ import annotations
+
 import os
 import shlex
 import sys
@@ -7,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,10 @@ from text.templates import encode_conversation
 from text.token_files import ConversationFiles, TokenFiles, statistics
 from text.tokenizer import Tokenizer
 
+SPLITS = ("train", "val")
+SplitIds = tuple[str, np.ndarray]
+"""A split and ids for it, uint16 (n,)."""
+
 
 def write_corpus(
     corpus: Corpus,
@@ -35,31 +41,31 @@ def write_corpus(
     shard_tokens: int | None = None,
     max_tokens: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """Tokenizes a corpus into `out`, each document followed by `<|endoftext|>`; returns how often each id was written.
+    """Tokenizes a corpus into `out`; returns how often each id was written, int64 (ids,) by split.
 
-    Files are train.bin and val.bin, or shards of `shard_tokens` tokens. `max_tokens` in all are written at most. The
-    files appear together at the end; whatever happens before, the old ones stay as they were. `source` goes into
-    meta.json. The bytes depend on the text and the tokenizer, never on `workers`, the number of threads (without it,
-    one a core). Raises UserError where nothing is left for one of the splits.
+    `<|endoftext|>` follows every document. The files are train.bin and val.bin, or shards of `shard_tokens` tokens,
+    with at most `max_tokens` tokens in total. They appear together at the end; until then the old files stay unchanged.
+    `workers` is the number of threads, by default one per core; it never changes the output. `source` goes into
+    meta.json. Raises UserError if a split gets no text.
     """
     shard_tokens = shard_tokens or corpus.default_shard_tokens
     val_tokens = shard_tokens if corpus.first_shard_val else None
     batches = tokenized(corpus.pieces(val_fraction, seed), tokenizer, workers or available_cores())
     if val_tokens:
-        batches = hold_out_first(batches, val_tokens)
+        batches = _hold_out_first(batches, val_tokens)
     if max_tokens:
-        batches = take_tokens(batches, max_tokens)
+        batches = _first_tokens(batches, max_tokens)
     with atomic_folder(out, last="meta.json") as folder:
-        files = {split: TokenFiles(folder, split, tokenizer.n_tokens, shard_tokens) for split in ("train", "val")}
+        files = {split: TokenFiles(folder, split, tokenizer.n_tokens, shard_tokens) for split in SPLITS}
         with Progress(corpus, max_tokens) as progress:
             for split, ids in batches:
                 files[split].write(ids)
                 progress.show(files, tokenizer)
             progress.show(files, tokenizer, at_once=True)
-        for split in files:
+        for split in SPLITS:
             files[split].close()
-        counts = {split: files[split].counts for split in files}
-        _require_text(counts, tokenizer, corpus, val_tokens)
+        counts = {split: files[split].counts for split in SPLITS}
+        _require_text(counts, tokenizer, corpus.notes, val_tokens)
         names = files["train"].names + files["val"].names
         if tokenizer.spec != "gpt2":
             (folder / "tokenizer.json").write_text(tokenizer.spec, encoding="utf-8")
@@ -68,95 +74,12 @@ def write_corpus(
             "files": names,
             "tokenizer": tokenizer.name,
             "n_tokens": tokenizer.n_tokens,
-            "splits": {name: statistics(count, tokenizer) for name, count in counts.items()},
+            "splits": {split: statistics(counts[split], tokenizer) for split in SPLITS},
             "source": source,
-            "notes": corpus.notes.plain(),
-            "command": shlex.join(["python", *sys.argv]),
-            "format_version": 1,
+            **_origin(corpus.notes),
         }
         write_json(folder / "meta.json", meta)
     return counts
-
-
-def hold_out_first(batches: Iterable[tuple[str, np.ndarray]], n: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields batches of ids (split, ids) with the first `n` tokens as "val" and the others as "train"."""
-    for _, ids in batches:
-        if n:
-            yield "val", ids[:n]
-        yield "train", ids[n:]
-        n = max(0, n - len(ids))
-
-
-def take_tokens(batches: Iterable[tuple[str, np.ndarray]], n: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields batches of ids (split, ids) up to the first `n` tokens."""
-    for split, ids in batches:
-        yield split, ids[:n]
-        n -= len(ids)
-        if n <= 0:
-            return
-
-
-def available_cores() -> int:
-    """Returns the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _require_text(counts, tokenizer, corpus, val_tokens):
-    empty = [name for name, count in counts.items() if not count[: tokenizer.end_of_text].any()]
-    notes = corpus.notes.in_brackets()
-    if "train" in empty and val_tokens and len(empty) == 1:
-        raise UserError(
-            f"the first {val_tokens:,} tokens are for validation, none is left: try a smaller --shard-tokens"
-        )
-    if "train" in empty:
-        raise UserError(f"there is no text to train on{notes}")
-    if empty:
-        raise UserError(
-            f"nothing is left to validate with: use more text, a larger --val-fraction or a larger --max-tokens{notes}"
-        )
-
-
-def tokenized(pieces: Iterable[Piece], tokenizer: Tokenizer, workers: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (split, ids) of pieces in batches of about CHUNK characters, each split's in order.
-
-    The workers are threads, each with a tokenizer of its own: tiktoken works outside Python's lock, so they use as many
-    cores as processes would, and neither text nor ids have to be copied from one process to another.
-    """
-    pending, own = deque(), threading.local()
-
-    def start():
-        own.tokenizer = tokenizer.copy()
-
-    def encode(*batch):
-        return own.tokenizer.encode_documents(*batch)
-
-    with ThreadPoolExecutor(workers, initializer=start) as pool:
-        try:
-            for split, texts, is_open in batches(pieces):
-                pending.append((split, pool.submit(encode, texts, is_open)))
-                if len(pending) > workers + 1:
-                    split, ids = pending.popleft()
-                    yield split, ids.result()
-            while pending:
-                split, ids = pending.popleft()
-                yield split, ids.result()
-        finally:
-            for _, ids in pending:
-                ids.cancel()
-
-
-def batches(pieces: Iterable[Piece]) -> Iterator[tuple[str, list[str], bool]]:
-    """Groups pieces to about CHUNK characters, by split; yields (split, texts, whether the last goes on)."""
-    texts, size = {"train": [], "val": []}, 0
-    for split, text, ends in pieces:
-        texts[split].append(text)
-        size += len(text)
-        if size >= CHUNK or not ends:
-            for name in texts:
-                if texts[name]:
-                    yield name, texts[name], name == split and not ends
-            texts, size = {"train": [], "val": []}, 0
-    yield from ((name, rest, False) for name, rest in texts.items() if rest)
 
 
 def write_conversations(
@@ -169,23 +92,23 @@ def write_conversations(
     block_size: int,
     notes: Notes,
 ) -> dict:
-    """Writes tokens, loss masks and offsets of conversations, which come with their splits, into `out`.
+    """Writes tokens, loss masks and offsets of conversations into `out`; returns the content of sft_meta.json.
 
-    A conversation longer than `block_size` tokens loses its oldest exchanges; `notes` counts those. Returns what was
-    written into sft_meta.json. The files appear together at the end; whatever happens before, the old ones stay as
-    they were. Raises UserError where there is no conversation to train on.
+    Each conversation comes with its split. One that is longer than `block_size` tokens loses its oldest exchanges;
+    `notes` counts such conversations. The files appear together at the end; until then the old files stay unchanged.
+    Raises UserError if there is no conversation to train on.
     """
     with atomic_folder(out, last="sft_meta.json") as folder:
-        files = {split: ConversationFiles(folder, split) for split in ("train", "val")}
+        files = {split: ConversationFiles(folder, split) for split in SPLITS}
         for i, (split, messages) in enumerate(tqdm(conversations, unit=" conversations", desc="tokenizing"), 1):
             ids, mask = encode_conversation(messages, tokenizer, template)
             if len(ids) > block_size:
                 ids, mask = encode_conversation(messages, tokenizer, template, block_size)
-                what = "lost their oldest turns" if ids else "were dropped, since one exchange alone is as long"
-                notes.add(f"conversations longer than {block_size:,} tokens {what}", f"conversation {i:,}")
+                outcome = "lost their oldest turns" if ids else "were dropped, since one exchange alone is too long"
+                notes.add(f"conversations longer than {block_size:,} tokens {outcome}", f"conversation {i:,}")
             if ids:
                 files[split].write(ids, mask)
-        for split in files:
+        for split in SPLITS:
             files[split].close()
         if not files["train"].counts["conversations"]:
             raise UserError(f"there is no conversation to train on{notes.in_brackets()}")
@@ -194,36 +117,127 @@ def write_conversations(
             "tokenizer": tokenizer.name,
             "template": template,
             "block_size": block_size,
-            "splits": {split: files[split].counts for split in files},
-            "notes": notes.plain(),
+            "splits": {split: files[split].counts for split in SPLITS},
             "source": source,
-            "command": shlex.join(["python", *sys.argv]),
-            "format_version": 1,
+            **_origin(notes),
         }
         write_json(folder / "sft_meta.json", meta)
     return meta
 
 
-class Progress(tqdm):
-    """A bar of how far the corpus has been read, with documents, MB of text a second, tokens and the time left."""
+def _origin(notes: Notes) -> dict:
+    """Returns what both kinds of meta file say about the run that writes them."""
+    return {"notes": notes.as_json(), "command": shlex.join(["python", *sys.argv]), "format_version": 1}
 
-    def __init__(self, corpus: Corpus, max_tokens: int | None):
-        total = max_tokens or corpus.total
-        super().__init__(
-            desc="tokenizing",
-            total=total,
-            bar_format="{desc}: {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
-            if total
-            else "{desc}: {elapsed}{postfix}",
+
+def _require_text(counts: dict[str, np.ndarray], tokenizer: Tokenizer, notes: Notes, val_tokens: int | None) -> None:
+    """Raises UserError if a split has no token of text. `val_tokens` is the size of a held-out first shard."""
+    has_text = {split: counts[split][: tokenizer.end_of_text].any() for split in SPLITS}
+    if has_text["train"] and has_text["val"]:
+        return
+    if has_text["val"] and val_tokens:
+        raise UserError(
+            f"the first {val_tokens:,} tokens are for validation, and nothing is left to train on: "
+            "try a smaller --shard-tokens"
         )
+    if not has_text["train"]:
+        raise UserError(f"there is no text to train on{notes.in_brackets()}")
+    raise UserError(
+        "nothing is left to validate with: use more text, a larger --val-fraction or a larger --max-tokens"
+        f"{notes.in_brackets()}"
+    )
+
+
+def tokenized(pieces: Iterable[Piece], tokenizer: Tokenizer, workers: int) -> Iterator[SplitIds]:
+    """Yields the ids of pieces in batches of about CHUNK characters; within a split, in order.
+
+    The workers are threads, each with its own tokenizer. tiktoken runs outside Python's global lock, so threads use as
+    many cores as processes would, and neither text nor ids are copied between processes.
+    """
+    pending: deque[tuple[str, Future[np.ndarray]]] = deque()
+    local = threading.local()
+
+    def start_thread() -> None:
+        local.tokenizer = tokenizer.copy()
+
+    def encode(texts: list[str], last_goes_on: bool) -> np.ndarray:
+        return local.tokenizer.encode_documents(texts, last_goes_on)
+
+    with ThreadPoolExecutor(workers, initializer=start_thread) as pool:
+        try:
+            for split, texts, last_goes_on in grouped(pieces):
+                pending.append((split, pool.submit(encode, texts, last_goes_on)))
+                if len(pending) > workers + 1:
+                    oldest_split, ids = pending.popleft()
+                    yield oldest_split, ids.result()
+            while pending:
+                oldest_split, ids = pending.popleft()
+                yield oldest_split, ids.result()
+        finally:
+            for _, ids in pending:
+                ids.cancel()
+
+
+def grouped(pieces: Iterable[Piece]) -> Iterator[tuple[str, list[str], bool]]:
+    """Groups pieces to about CHUNK characters, by split; yields (split, texts, whether the last text goes on)."""
+    texts: dict[str, list[str]] = {split: [] for split in SPLITS}
+    size = 0
+    for split, text, ends in pieces:
+        texts[split].append(text)
+        size += len(text)
+        if size >= CHUNK or not ends:
+            for name in SPLITS:
+                if texts[name]:
+                    yield name, texts[name], name == split and not ends
+            texts, size = {name: [] for name in SPLITS}, 0
+    for name in SPLITS:
+        if texts[name]:
+            yield name, texts[name], False
+
+
+def _hold_out_first(batches: Iterable[SplitIds], n: int) -> Iterator[SplitIds]:
+    """Yields all ids again, the first `n` as "val" and the others as "train"."""
+    for _, ids in batches:
+        if n:
+            yield "val", ids[:n]
+        yield "train", ids[n:]
+        n = max(0, n - len(ids))
+
+
+def _first_tokens(batches: Iterable[SplitIds], n: int) -> Iterator[SplitIds]:
+    """Yields the first `n` ids."""
+    for split, ids in batches:
+        yield split, ids[:n]
+        n -= len(ids)
+        if n <= 0:
+            return
+
+
+def available_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Progress(tqdm):
+    """A progress bar of a corpus, with documents, MB of text per second, tokens and the time left."""
+
+    def __init__(self, corpus: Corpus, max_tokens: int | None) -> None:
+        total = max_tokens or corpus.total
+        bar = "{desc}: {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
+        super().__init__(desc="tokenizing", total=total, bar_format=bar if total else "{desc}: {elapsed}{postfix}")
         self.corpus, self.max_tokens, self.started, self.shown = corpus, max_tokens, time.monotonic(), 0.0
 
-    def show(self, splits: dict[str, TokenFiles], tokenizer: Tokenizer, at_once: bool = False) -> None:
-        """Redraws the bar, no more than twice a second unless `at_once`."""
+    def show(self, files: dict[str, TokenFiles], tokenizer: Tokenizer, at_once: bool = False) -> None:
+        """Redraws the bar, at most twice a second unless `at_once`."""
         seconds = time.monotonic() - self.started
-        if seconds > self.shown + 0.5 or at_once:
-            self.shown = seconds
-            facts = statistics(sum(files.counts for files in splits.values()), tokenizer)
-            self.n = min(facts["tokens"] if self.max_tokens else self.corpus.position, self.total or 1 << 62)
-            rate, documents, tokens = facts["bytes"] / 1e6 / seconds, facts["documents"], facts["tokens"]
-            self.set_postfix_str(f"{documents:,} documents, {rate:.1f} MB/s, {tokens:,} tokens")
+        if seconds <= self.shown + 0.5 and not at_once:
+            return
+        self.shown = seconds
+        totals = statistics(np.sum([files[split].counts for split in SPLITS], axis=0), tokenizer)
+        self.n = totals["tokens"] if self.max_tokens else self.corpus.position
+        if self.total:
+            self.n = min(self.n, self.total)
+        rate = totals["bytes"] / 1e6 / seconds
+        self.set_postfix_str(f"{totals['documents']:,} documents, {rate:.1f} MB/s, {totals['tokens']:,} tokens")
