@@ -1,4 +1,4 @@
-"""What the prepare scripts read and write: corpora, splits, files; the loader's batches."""
+"""Corpora, splits, files and meta files; the loader's batches."""
 
 import json
 import os
@@ -105,7 +105,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_what_a_killed_write_left_behind_goes_with_a_later_one(tmp_path):
+def test_a_later_write_removes_what_a_killed_write_left_behind(tmp_path):
     for name, age in ((".file.1.tmp", 7200), (".file.2.tmp", 60)):
         (tmp_path / name).write_text("half")
         os.utime(tmp_path / name, (time.time() - age,) * 2)
@@ -237,7 +237,7 @@ def test_the_prefetcher_gives_what_was_asked_for():
     fetch.close()
 
 
-def test_meta_says_what_belongs_together(toy):
+def test_meta_json_describes_the_token_files(toy):
     meta = json.loads((toy / "data/toy/meta.json").read_text())
     for split in ("train", "val"):
         assert len(read_tokens(toy / f"data/toy/{split}.bin")) == meta["splits"][split]["tokens"] > 0
