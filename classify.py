@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import tee
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from system.cli import run
-from system.errors import UserError, require
+from system.errors import require
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,11 @@ class Config:
 
 def main(config: Config) -> None:
     """Prints label and probability of each text, as the texts come in."""
+    from system.files import read_utf8_lines
     from training.classifier import Classifier
 
     classifier = Classifier.load(config.model, config.device, config.dtype)
-    texts, to_print = tee(config.texts or lines(config.input))
+    texts, to_print = tee(config.texts or with_text(read_utf8_lines(config.input)))
     batch_size = 32 if config.texts or config.input or not sys.stdin.isatty() else 1
     for text, probabilities in zip(to_print, classifier.probabilities(texts, batch_size), strict=True):
         best = int(probabilities.argmax())
@@ -52,18 +53,15 @@ def main(config: Config) -> None:
             print(f"{label}\t{probability:.4f}", flush=True)
 
 
-def lines(path: Path | None) -> Iterator[str]:
-    """Yields the lines of a file or of standard input that hold text; says at the end how many were empty."""
+def with_text(lines: Iterable[str]) -> Iterator[str]:
+    """Yields the lines that hold text, stripped; says at the end how many were empty."""
     n_empty = 0
-    with open(path, "rb") if path else sys.stdin.buffer as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode("utf-8").strip()
-            except UnicodeDecodeError:
-                raise UserError(f"{path or 'standard input'}, line {number} is not UTF-8 text") from None
-            if text:
-                yield text
-            n_empty += not text
+    for line in lines:
+        text = line.strip()
+        if text:
+            yield text
+        else:
+            n_empty += 1
     if n_empty:
         print(f"{n_empty:,} empty lines were passed over", file=sys.stderr)
 

@@ -1,7 +1,6 @@
 """How good a model is: loss, perplexity and bits per byte on any text, accuracy on HellaSwag."""
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -53,6 +52,7 @@ def main(config: Config) -> None:
 
     from generation.text_model import TextModel
     from system.device import choose_device, choose_dtype
+    from system.files import read_utf8
     from text.token_files import read_prepared_tokens
     from training.evaluation import evaluate_hellaswag, evaluate_text, read_hellaswag
     from weights import checkpoint
@@ -69,8 +69,7 @@ def main(config: Config) -> None:
         if config.data:
             ids = read_prepared_tokens(config.data, tokenizer, model.config.vocab_size)
         else:
-            content = config.text.read_bytes() if config.text else sys.stdin.buffer.read()
-            text = content.decode("utf-8")
+            text = read_utf8(config.text)
             ids = np.array([tokenizer.end_of_text, *tokenizer.encode(text)], dtype=np.uint16)
         if config.max_tokens:
             ids = ids[: config.max_tokens + 1]

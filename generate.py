@@ -59,6 +59,7 @@ class Config(SamplingConfig):
 def main(config: Config) -> None:
     """Loads the model and writes."""
     from generation.text_model import TextModel
+    from system.files import read_utf8
 
     text_model = TextModel.load(
         config.model, config.device, config.dtype, config.quantize, config.verify, compile=config.compile == "on"
@@ -80,7 +81,7 @@ def main(config: Config) -> None:
 
         complete(text_model, lambda line: write(text_model, text_model.prompt_ids(line), line, config))
     else:
-        prompt = config.prompt if config.prompt is not None else read_prompt(config.prompt_file)
+        prompt = config.prompt if config.prompt is not None else read_utf8(config.prompt_file).removesuffix("\n")
         write(text_model, text_model.prompt_ids(prompt), prompt, config)
 
 
@@ -150,15 +151,6 @@ def token_lines(tokenizer, sample, config: Config) -> Iterator[str]:
     for token in sample.tokens if config.logprobs else []:
         others = ", ".join(f"{tokenizer.decode([i])!r} {exp(p):.1%}" for i, p in token.candidates)
         yield f"{tokenizer.decode([token.id])!r:20} {exp(token.logprob):6.1%}   {others}"
-
-
-def read_prompt(path: Path | None) -> str:
-    """Reads a file or all of standard input as UTF-8, less a newline at its end. Raises UserError for anything else."""
-    try:
-        content = path.read_bytes() if path else sys.stdin.buffer.read()
-        return content.decode("utf-8").removesuffix("\n")
-    except UnicodeDecodeError:
-        raise UserError(f"{path or 'standard input'} is not UTF-8 text") from None
 
 
 if __name__ == "__main__":

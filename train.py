@@ -101,8 +101,8 @@ def main(config: Config) -> None:
     import torch
 
     from model import GPT, GPTConfig
-    from text import tokenizer as tokenizers
     from text.token_files import is_prepared_from, read_token_meta
+    from text.tokenizer import require_same_tokenizer, tokenizer_of_data
     from training.checkpointing import claim_output
     from training.distributed import Processes
     from training.loader import Windows
@@ -120,18 +120,15 @@ def main(config: Config) -> None:
         prepare(config, folder, overwrite=config.overwrite or is_prepared_from(folder, str(config.data)))
         config = dataclasses.replace(config, data=folder)
     meta = read_token_meta(config.data)
-    tokenizer = tokenizers.load_beside(config.data, meta)
+    tokenizer = tokenizer_of_data(config.data, meta)
 
     torch.manual_seed(config.seed)
     start = resumed
     if not resumed and config.init_from != "scratch":
         start = checkpoint.grow_vocabulary(load_checkpoint(config.init_from))
     if start:
-        if (found := checkpoint.tokenizer_of(start).name) != tokenizer.name:
-            raise UserError(
-                f"{config.data} was prepared with the tokenizer {tokenizer.name}, the checkpoint was trained with "
-                f"{found}: prepare the data with that one"
-            )
+        expected = checkpoint.tokenizer_of(start).name
+        require_same_tokenizer(expected, tokenizer.name, config.data, "prepare the data with the model's tokenizer")
         start["config"] = dataclasses.replace(start["config"], dropout=config.dropout)
         model = checkpoint.build(start, config.out if resumed else config.init_from)
     else:

@@ -83,6 +83,7 @@ def main(config: Config) -> None:
     import torch
 
     from text.token_files import read_meta
+    from text.tokenizer import require_same_tokenizer
     from training.checkpointing import claim_output
     from training.distributed import Processes
     from training.loader import Conversations
@@ -103,11 +104,8 @@ def main(config: Config) -> None:
         start, path = checkpoint.grow_vocabulary(load_checkpoint(config.model)), config.model
     meta = read_meta(config.data / "sft_meta.json", "prepare_sft_data.py")
     tokenizer = checkpoint.tokenizer_of(start)
-    if meta["tokenizer"] != tokenizer.name:
-        raise UserError(
-            f"{config.data} was prepared with the tokenizer {meta['tokenizer']}, {path} was trained with "
-            f"{tokenizer.name}: prepare the conversations with that one (--tokenizer)"
-        )
+    remedy = "prepare the conversations with the model's tokenizer (--tokenizer)"
+    require_same_tokenizer(tokenizer.name, meta["tokenizer"], config.data, remedy)
 
     torch.manual_seed(config.seed)
     start["config"] = dataclasses.replace(start["config"], dropout=config.dropout)

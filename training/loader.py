@@ -93,7 +93,7 @@ class Windows:
         counts = meta["splits"].get(split)
         if counts is None:  # files of nanoGPT and others, which have no meta.json
             for path, shard in zip(paths, data.shards, strict=True):
-                require_ids_below(shard, shape.vocab_size, path)
+                require_ids_below(shard, shape.vocab_size, path, "prepare the data with the model's tokenizer")
         elif counts["tokens"] != data.n_tokens:
             raise UserError(f"{folder} is damaged, its {split} files do not fit its meta.json: prepare the data again")
         elif counts.get("bytes"):

@@ -99,10 +99,10 @@ class Trainer:
 
     def load_batch(self, step: int) -> StepBatch:
         """Returns this rank's share of the global batch of a step."""
-        rows = self.train_data.batch(step)
+        rows, vocab_size = self.train_data.batch(step), self.state.model.config.vocab_size
         for row in rows:
             for ids in (row.tokens[0], row.targets[0]):
-                require_ids_below(ids.numpy(), self.state.model.config.vocab_size, "the training data")
+                require_ids_below(ids.numpy(), vocab_size, "the training data", "prepare the data again")
         return StepBatch(
             self.split(rows),
             total_weight=sum(row.total_weight for row in rows),

@@ -172,7 +172,7 @@ def _with_our_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _read_tokenizer(folder: Path, vocab_size: int) -> tokenizers.Tokenizer:
     tokenizer = gpt2 = tokenizers.gpt2()
     if (folder / "tokenizer.json").is_file():
-        tokenizer = tokenizers.load(folder / "tokenizer.json")
+        tokenizer = tokenizers.load_tokenizer(folder / "tokenizer.json")
         if tokenizer.mergeable_ranks == gpt2.mergeable_ranks:
             tokenizer = gpt2
     if vocab_size <= tokenizer.end_of_text:
