@@ -58,7 +58,7 @@ def main(config: Config) -> None:
 
     state, device = checkpoint.load(config.model), choose_device(config.device)
     model = checkpoint.build(state, config.model, device)  # its weights in float32, as in training
-    text_model = TextModel(model, checkpoint.tokenizer(state), None, "", device, choose_dtype(config.dtype, device))
+    text_model = TextModel(model, checkpoint.tokenizer(state), dtype=choose_dtype(config.dtype, device))
     if config.hellaswag is not None:
         figures = hellaswag(text_model, config)
         people = f"acc {figures['acc']:.4f}, acc_norm {figures['acc_norm']:.4f} on {figures['questions']:,} questions"

@@ -60,7 +60,9 @@ def main(config: Config) -> None:
     """Loads the model and writes."""
     from generation.text_model import TextModel
 
-    text_model = TextModel.load(config.model, config.device, config.dtype, config.quantize, config.verify)
+    text_model = TextModel.load(
+        config.model, config.device, config.dtype, quantize=config.quantize, verify=config.verify
+    )
     if config.compile == "on":
         text_model.model.compile_decoding()
     if config.chat and not text_model.template:

@@ -157,7 +157,7 @@ def answers(exchanges: list, tokenizer, model, device, dtype) -> list[dict[str, 
 
     from generation.text_model import TextModel
 
-    text_model = TextModel(model, tokenizer, None, "", device, dtype)
+    text_model = TextModel(model, tokenizer, dtype=dtype)
     config = SamplingConfig(greedy=True, max_new_tokens=60)
 
     def text(ids):

@@ -31,7 +31,7 @@ def load_model(path: str, modified: float) -> LoadedModel:
     facts = checkpoint.facts(state)
     if state["kind"] == "classifier":
         return LoadedModel(facts, None)
-    text_model = TextModel.of(state, path)
+    text_model = TextModel.from_checkpoint(state, path)
     for parameter in text_model.model.parameters():  # off the file's pages: somebody may overwrite the file
         parameter.data = parameter.data.clone()
     return LoadedModel(facts, text_model)

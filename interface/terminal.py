@@ -68,7 +68,7 @@ def say(text: str) -> None:
 
 def complete(text_model: TextModel, respond: Callable[[str], None]) -> None:
     """Completes what is typed, line after line."""
-    say(f"{text_model.facts}\nType the beginning of a text; /quit or Ctrl-D ends; Ctrl-C breaks off a completion.")
+    say(f"{text_model.description}\nType the beginning of a text; /quit or Ctrl-D ends; Ctrl-C breaks off a completion.")
     for line in Lines("text> "):
         if line == "/quit":
             return
@@ -82,7 +82,7 @@ def complete(text_model: TextModel, respond: Callable[[str], None]) -> None:
 def chat(text_model: TextModel, config: SamplingConfig) -> None:
     """Converses until Ctrl-D or /quit."""
     conversation = Chat(text_model, config)
-    say(f"{text_model.facts}\n{HELP}")
+    say(f"{text_model.description}\n{HELP}")
     for line in Lines("you> "):
         command, _, argument = line.partition(" ")
         if command == "/quit":

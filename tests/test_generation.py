@@ -216,7 +216,7 @@ def test_five_lines_of_python(toy):
     model = TextModel.load(toy / "checkpoints/toy.pt", device="cpu")
     config = SamplingConfig(max_new_tokens=12, seed=3)
     text = "".join(model.complete("What is", config))
-    [found] = model.samples(model.prompt_ids("What is"), config, 1, top=4)
+    [found] = model.samples(model.prompt_ids("What is"), config, 1, top_logprobs=4)
     assert found.text == text and len(found.tokens) <= 12
     with torch.no_grad():
         ids = torch.tensor([model.prompt_ids("What is") + [token.id for token in found.tokens]])

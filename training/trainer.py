@@ -393,7 +393,7 @@ class Trainer:
         """Returns what the model makes of `--sample-prompt`: a completion, or, from a chat model, an answer."""
         was_training = self.model.training
         tokenizer, template = from_spec(self.facts["tokenizer"]), self.facts["template"]
-        text_model = TextModel(self.model.eval(), tokenizer, template, "", self.device, self.dtype)
+        text_model = TextModel(self.model.eval(), tokenizer, template, dtype=self.dtype)
         prompt, config = self.config.sample_prompt, SamplingConfig(max_new_tokens=60, seed=self.config.seed)
         if template:
             text = "".join(text_model.answer([{"role": "user", "content": prompt}], config))
