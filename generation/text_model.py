@@ -67,7 +67,7 @@ class TextWriter:
     With `strip`, the text begins without white space.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Iterable[str] = (), strip: bool = False):
+    def __init__(self, tokenizer: Tokenizer, stops: Iterable[str] = (), strip: bool = False) -> None:
         self.tokenizer, self.stops, self.strip = tokenizer, [stop for stop in stops if stop], strip
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.pending = ""  # characters that may be the beginning of a stop text

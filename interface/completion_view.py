@@ -52,7 +52,7 @@ def completion_view(text_model: TextModel, file: CheckpointFile) -> None:
 
 
 def begin(text_model: TextModel, prompt: str, file: CheckpointFile) -> Completion:
-    """Returns a completion of which only the prompt is there, cut to the last tokens that fit the context."""
+    """Returns a completion that holds only its prompt, cut to the last tokens that fit the context."""
     ids = text_model.prompt_ids(prompt)
     kept = ids[-text_model.model.config.block_size :]
     return Completion(file, [Token(i) for i in kept], len(kept), len(ids))

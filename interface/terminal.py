@@ -140,7 +140,7 @@ def read_standard_input() -> str:
 class LineReader:
     """Lines that the user types, with history and editing. If standard input is not a terminal, its lines."""
 
-    def __init__(self, label: str):
+    def __init__(self, label: str) -> None:
         self.label = label
         self.session: PromptSession[str] | None = None
         if sys.stdin.isatty():

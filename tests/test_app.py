@@ -1,9 +1,11 @@
-"""The page, run by Streamlit's own test driver on the toy models: every control and every state."""
+"""The page with the toy models, run by Streamlit's test driver: every control and every state."""
 
 import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from weights import checkpoint
 
 @pytest.fixture
 def folder(toy, tmp_path, monkeypatch) -> Path:
-    """A folder with the toy models and their logs, in which the page runs."""
+    """A working folder with the toy models and their logs."""
     (tmp_path / "checkpoints").mkdir()
     for path in (toy / "checkpoints").glob("[st]*"):
         if path.stem in ("toy", "sft", "toy.last") and path.is_file():
@@ -30,6 +32,7 @@ def folder(toy, tmp_path, monkeypatch) -> Path:
 
 
 def open_page(model: str = "") -> AppTest:
+    """Opens the page, and picks a model if one is given."""
     page = AppTest.from_file(str(REPOSITORY / "app.py"), default_timeout=60).run()
     if model:
         page.selectbox(key="model").select_index(page.selectbox(key="model").options.index(model)).run()
@@ -56,7 +59,7 @@ def say(page: AppTest, text: str) -> None:
 
 
 def complete(page: AppTest, prompt: str, **controls) -> str:
-    """Completes a prompt under some controls; returns the text on the page."""
+    """Sets sliders and completes a prompt; returns the text on the page."""
     for label, value in controls.items():
         slider(page, label.replace("_", " ")).set_value(value)
     page.text_area(key="prompt").set_value(prompt)
@@ -73,16 +76,21 @@ def ids(page: AppTest) -> list[int]:
     return [token.id for token in page.session_state.completion.tokens]
 
 
+def test_the_controls_need_no_torch():
+    code = "import sys, interface.sidebar; assert 'streamlit' in sys.modules and 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+
 def test_without_a_model_the_page_says_how_to_make_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = open_page()
     assert "make demo" in page.info[0].value and "train.py" in page.info[0].value
 
 
-def test_the_picker_offers_every_checkpoint_but_resume_files_and_tells_its_facts(folder):
+def test_the_picker_offers_every_checkpoint_except_last_ones_and_shows_its_facts(folder):
     (folder / "checkpoints/snapshots").mkdir()
     shutil.copy2(folder / "checkpoints/toy.pt", folder / "checkpoints/snapshots/toy_step_10.pt")
-    os.utime(folder / "checkpoints/toy.pt")  # the newest stands first
+    os.utime(folder / "checkpoints/toy.pt")  # the newest comes first
     page = open_page()
     options = page.selectbox(key="model").options
     assert options[0] == "toy.pt" and set(options) == {"toy.pt", "sft.pt", "snapshots/toy_step_10.pt"}
@@ -107,7 +115,7 @@ def test_chat_keeps_the_conversation_and_shows_text_as_text(folder):
     assert len(page.chat_message) == 0
 
 
-def test_an_answer_is_the_samplers_and_can_be_asked_for_again(folder):
+def test_an_answer_follows_the_sampling_controls_and_can_be_regenerated(folder):
     page = open_page("sft.pt")
     slider(page, "Temperature").set_value(2.0)
     slider(page, "Top k").set_value(0)
@@ -131,7 +139,7 @@ def test_the_last_message_is_edited_and_sent_again(folder):
     say(page, "Second")
     button(page, "Edit").click().run()
     assert page.text_area[0].value == "Second"
-    messages(page).clear()  # by a click on Clear that came before the form was there
+    messages(page).clear()  # as a click on Clear does, before the form is drawn
     page.run()
     assert not page.exception and not page.text_area
     for text in ("First", "Second"):
@@ -146,14 +154,14 @@ def test_the_last_message_is_edited_and_sent_again(folder):
     assert len(page.chat_message) == 4 and not any(b.label == "Send" for b in page.button)
 
 
-def test_a_base_model_completes_and_is_not_offered_to_chat(folder):
+def test_a_base_model_completes_and_does_not_chat(folder):
     page = open_page("toy.pt")
     assert page.button_group[0].value == "Completion"
     choose(page, "Chat")
     assert "not trained to chat" in page.info[0].value and not page.chat_input
 
 
-def test_a_completion_is_the_samplers_and_every_control_has_its_effect(folder):
+def test_a_completion_follows_every_sampling_control(folder):
     page = open_page("toy.pt")
     model = TextModel.load("checkpoints/toy.pt")
 
@@ -176,7 +184,7 @@ def test_a_completion_is_the_samplers_and_every_control_has_its_effect(folder):
     assert len(complete(page, "What is", Length=1)) < len(seeded)
 
 
-def test_every_token_has_its_candidates_and_another_can_be_taken(folder):
+def test_every_token_has_candidates_and_can_be_replaced_by_one(folder):
     page = open_page("toy.pt")
     complete(page, "What is", Length=12, Temperature=0.0)
     n_prompt = page.session_state.completion.n_prompt
@@ -186,7 +194,7 @@ def test_every_token_has_its_candidates_and_another_can_be_taken(folder):
         probabilities = [math.exp(p) for _, p in token.candidates]
         assert len(probabilities) == 10 and probabilities == sorted(probabilities, reverse=True)
         assert sum(probabilities) <= 1 and 0 < token.entropy < math.log(400)
-    assert all(token.id == token.candidates[0][0] for token in tokens[n_prompt:])  # it was greedy
+    assert all(token.id == token.candidates[0][0] for token in tokens[n_prompt:])  # greedy
     model = TextModel.load("checkpoints/toy.pt")
     with torch.no_grad():
         logprobs = model.model(torch.tensor([before]))[0, :, : model.tokenizer.n_tokens].log_softmax(-1)
@@ -206,7 +214,7 @@ def test_every_token_has_its_candidates_and_another_can_be_taken(folder):
     assert after[: step - 1] == before[: step - 1] and after[step - 1] == taken and len(after) == step + 12
     kept = list(model.stream(after[:step], SamplingConfig(max_new_tokens=12, greedy=True)))
     assert page.main.text[0].value == model.tokenizer.decode(after[:step]) + "".join(kept)
-    slider(page, "Step").set_value(2).run()  # inside the prompt too
+    slider(page, "Step").set_value(2).run()  # also inside the prompt
     button(page, "Continue from here").click().run()
     assert not page.exception and ids(page)[0] == before[0] and ids(page)[1] != before[1]
     assert page.session_state.completion.n_prompt == 1
@@ -222,7 +230,7 @@ def test_the_first_token_has_no_candidates_and_an_empty_prompt_begins_a_document
     assert not page.get("vega_lite_chart") and any("no probabilities" in c.value for c in page.caption)
 
 
-def test_prompt_and_completion_survive_a_look_at_another_mode_but_not_another_model(folder):
+def test_prompt_and_completion_survive_another_mode_and_the_prompt_another_model(folder):
     page = open_page("toy.pt")
     text = complete(page, "What is", Length=5)
     choose(page, "Training")
@@ -235,7 +243,7 @@ def test_prompt_and_completion_survive_a_look_at_another_mode_but_not_another_mo
 
 
 @pytest.mark.parametrize("text", ["a" * 1_000_000, "<b>&amp; 日本 🙂 \x07\t\n" * 70_000])
-def test_a_million_characters_are_handled(folder, text):
+def test_a_text_of_a_million_characters_works(folder, text):
     page = open_page("sft.pt")
     slider(page, "Length").set_value(4).run()
     say(page, text)
@@ -246,7 +254,7 @@ def test_a_million_characters_are_handled(folder, text):
     assert page.session_state.completion.n_prompt == 64
 
 
-def test_every_byte_is_shown_legibly():
+def test_every_byte_is_visible():
     shown = [
         legible(token) for token in (b" the", b"\n\n\t", b"\xe6\x97", b"\x07", "日 é".encode(), b"\\", b"\xc2\xa0")
     ]
@@ -269,7 +277,7 @@ def test_a_checkpoint_may_be_deleted_or_replaced_while_the_page_is_open(folder):
     page.run()
     assert not page.exception and page.sidebar.text[0].value.startswith(
         "kind: answers"
-    )  # the new one under the old name
+    )  # the new file under the old name
     (folder / "checkpoints/toy.pt").unlink()
     page.run()
     assert not page.exception and page.warning and "toy.pt" in page.sidebar.text[0].value
@@ -281,14 +289,14 @@ def test_a_checkpoint_may_be_deleted_or_replaced_while_the_page_is_open(folder):
     assert not page.exception and "make demo" in page.info[0].value
 
 
-def test_a_classifier_says_where_it_is_asked(folder):
+def test_for_a_classifier_the_page_names_classify_py(folder):
     state = checkpoint.with_class_head(checkpoint.load("checkpoints/toy.pt"), 2)
     checkpoint.save("checkpoints/spam.pt", {**state, "kind": "classifier", "labels": ["ham", "spam"]})
     page = open_page("spam.pt")
     assert "classify.py" in page.info[0].value
 
 
-def test_the_training_view_shows_the_log_and_what_is_added_to_it(folder):
+def test_the_training_view_shows_the_log_and_follows_it(folder):
     log = folder / "checkpoints/toy.jsonl"
     entries = [json.loads(line) for line in log.read_text().splitlines()]
     os.utime(log, (time.time() - 900, time.time() - 900))

@@ -1,14 +1,18 @@
 """The commands of the chat at the terminal, without a model."""
 
 import json
+import subprocess
+import sys
 
 import pytest
+from conftest import REPOSITORY
 
 from generation.config import SamplingConfig
 from interface.terminal import load_conversation, save_conversation, set_option
 from system.errors import UserError
+from text.templates import Message
 
-MESSAGES = [
+MESSAGES: list[Message] = [
     {"role": "user", "content": "Hello"},
     {"role": "assistant", "content": "Hello, you."},
     {"role": "user", "content": "How are you?"},
@@ -51,3 +55,8 @@ def test_options_take_numbers_and_some_take_none():
             set_option(config, name, value)
     with pytest.raises(UserError, match="--top-p must be"):
         set_option(config, "top-p", "2")
+
+
+def test_the_terminal_needs_no_streamlit():
+    code = "import sys, interface.terminal; assert not {'streamlit', 'altair'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
