@@ -1,4 +1,4 @@
-"""Label texts with a model of train_classifier.py: texts given as arguments, a file's lines, or standard input's."""
+"""Label texts with a model of train_classifier.py: arguments, the lines of a file, or standard input."""
 
 import json
 import sys
@@ -17,53 +17,53 @@ from system.errors import require
 @dataclass(frozen=True)
 class Config:
     texts: Positional[tuple[str, ...]] = field(default=())
-    """texts to label; without any, every line of --input or of standard input is one"""
+    """texts to label; by default, each line of --input or of standard input"""
     model: Path = Path("checkpoints/spam.pt")
     """checkpoint of train_classifier.py"""
     input: Path | None = None
-    """a file with one text a line"""
+    """file with one text per line"""
     json: bool = False
-    """print one JSON object a line: text, label, probability, and the probabilities of all labels"""
+    """print one JSON object per text: text, label, probability, and the probabilities of all labels"""
     device: str = "auto"
     """auto, cpu, cuda, mps"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """precision; auto takes bfloat16 where the GPU has it, float32 on the CPU"""
+    """precision; auto is bfloat16 on a GPU that supports it, float32 on the CPU"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(not (self.texts and self.input), "texts and --input exclude each other")
-        require(all(text.strip() for text in self.texts), "a text is empty")
+        require(all(text.strip() for text in self.texts), "a text is empty: leave it out")
 
 
 def main(config: Config) -> None:
-    """Prints label and probability of each text, as the texts come in."""
+    """Prints the label and the probability of each text, as the texts come in."""
     from system.files import read_utf8_lines
     from training.classifier import Classifier
 
     classifier = Classifier.load(config.model, config.device, config.dtype)
-    texts, to_print = tee(config.texts or with_text(read_utf8_lines(config.input)))
-    batch_size = 32 if config.texts or config.input or not sys.stdin.isatty() else 1
+    texts, to_print = tee(config.texts or skip_empty(read_utf8_lines(config.input)))
+    is_typed = not config.texts and config.input is None and sys.stdin.isatty()
+    batch_size = 1 if is_typed else 32  # who types wants an answer after every line
     for text, probabilities in zip(to_print, classifier.probabilities(texts, batch_size), strict=True):
         best = int(probabilities.argmax())
         label, probability = classifier.labels[best], probabilities[best].item()
         if config.json:
-            of_all = dict(zip(classifier.labels, probabilities.tolist(), strict=True))
-            line = {"text": text, "label": label, "probability": probability, "probabilities": of_all}
-            print(json.dumps(line, ensure_ascii=False), flush=True)
+            by_label = dict(zip(classifier.labels, probabilities.tolist(), strict=True))
+            fields = {"text": text, "label": label, "probability": probability, "probabilities": by_label}
+            print(json.dumps(fields, ensure_ascii=False), flush=True)
         else:
             print(f"{label}\t{probability:.4f}", flush=True)
 
 
-def with_text(lines: Iterable[str]) -> Iterator[str]:
-    """Yields the lines that hold text, stripped; says at the end how many were empty."""
+def skip_empty(lines: Iterable[str]) -> Iterator[str]:
+    """Yields lines, stripped; skips empty lines and reports their number."""
     n_empty = 0
     for line in lines:
-        text = line.strip()
-        if text:
+        if text := line.strip():
             yield text
         else:
             n_empty += 1
     if n_empty:
-        print(f"{n_empty:,} empty lines were passed over", file=sys.stderr)
+        print(f"skipped {n_empty:,} empty lines", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -51,23 +51,19 @@ def main(config: Config) -> None:
     import numpy as np
 
     from generation.text_model import TextModel
-    from system.device import choose_device, choose_dtype
     from system.files import read_utf8
     from text.token_files import read_prepared_tokens
     from training.evaluation import evaluate_hellaswag, evaluate_text, read_hellaswag
-    from weights import checkpoint
-    from weights.loading import load_checkpoint
 
-    state, device = load_checkpoint(config.model), choose_device(config.device)
-    model, tokenizer = checkpoint.build(state, config.model, device), checkpoint.tokenizer_of(state)
-    text_model = TextModel(model, tokenizer, None, "", device, choose_dtype(config.dtype, device))
+    text_model = TextModel.load(config.model, config.device, config.dtype, convert_weights=False)
+    tokenizer = text_model.tokenizer
     if config.hellaswag is not None:
         figures = evaluate_hellaswag(text_model, read_hellaswag(*config.hellaswag), config.batch_size)
         line = f"acc {figures['acc']:.4f}, acc_norm {figures['acc_norm']:.4f} on {figures['questions']:,} questions"
         line += f"\n({PUBLISHED})"
     else:
         if config.data:
-            ids = read_prepared_tokens(config.data, tokenizer, model.config.vocab_size)
+            ids = read_prepared_tokens(config.data, tokenizer, text_model.model.config.vocab_size)
         else:
             text = read_utf8(config.text)
             ids = np.array([tokenizer.end_of_text, *tokenizer.encode(text)], dtype=np.uint16)

@@ -1,1 +1,1 @@
-"""Writing with a model: sampling, decoding, chat."""
+"""Text from a model: sampling, decoding, chat."""

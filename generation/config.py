@@ -1,4 +1,6 @@
-"""How tokens are chosen."""
+"""How tokens are chosen. Imports no torch, so that `generate.py --help` is instant."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -9,28 +11,31 @@ from system.errors import require, require_at_least
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How tokens are chosen; `sampling.py` is the one reader."""
+    """The sampling options of `generate.py`, the chat and the page.
+
+    Raises UserError for values out of range.
+    """
 
     max_new_tokens: int = 200
-    """longest answer or completion, in tokens"""
+    """maximum length of an answer or a completion, in tokens"""
     temperature: float = 0.8
-    """below 1 likely tokens become likelier, above 1 the text becomes wilder; 0 is greedy"""
+    """below 1 the text becomes more predictable, above 1 more varied; 0 is greedy"""
     top_k: int | None = 50
-    """draw from this many likeliest tokens only"""
+    """sample from this many of the likeliest tokens"""
     top_p: float | None = None
-    """draw from the fewest tokens that together have this probability"""
+    """sample from the smallest set of tokens that together have this probability"""
     min_p: float | None = None
-    """draw from the tokens with at least this share of the likeliest one's probability"""
+    """sample from the tokens with at least this fraction of the likeliest token's probability"""
     repetition_penalty: float = 1.0
-    """above 1 makes tokens that occurred less likely"""
+    """above 1, tokens that already occurred become less likely"""
     greedy: bool = False
-    """always the likeliest token, the same as --temperature 0"""
+    """always choose the likeliest token, the same as --temperature 0"""
     stop: UseAppendAction[tuple[str, ...]] = ()
-    """end a text where this one comes, without it; may be given several times"""
+    """end the text before this string; may be given several times"""
     seed: int | None = None
-    """makes the draws repeatable on one device"""
+    """seed of the random choices; the same seed gives the same text on the same device"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_at_least(1, self, "max_new_tokens", "top_k")
         require(self.temperature == 0 or self.temperature >= 1e-3, "--temperature must be 0, or at least 0.001")
         require(self.top_p is None or 0 < self.top_p <= 1, "--top-p must be above 0 and at most 1")

@@ -1,15 +1,19 @@
 """Text in, text out: a model with its tokenizer that completes texts and holds conversations, streaming."""
 
+from __future__ import annotations
+
 import codecs
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
+from torch import Tensor
 
 from generation.config import SamplingConfig
-from generation.decoding import CompiledDecoder, generate, quantize_weights, speed_up_decoding
+from generation.decoding import CompiledDecoder, quantize_weights, speed_up_decoding
 from model import GPT
 from system.device import autocast, choose_device, choose_dtype
 from system.errors import UserError
@@ -21,89 +25,98 @@ from weights.loading import load_checkpoint
 
 @dataclass(frozen=True)
 class Token:
-    """A token that was written, with what the model thought of it before temperature and the like."""
+    """A token of a text. Its probabilities are those of the model, before temperature, top-k and the like."""
 
     id: int
     logprob: float | None = None
-    """natural logarithm of its probability"""
+    """natural logarithm of the token's probability"""
     candidates: tuple[tuple[int, float], ...] = ()
-    """the likeliest ids there and their log-probabilities"""
+    """the likeliest ids at this position and their log-probabilities"""
     entropy: float | None = None
-    """of the distribution there, in nats"""
+    """of the distribution at this position, in nats"""
 
 
 @dataclass
 class Sample:
-    """One text written by a model: grows while it is being written."""
+    """One generated text. It grows during the generation."""
 
     tokens: list[Token] = field(default_factory=list)
     text: str = ""
-    finish_reason: str = "length"
-    """"length", "end" where the model ended it, or "stop" where a stop text came"""
-    is_open: bool = True
+    finish_reason: Literal["length", "end", "stop"] = "length"
+    """why the text ended: by its length, by the model's own end, or by a stop text"""
+    is_finished: bool = False
+    """whether the model or a stop text ended the text"""
     n_prompt: int = 0
-    """tokens that it continues"""
+    """number of tokens before the sample"""
 
-    def extend(self, token: Token | None, writer: "TextWriter") -> str:
-        """Adds what came at one step, None where the model ended the text; returns the text that is certain by then."""
+    def append(self, token: Token | None, writer: TextWriter) -> str:
+        """Adds the next token, None if the model ended the text. Returns the characters that it completes."""
         if token is None:
-            self.finish_reason, self.is_open = "end", False
+            self.finish_reason, self.is_finished = "end", True
             return ""
         self.tokens.append(token)
         piece = writer.feed(token.id)
         self.text += piece
         if writer.stopped:
-            self.finish_reason, self.is_open = "stop", False
+            self.finish_reason, self.is_finished = "stop", True
         return piece
 
 
 class TextWriter:
-    """Turns token ids into text, piece by piece: whole UTF-8 characters only, and nothing from a stop text on; with
-    `strip`, no white space at the beginning."""
+    """Decodes a stream of token ids into text: whole UTF-8 characters only, and nothing from a stop text on.
 
-    def __init__(self, tokenizer: Tokenizer, stops: Iterable[str] = (), strip: bool = False):
+    With `strip`, the text begins without white space.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Iterable[str] = (), strip: bool = False) -> None:
         self.tokenizer, self.stops, self.strip = tokenizer, [stop for stop in stops if stop], strip
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.held, self.stopped = "", False
+        self.pending = ""  # characters that may be the beginning of a stop text
+        self.stopped = False
 
     def feed(self, token: int) -> str:
-        """Takes one token; returns the text that is certain by now, perhaps none."""
+        """Takes the next token. Returns the text that is certain now, often none."""
         return self._release(self.decoder.decode(self.tokenizer.decode_bytes([token])))
 
     def finish(self) -> str:
         """Returns the rest of the text."""
-        rest = self._release(self.decoder.decode(b"", final=True)) + self.held
-        return "" if self.stopped else rest
+        if self.stopped:
+            return ""
+        return self._release(self.decoder.decode(b"", final=True)) + self.pending
 
-    def _release(self, piece):
-        self.held += piece
-        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
-        if found:
-            self.held, self.stopped = self.held[: min(found)], True
-        may_begin = max(
-            (n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0
-        )
-        certain = len(self.held) if self.stopped else len(self.held) - may_begin
-        piece, self.held = self.held[:certain], self.held[certain:]
+    def _release(self, characters: str) -> str:
+        """Adds characters to the pending ones. Returns those that cannot belong to a stop text."""
+        text = self.pending + characters
+        starts = [text.index(stop) for stop in self.stops if stop in text]
+        if starts:
+            text, self.pending, self.stopped = text[: min(starts)], "", True
+        else:
+            prefixes = (stop[:n] for stop in self.stops for n in range(1, len(stop)))
+            certain = len(text) - max((len(prefix) for prefix in prefixes if text.endswith(prefix)), default=0)
+            text, self.pending = text[:certain], text[certain:]
         if self.strip:
-            piece = piece.lstrip()
-            self.strip = not piece
-        return piece
+            text = text.lstrip()
+            self.strip = not text
+        return text
 
 
 @dataclass(frozen=True)
 class TextModel:
-    """A model ready to write: `TextModel.load("checkpoints/pretrained.pt")`."""
+    """A model that reads and writes text: `TextModel.load("checkpoints/pretrained.pt")`.
+
+    A model that is already in memory becomes one with `TextModel(model, tokenizer)`.
+    """
 
     model: GPT
     tokenizer: Tokenizer
-    template: str | None
-    """"chat" or "alpaca" for a fine-tuned model, None for one that completes text"""
-    facts: str
-    """what is known of the checkpoint, in a few words"""
-    device: torch.device = torch.device("cpu")
+    template: str | None = None
+    """template of a fine-tuned model, "chat" or "alpaca"; None for a model that only completes text"""
+    description: str = ""
+    """the checkpoint's path and main facts, in one line"""
     dtype: torch.dtype = torch.float32
+    """precision of the computation; if the weights have another, under autocast"""
     compiled: CompiledDecoder | None = None
+    """decodes single tokens with a compiled function"""
 
     @classmethod
     def load(
@@ -111,125 +124,165 @@ class TextModel:
         path: str | Path,
         device: str = "auto",
         dtype: str = "auto",
+        *,
         quantize: str = "none",
         verify: bool = False,
+        convert_weights: bool = True,
         compile: bool = False,
-    ) -> "TextModel":
-        """Loads a checkpoint. `quantize` "int8" makes it twice as fast on a CPU, and a little less exact; `verify`
-        compares the file's checksums first; `compile` compiles the step of one token.
+    ) -> TextModel:
+        """Reads a checkpoint of a language model, or a model of the Hub, and makes it ready to write.
 
-        Raises UserError where there is none, or no such device.
+        `verify` compares the file's checksums first; `from_checkpoint` explains the other parameters. Raises UserError
+        if the file is missing, damaged or a classifier, or if the device does not exist.
         """
-        return cls.of(load_checkpoint(path, verify), path, device, dtype, quantize, compile)
+        return cls.from_checkpoint(
+            load_checkpoint(path, verify),
+            path,
+            device,
+            dtype,
+            quantize=quantize,
+            convert_weights=convert_weights,
+            compile=compile,
+        )
 
     @classmethod
-    def of(
+    def from_checkpoint(
         cls,
         state: dict,
         path: str | Path,
         device: str = "auto",
         dtype: str = "auto",
+        *,
         quantize: str = "none",
+        convert_weights: bool = True,
         compile: bool = False,
-    ) -> "TextModel":
-        """Makes a checkpoint that was read from `path` ready to write, as `load` does."""
-        place = choose_device(device)
-        precision = choose_dtype(dtype, place)
-        if quantize == "int8" and (place.type != "cpu" or precision != torch.float32):
-            raise UserError("--quantize int8 is for the CPU, in float32: --device cpu --dtype float32")
-        model = checkpoint.build(state, path, place).to(precision)
-        facts = f"{path}: {checkpoint.describe(state)}"
+    ) -> TextModel:
+        """Makes a checkpoint that was read from `path` ready to write.
+
+        `quantize="int8"` stores the weights in 8 bits: on the CPU about twice as fast, and a little less exact.
+        `convert_weights=False` keeps the weights in float32 and computes under autocast, as training does. `compile`
+        compiles the decoding of one token. Raises UserError if the device does not exist, the weights do not fit, or
+        int8 is asked for on another device.
+        """
+        torch_device = choose_device(device)
+        torch_dtype = choose_dtype(dtype, torch_device)
+        if quantize == "int8" and (torch_device.type != "cpu" or torch_dtype != torch.float32):
+            raise UserError("--quantize int8 works on the CPU in float32: add --device cpu --dtype float32")
+        model = checkpoint.build(state, path, torch_device)
+        if convert_weights:
+            model = model.to(torch_dtype)
         if quantize == "int8":
             quantize_weights(model)
         else:
             speed_up_decoding(model)
+        description = f"{path}: {checkpoint.describe(state)}"
         compiled = CompiledDecoder(model) if compile else None
-        return cls(model, checkpoint.tokenizer_of(state), state.get("template"), facts, place, precision, compiled)
+        tokenizer = checkpoint.tokenizer_of(state)
+        return cls(model, tokenizer, state.get("template"), description, torch_dtype, compiled)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.wpe.weight.device
 
     def check(self, config: SamplingConfig) -> None:
-        """Raises UserError for a config that does not fit the model."""
+        """Raises UserError if a sampling config does not fit the model."""
         if config.top_k is not None and config.top_k > self.tokenizer.n_tokens:
-            raise UserError(f"--top-k {config.top_k} is more than the model's {self.tokenizer.n_tokens:,} tokens")
-
-    def complete(self, prompt: str, config: SamplingConfig) -> Iterator[str]:
-        """Continues a text; yields it in pieces of whole characters. An empty prompt begins a new document."""
-        return self.stream(self.prompt_ids(prompt), config)
+            raise UserError(
+                f"--top-k {config.top_k} is more than the model's {self.tokenizer.n_tokens:,} tokens: lower it"
+            )
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Returns the ids of a text to be continued: of an empty one, what stands before every document."""
+        """Returns the ids of a text to complete. An empty text becomes `<|endoftext|>`, which opens every document."""
         return self.tokenizer.encode(prompt) or [self.tokenizer.end_of_text]
 
-    def answer(self, messages: list[Message], config: SamplingConfig, sample: Sample | None = None) -> Iterator[str]:
-        """Answers a conversation that ends with the user's turn; the oldest exchanges give way to the context's length.
-
-        What was written is recorded in `sample`, if given. Raises UserError where the model was not fine-tuned to
-        answer.
-        """
-        return self.stream(self.answer_ids(messages, config), config, sample, strip=True)
+    def complete(self, prompt: str, config: SamplingConfig) -> Generator[str, None, None]:
+        """Continues a text; yields pieces of whole characters. An empty prompt begins a new document."""
+        return self.stream(self.prompt_ids(prompt), config)
 
     def answer_ids(self, messages: list[Message], config: SamplingConfig) -> list[int]:
-        """Returns the ids of a conversation up to its answer, for which a quarter of the context is kept free."""
+        """Returns the ids of a conversation up to its answer, with the oldest exchanges dropped if it is too long.
+
+        At least a quarter of the context stays free for the answer, less if `max_new_tokens` is less. Raises UserError
+        if the model was not fine-tuned to answer.
+        """
         self.check(config)
         if not self.template:
-            raise UserError(
-                "this model only completes text: fine-tune it first with train_sft.py, or leave --chat away"
-            )
+            raise UserError("this model only completes text: fine-tune it with train_sft.py, or give it a --prompt")
         block_size = self.model.config.block_size
-        room = block_size - min(config.max_new_tokens, block_size // 4)
-        return encode_prompt(messages, self.tokenizer, self.template, max_tokens=room)
+        max_tokens = block_size - min(config.max_new_tokens, block_size // 4)
+        return encode_prompt(messages, self.tokenizer, self.template, max_tokens)
+
+    def answer(
+        self, messages: list[Message], config: SamplingConfig, sample: Sample | None = None
+    ) -> Generator[str, None, None]:
+        """Answers a conversation that ends with the user's turn; yields pieces of whole characters.
+
+        Records the answer in `sample`, if given. Raises UserError if the model was not fine-tuned to answer.
+        """
+        return self.stream(self.answer_ids(messages, config), config, sample, strip=True)
 
     def stream(
         self,
         ids: list[int],
         config: SamplingConfig,
         sample: Sample | None = None,
-        top: int | None = None,
+        top_logprobs: int | None = None,
         strip: bool = False,
-    ) -> Iterator[str]:
-        """Continues token ids until the model ends its text or a stop text comes; yields pieces of whole characters.
+    ) -> Generator[str, None, None]:
+        """Continues token ids until the model or a stop text ends the text; yields pieces of whole characters.
 
-        What was written is recorded in `sample`, if given, with so many candidates a token as `top` says. With `strip`
-        the text begins without white space, as an answer should.
+        Records the text in `sample`, if given; `top_logprobs` is as in `steps`. With `strip`, the text begins without
+        white space, as an answer should.
         """
         sample = Sample() if sample is None else sample
         sample.n_prompt = len(ids)
         writer = TextWriter(self.tokenizer, config.stop, strip)
-        for [token] in self.steps(ids, config, top=top):
-            if piece := sample.extend(token, writer):
+        for [token] in self.steps(ids, config, top_logprobs=top_logprobs):
+            if piece := sample.append(token, writer):
                 yield piece
-            if not sample.is_open:
+            if sample.is_finished:
                 break
         if piece := writer.finish():
             sample.text += piece
             yield piece
 
     def samples(
-        self, ids: list[int], config: SamplingConfig, n: int, top: int | None = None, strip: bool = False
+        self,
+        ids: list[int],
+        config: SamplingConfig,
+        n: int,
+        top_logprobs: int | None = None,
+        strip: bool = False,
     ) -> list[Sample]:
-        """Continues token ids `n` times, as one batch; with `top`, log-probabilities and so many candidates a token."""
+        """Continues token ids `n` times, as one batch. The other parameters are those of `stream`."""
         samples = [Sample(n_prompt=len(ids)) for _ in range(n)]
         writers = [TextWriter(self.tokenizer, config.stop, strip) for _ in range(n)]
-        for step in self.steps(ids, config, n, top):
+        for step in self.steps(ids, config, n, top_logprobs):
             for sample, writer, token in zip(samples, writers, step, strict=True):
-                if sample.is_open:
-                    sample.extend(token, writer)
-            if not any(sample.is_open for sample in samples):
+                if not sample.is_finished:
+                    sample.append(token, writer)
+            if all(sample.is_finished for sample in samples):
                 break
         for sample, writer in zip(samples, writers, strict=True):
             sample.text += writer.finish()
         return samples
 
     def steps(
-        self, ids: list[int], config: SamplingConfig, n: int = 1, top: int | None = None
+        self, ids: list[int], config: SamplingConfig, n: int = 1, top_logprobs: int | None = None
     ) -> Iterator[list[Token | None]]:
-        """Continues token ids in `n` ways; yields at each step a token for each, None where the model ended its text.
+        """Continues token ids `n` times; yields the next token of each at every step, None once the model ended a text.
 
-        Any control token ends a text. With `top`, tokens carry log-probabilities and that many candidates.
+        Any control token ends a text. With `top_logprobs`, tokens carry their log-probability, the entropy, and that
+        many candidates. Raises UserError if the config does not fit the model, or the logits are not finite.
         """
-        generator = torch.Generator(self.device)
-        generator.seed() if config.seed is None else generator.manual_seed(config.seed)
         self.check(config)
-        stream = generate(
+        generator = torch.Generator(self.device)
+        if config.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(config.seed)
+        generated = generate(
             self.model,
             torch.tensor([ids], dtype=torch.int64, device=self.device),
             config.max_new_tokens,
@@ -242,76 +295,92 @@ class TextModel:
             generator=generator,
             compiled=self.compiled,
         )
-        is_open, first = [True] * n, True
-        while any(is_open):
-            with self._precision():
-                found = next(stream, None)
-            if found is None:
+        ended, is_first = [False] * n, True
+        while not all(ended):
+            with self._autocast():  # for one step at a time: between two steps the caller computes
+                step = next(generated, None)
+            if step is None:
                 return
-            if first and not found[1].isfinite().all():
-                raise UserError("what the model gives is not finite: its weights are damaged, or try --dtype float32")
-            first, tokens = False, self._described(*found, top)
-            is_open = [o and token.id < self.tokenizer.end_of_text for o, token in zip(is_open, tokens, strict=True)]
-            yield [token if o else None for o, token in zip(is_open, tokens, strict=True)]
+            new_ids, logits = step  # (n,), (n, n_tokens)
+            if is_first and not logits.isfinite().all():
+                raise UserError("the logits are not finite: the weights are damaged, or need --dtype float32")
+            is_first = False
+            tokens = self._tokens(new_ids, logits, top_logprobs)
+            ended = [e or token.id >= self.tokenizer.end_of_text for e, token in zip(ended, tokens, strict=True)]
+            yield [None if e else token for e, token in zip(ended, tokens, strict=True)]
 
-    def _precision(self):
-        stored_so = self.model.wpe.weight.dtype == self.dtype
-        return contextlib.nullcontext() if stored_so else autocast(self.device, self.dtype)
+    @torch.inference_mode()
+    def score(self, ids: list[int], top_logprobs: int) -> list[Token]:
+        """Returns the tokens of a text, at most as long as the context, with their probabilities and candidates.
 
-    def _described(self, ids, logits, top):
-        if top is None:
+        The first token has none, since nothing comes before it.
+        """
+        tokens = [Token(ids[0])]
+        if len(ids) == 1:
+            return tokens
+        rows = torch.tensor([ids], device=self.device)  # (1, T)
+        with self._autocast():
+            x = self.model.hidden(rows[:, :-1])  # (1, T - 1, C)
+            for start in range(0, len(ids) - 1, 128):  # all logits at once would need much memory
+                logits = self.model.lm_head(x[0, start : start + 128])[:, : self.tokenizer.n_tokens]
+                next_ids = rows[0, start + 1 : start + 1 + len(logits)]
+                tokens += self._tokens(next_ids, logits, top_logprobs)
+        return tokens
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        if self.model.wpe.weight.dtype == self.dtype:
+            return contextlib.nullcontext()
+        return autocast(self.device, self.dtype)
+
+    def _tokens(self, ids: Tensor, logits: Tensor, top_logprobs: int | None) -> list[Token]:
+        """Returns ids (n,) as tokens, with what `logits` (n, n_tokens) say about them if `top_logprobs` is given."""
+        if top_logprobs is None:
             return [Token(i) for i in ids.tolist()]
         logprobs = logits.float().log_softmax(dim=-1)  # (n, n_tokens)
-        values, candidates = logprobs.topk(min(top, logprobs.size(-1)), dim=-1)
+        entropies = torch.special.entr(logprobs.exp()).sum(dim=-1)  # (n,)
+        top = logprobs.topk(min(top_logprobs, logprobs.size(-1)), dim=-1)  # (n, top_logprobs)
         return [
-            Token(i, logprob, tuple(zip(others, theirs, strict=True)), entropy)
-            for i, logprob, others, theirs, entropy in zip(
+            Token(i, logprob, tuple(zip(candidates, candidate_logprobs, strict=True)), entropy)
+            for i, logprob, candidates, candidate_logprobs, entropy in zip(
                 ids.tolist(),
                 logprobs.gather(-1, ids[:, None])[:, 0].tolist(),
-                candidates.tolist(),
-                values.tolist(),
-                torch.special.entr(logprobs.exp()).sum(dim=-1).tolist(),
+                top.indices.tolist(),
+                top.values.tolist(),
+                entropies.tolist(),
                 strict=True,
             )
         ]
 
-    @torch.inference_mode()
-    def score(self, ids: list[int], top: int) -> list[Token]:
-        """Returns ids (at most as many as the context) as tokens, with what the model thought of each after those
-        before it; of the first nothing is known."""
-        tokens, rows = [Token(ids[0])], torch.tensor([ids], device=self.device)
-        with self._precision():
-            x = self.model.hidden(rows[:, :-1]) if len(ids) > 1 else None
-            for start in range(0, len(ids) - 1, 128):  # the logits of a few positions at a time
-                logits = self.model.lm_head(x[0, start : start + 128])[:, : self.tokenizer.n_tokens]
-                tokens += self._described(rows[0, start + 1 : start + 1 + len(logits)], logits, top)
-        return tokens
-
 
 @dataclass
 class Chat:
-    """A conversation: what was said so far, and the model that answers."""
+    """A conversation with a model."""
 
     text_model: TextModel
     config: SamplingConfig
     messages: list[Message] = field(default_factory=list)
+    """what was said so far; user and assistant take turns"""
 
-    def reply(self, text: str, sample: Sample | None = None) -> Iterator[str]:
-        """Answers one message in pieces; the exchange is kept, an answer that was broken off too."""
-        asked, turn = {"role": "user", "content": text}, {"role": "assistant", "content": ""}
-        pieces = self.text_model.answer([*self.messages, asked], self.config, sample)
-        self.messages += [asked, turn]
+    def reply(self, text: str, sample: Sample | None = None) -> Generator[str, None, None]:
+        """Answers a message; yields pieces of whole characters.
+
+        The conversation keeps the message and the answer, also if the generator is closed early. Records the answer
+        in `sample`, if given.
+        """
+        question, answer = {"role": "user", "content": text}, {"role": "assistant", "content": ""}
+        pieces = self.text_model.answer([*self.messages, question], self.config, sample)
+        self.messages += [question, answer]
         for piece in pieces:
-            turn["content"] += piece
+            answer["content"] += piece
             yield piece
 
     def undo(self) -> str | None:
-        """Takes back the last exchange; returns what the user had said, None where nothing was."""
+        """Takes back the last exchange. Returns the user's message, or None if the conversation is empty."""
         if not self.messages:
             return None
         self.messages.pop()
         return self.messages.pop()["content"]
 
     def reset(self) -> None:
-        """Forgets the conversation."""
+        """Clears the conversation."""
         self.messages.clear()

@@ -1,1 +1,1 @@
-"""What people see: the terminal, token chips, charts."""
+"""The terminal and the page. Only the page's files import Streamlit; `terminal.py` does not."""

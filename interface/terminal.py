@@ -1,28 +1,37 @@
-"""A person at the terminal: line editing, a conversation with its commands, completions one after another."""
+"""The terminal: completions as text or JSON, a chat with its commands, lines that the user types."""
+
+from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.formatted_text import ANSI
 from prompt_toolkit.key_binding import KeyBindings
 
 from generation.config import SamplingConfig
-from generation.text_model import Chat, TextModel
+from generation.text_model import Chat, Sample, TextModel
 from system.errors import UserError
 from system.files import atomic_write
+from text.conversations import read_file
+from text.readers import Notes
+from text.templates import Message
+from text.tokenizer import Tokenizer
 
-HELP = """/reset        forget the conversation
+HELP = """/reset        clear the conversation
 /undo         take back the last exchange
 /retry        answer the last message again
-/NAME VALUE   set temperature, top-k, top-p, min-p, repetition-penalty, max-new-tokens or seed (perhaps to none)
-/save FILE    write the conversation, one JSON object in a line
-/load FILE    go on with a saved one
-/help         this; /quit or Ctrl-D ends; Ctrl-C breaks off an answer; Alt-Enter begins a new line"""
-SETTINGS = {
+/NAME VALUE   set temperature, top-k, top-p, min-p, repetition-penalty, max-new-tokens or seed; some can be none
+/save FILE    write the conversation as one line of JSON
+/load FILE    continue a saved conversation
+/help         show this; /quit or Ctrl-D ends; Ctrl-C stops an answer; Alt-Enter begins a new line"""
+OPTIONS: dict[str, Callable[[str], float]] = {
     "temperature": float,
     "top-k": int,
     "top-p": float,
@@ -31,127 +40,227 @@ SETTINGS = {
     "max-new-tokens": int,
     "seed": int,
 }
+CAN_BE_NONE = ("top-k", "top-p", "min-p", "seed")
+CYAN, RESET = "\x1b[36m", "\x1b[0m"
 
 
-class Lines:
-    """Lines that a person types, with history and editing; where standard input is no terminal, just its lines."""
+def write(
+    text_model: TextModel,
+    prompt: str,
+    ids: list[int],
+    config: SamplingConfig,
+    *,
+    num_samples: int = 1,
+    top_logprobs: int | None = None,
+    as_json: bool = False,
+    strip: bool = False,
+) -> None:
+    """Prints a prompt and what follows its token ids: streaming, or as several samples, with log-probabilities or as
+    JSON.
 
-    def __init__(self, label: str):
-        self.label, self.session = label, None
+    The text goes to standard output, figures go to standard error. With `strip`, a text begins without white space.
+    """
+    context = text_model.model.config.block_size
+    if len(ids) > context:
+        print_note(f"the prompt has {len(ids):,} tokens: the model sees the last {context:,}, its context")
+    start = time.perf_counter()
+    if as_json or top_logprobs or num_samples > 1:
+        samples = text_model.samples(ids, config, num_samples, top_logprobs, strip)
+        for i, sample in enumerate(samples):
+            if as_json:
+                fields = sample_fields(text_model.tokenizer, prompt, sample, with_logprobs=top_logprobs is not None)
+                print(json.dumps(fields, ensure_ascii=False))
+                continue
+            if i > 0:
+                print("---")
+            print(prompt + sample.text)
+            for line in token_lines(text_model.tokenizer, sample):
+                print(line)
+    else:
+        samples = [Sample()]
+        print_stream(text_model.stream(ids, config, samples[0], strip=strip), before=prompt)
+    seconds, n_tokens = time.perf_counter() - start, sum(len(sample.tokens) for sample in samples)
+    print_note(f"{n_tokens:,} tokens, {n_tokens / seconds:,.1f} tokens/s, prompt of {len(ids):,} tokens")
+    if config.stop and not any(sample.finish_reason == "stop" for sample in samples):
+        print_note("the stop text did not come")
+
+
+def print_stream(pieces: Iterable[str], before: str = "", after: str = "") -> None:
+    """Prints pieces of text as they come, between two other texts, and a newline at the end."""
+    sys.stdout.write(before)
+    try:
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    finally:
+        print(after, flush=True)
+
+
+def print_note(text: str) -> None:
+    """Prints a remark of the program, which is not the model's text, to standard error."""
+    print(text, file=sys.stderr)
+
+
+def sample_fields(tokenizer: Tokenizer, prompt: str, sample: Sample, with_logprobs: bool) -> dict[str, object]:
+    """Returns a sample as a dict for JSON."""
+    fields: dict[str, object] = {
+        "prompt": prompt,
+        "text": sample.text,
+        "finish_reason": sample.finish_reason,
+        "tokens": [token.id for token in sample.tokens],
+    }
+    if with_logprobs:
+        fields["logprobs"] = [
+            {
+                "token": tokenizer.decode([token.id]),
+                "logprob": token.logprob,
+                "top": [{"token": tokenizer.decode([i]), "id": i, "logprob": p} for i, p in token.candidates],
+            }
+            for token in sample.tokens
+        ]
+    return fields
+
+
+def token_lines(tokenizer: Tokenizer, sample: Sample) -> Iterator[str]:
+    """Yields a line for each token that has a log-probability: its probability and the likeliest candidates."""
+    for token in sample.tokens:
+        if token.logprob is not None:
+            candidates = ", ".join(f"{tokenizer.decode([i])!r} {math.exp(p):.1%}" for i, p in token.candidates)
+            yield f"{tokenizer.decode([token.id])!r:20} {math.exp(token.logprob):6.1%}   {candidates}"
+
+
+def read_standard_input() -> str:
+    """Reads all of standard input, without a newline at its end. Raises UserError if it is not UTF-8."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError:
+        raise UserError("standard input is not UTF-8: convert it first") from None
+
+
+class LineReader:
+    """Lines that the user types, with history and editing. If standard input is not a terminal, its lines."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.session: PromptSession[str] | None = None
         if sys.stdin.isatty():
             keys = KeyBindings()
             keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
             self.session = PromptSession(key_bindings=keys, multiline=False)
 
-    def __iter__(self):
+    def __iter__(self) -> LineReader:
         return self
 
     def __next__(self) -> str:
-        """Returns the next line, stripped. Ends at Ctrl-D; Ctrl-C gives a new line."""
+        """Returns the next line, stripped. Ctrl-D ends the iteration; Ctrl-C discards what is typed."""
         while True:
             try:
                 if self.session:
-                    return self.session.prompt(ANSI(f"\x1b[1m{self.label}\x1b[0m")).strip()
+                    return self.session.prompt(ANSI(f"\x1b[1m{self.label}{RESET}")).strip()
                 return input().strip()
             except KeyboardInterrupt:
                 continue
             except EOFError:
                 raise StopIteration from None
             except UnicodeDecodeError:
-                raise UserError("standard input is not UTF-8 text") from None
+                raise UserError("standard input is not UTF-8: convert it first") from None
 
 
-def say(text: str) -> None:
-    """Says something about the program, not the model's words: to standard error."""
-    print(text, file=sys.stderr)
-
-
-def complete(text_model: TextModel, respond: Callable[[str], None]) -> None:
-    """Completes what is typed, line after line."""
-    say(f"{text_model.facts}\nType the beginning of a text; /quit or Ctrl-D ends; Ctrl-C breaks off a completion.")
-    for line in Lines("text> "):
+def complete_lines(text_model: TextModel, complete: Callable[[str], None]) -> None:
+    """Calls `complete` with each line that the user types, until Ctrl-D or /quit."""
+    print_note(text_model.description)
+    print_note("Type the beginning of a text; /quit or Ctrl-D ends; Ctrl-C stops a completion.")
+    for line in LineReader("text> "):
         if line == "/quit":
             return
         if line:
             try:
-                respond(line)
+                complete(line)
             except KeyboardInterrupt:
                 continue
 
 
 def chat(text_model: TextModel, config: SamplingConfig) -> None:
-    """Converses until Ctrl-D or /quit."""
+    """Holds a conversation with the user, until Ctrl-D or /quit."""
     conversation = Chat(text_model, config)
-    say(f"{text_model.facts}\n{HELP}")
-    for line in Lines("you> "):
+    print_note(f"{text_model.description}\n{HELP}")
+    for line in LineReader("you> "):
         command, _, argument = line.partition(" ")
         if command == "/quit":
             return
         try:
-            if not command.startswith("/"):
-                if line:
-                    answer(conversation, line)
-            elif command == "/retry":
-                if (asked := conversation.undo()) is None:
-                    say("nothing was said yet")
+            if command == "/retry":
+                message = conversation.undo()
+                if message is None:
+                    print_note("the conversation is empty")
                 else:
-                    answer(conversation, asked)
-            else:
-                say(obey(conversation, command[1:], argument.strip()))
+                    answer(conversation, message)
+            elif command.startswith("/"):
+                print_note(obey(conversation, command[1:], argument.strip()))
+            elif line:
+                answer(conversation, line)
         except UserError as error:
-            say(f"error: {error}")
+            print_note(f"error: {error}")
         except OSError as error:
-            say(f"error: {error.filename or argument}: {error.strerror}")
+            print_note(f"error: {error.filename or argument}: {error.strerror}")
 
 
-def answer(conversation: Chat, text: str) -> None:
-    """Streams the answer to a message to standard output; Ctrl-C breaks it off, and what came of it is kept."""
-    colour = ("\x1b[36m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
-    pieces = conversation.reply(text)
-    sys.stdout.write(colour[0])
+def answer(conversation: Chat, message: str) -> None:
+    """Streams the answer to a message. Ctrl-C stops it, and the conversation keeps the text so far."""
+    before, after = (CYAN, RESET) if sys.stdout.isatty() else ("", "")
+    pieces = conversation.reply(message)
     try:
-        for piece in pieces:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+        print_stream(pieces, before, after)
     except KeyboardInterrupt:
         pieces.close()
-    finally:
-        print(colour[1], flush=True)
 
 
 def obey(conversation: Chat, command: str, argument: str) -> str:
-    """Does what a command says; returns what to tell. Raises UserError for one that cannot be done."""
+    """Carries out a command. Returns what to print. Raises UserError if the command or its argument is wrong."""
     if command == "help":
         return HELP
     if command == "reset":
         conversation.reset()
-        return "forgotten"
+        return "conversation cleared"
     if command == "undo":
-        asked = conversation.undo()
-        return "nothing was said yet" if asked is None else f"taken back: {asked}"
+        message = conversation.undo()
+        return "the conversation is empty" if message is None else f"taken back: {message}"
     if command in ("save", "load") and not argument:
-        raise UserError(f"/{command} wants the name of a file")
+        raise UserError(f"/{command} needs a file name")
     if command == "save":
-        line, path = json.dumps({"messages": conversation.messages}, ensure_ascii=False), Path(argument)
-        if path.exists() and not line.startswith(path.read_text(encoding="utf-8", errors="replace").rstrip("]}\n")):
-            raise UserError(f"{path} exists, and is not the beginning of this conversation: choose another name")
-        with atomic_write(path, "w") as file:
-            file.write(line + "\n")
+        save_conversation(Path(argument), conversation.messages)
         return f"saved {len(conversation.messages) // 2} exchanges in {argument}"
     if command == "load":
-        conversation.messages[:] = read_conversation(Path(argument))
+        conversation.messages[:] = load_conversation(Path(argument))
         return f"loaded {len(conversation.messages) // 2} exchanges"
-    if command in SETTINGS:
+    if command in OPTIONS:
         conversation.config = set_option(conversation.config, command, argument)
         return f"{command} is {getattr(conversation.config, command.replace('-', '_'))}"
-    raise UserError(f"no command /{command}: /help shows those there are")
+    raise UserError(f"unknown command /{command}: /help lists the commands")
 
 
-def read_conversation(path: Path) -> list[dict]:
-    """Returns the first conversation in a file that /save or the app wrote. Raises UserError where there is none."""
-    from text.conversations import read_file
-    from text.readers import Notes
+def save_conversation(path: Path, messages: list[Message]) -> None:
+    """Writes a conversation as one line of JSON. Raises UserError if the file holds anything but its beginning."""
+    if path.exists() and not holds_beginning(path, messages):
+        raise UserError(f"{path} exists and is not the beginning of this conversation: choose another name")
+    with atomic_write(path, "w") as file:
+        file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
 
+
+def holds_beginning(path: Path, messages: list[Message]) -> bool:
+    """Whether a file holds the first of these messages and nothing else; an empty file does."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if not text.strip():
+        return True
+    try:
+        saved = json.loads(text)
+    except ValueError:
+        return False
+    return any(saved == {"messages": messages[:n]} for n in range(len(messages) + 1))
+
+
+def load_conversation(path: Path) -> list[Message]:
+    """Returns the first conversation of a file that /save or the page wrote. Raises UserError if there is none."""
     notes = Notes()
     messages = next(read_file(path, notes), None)
     if messages is None:
@@ -160,11 +269,11 @@ def read_conversation(path: Path) -> list[dict]:
 
 
 def set_option(config: SamplingConfig, name: str, value: str) -> SamplingConfig:
-    """Returns a config with one option set. Raises UserError for a value that it cannot have."""
-    field = name.replace("-", "_")
-    if value in ("", "none") and field in ("top_k", "top_p", "min_p", "seed"):
-        return dataclasses.replace(config, **{field: None})
-    try:
-        return dataclasses.replace(config, **{field: SETTINGS[name](value)})
-    except ValueError:
-        raise UserError(f"/{name} wants a number, not {value!r}") from None
+    """Returns a config with one option changed. Raises UserError if the option cannot have the value."""
+    change: dict[str, Any] = {name.replace("-", "_"): None}
+    if name not in CAN_BE_NONE or value not in ("", "none"):
+        try:
+            change[name.replace("-", "_")] = OPTIONS[name](value)
+        except ValueError:
+            raise UserError(f"/{name} needs a number, not {value!r}") from None
+    return dataclasses.replace(config, **change)

@@ -1,15 +1,18 @@
-"""Tokens to look at and to choose from: chips shaded by probability, the candidates of a step, curves along a text."""
+"""The tokens of a text on the page: chips shaded by probability, the candidates at one step, curves along the text."""
+
+from __future__ import annotations
 
 import math
+from itertools import accumulate
 
 import altair as alt
 import streamlit as st
 
 from generation.text_model import Token
+from interface.curves import BLUE, GREY, curve
 from text.tokenizer import Tokenizer
 
-TOP = 10  # candidates a step
-BLUE, GREY = "#3b82f6", "#9ca3af"
+N_CANDIDATES = 10  # shown at each step
 SIGNS = {" ": "␣", "\n": "↵", "\t": "⇥"}
 
 _CHIPS = st.components.v2.component(
@@ -52,105 +55,88 @@ _CHIPS = st.components.v2.component(
 )
 
 
-def legible(token: bytes) -> str:
-    """Returns a token so that all of it is seen: signs for white space, escapes for control characters and for bytes
-    that are only part of a character."""
-    text = token.decode("utf-8", errors="backslashreplace")
-    return "".join(SIGNS.get(c, c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text)
-
-
 def token_view(tokenizer: Tokenizer, tokens: list[Token], n_prompt: int) -> tuple[int, Token] | None:
-    """Draws tokens, of which the first `n_prompt` were given, and lets one be chosen and replaced.
+    """Draws tokens, the first `n_prompt` of them the prompt, and lets the user choose one and replace it.
 
-    Returns the place of a token and what somebody wants there instead, None where nobody does.
+    Returns the position of a token and its replacement when the user asks for one, else None.
     """
-    names = [legible(tokenizer.decode_bytes([token.id])) for token in tokens]
     state = st.session_state
     state.step = min(max(1, state.get("step", n_prompt + 1)), len(tokens))
-    st.caption(
-        "The fuller the colour, the likelier the model found a token. Underlined is the prompt. Click on a token."
-    )
-    _CHIPS(
-        key="chips",
-        data={
-            "tokens": [
-                {"text": name, "p": None if token.logprob is None else math.exp(token.logprob)}
-                for name, token in zip(names, tokens, strict=True)
-            ],
-            "n_prompt": n_prompt,
-            "chosen": state.step - 1,
-        },
-        on_clicked_change=lambda: state.update(step=state.chips.clicked + 1),
-    )
+    draw_chips(tokenizer, tokens, n_prompt)
     if len(tokens) > 1:
-        st.slider("Step", 1, len(tokens), key="step", help="The same as a click on a token.")
-    i = state.step - 1
-    token = tokens[i]
+        st.slider("Step", 1, len(tokens), key="step", help="Chooses a token, as a click does.")
+    position = state.step - 1
+    token = tokens[position]
     if token.logprob is None:
-        st.caption("Nothing comes before the first token: the model has no probabilities for it.")
+        st.caption("Nothing comes before the first token, so the model gives no probabilities for it.")
         return None
     st.altair_chart(candidates_chart(tokenizer, token))
     left, right = st.columns(2)
-    left.caption("Entropy, in nats")
-    left.altair_chart(curve([t.entropy for t in tokens], i))
-    sums, total = [], 0.0
-    for t in tokens:
-        total += t.logprob or 0.0
-        sums.append(total)
-    right.caption("Log-probability, summed up")
-    right.altair_chart(curve(sums, i))
-    others = {other: logprob for other, logprob in token.candidates if other != token.id}
+    left.caption("Entropy (nats)")
+    left.altair_chart(curve([t.entropy for t in tokens], position))
+    right.caption("Cumulative log-probability (nats)")
+    right.altair_chart(curve(list(accumulate(t.logprob or 0.0 for t in tokens)), position))
+    replacement = pick_replacement(tokenizer, token, position)
+    return (position, replacement) if replacement else None
+
+
+def draw_chips(tokenizer: Tokenizer, tokens: list[Token], n_prompt: int) -> None:
+    """Draws each token as a chip. A click makes it the chosen token: it sets the step, which counts from 1."""
+    state = st.session_state
+    st.caption("The stronger the colour, the more probable the token. The prompt is underlined. Click a token.")
+    chips = [
+        {
+            "text": legible(tokenizer.decode_bytes([token.id])),
+            "p": None if token.logprob is None else math.exp(token.logprob),
+        }
+        for token in tokens
+    ]
+    _CHIPS(
+        key="chips",
+        data={"tokens": chips, "n_prompt": n_prompt, "chosen": state.step - 1},
+        on_clicked_change=lambda: state.update(step=state.chips.clicked + 1),
+    )
+
+
+def pick_replacement(tokenizer: Tokenizer, token: Token, position: int) -> Token | None:
+    """Offers the other candidates at a token's position. Returns one when the user wants to continue from it."""
+    others = {i: logprob for i, logprob in token.candidates if i != token.id}
     with st.form("branch", border=False), st.container(horizontal=True, vertical_alignment="bottom"):
         other = st.selectbox(
-            f"Another token at step {i + 1}",
+            f"Another token at step {position + 1}",
             others,
-            format_func=lambda other: f"{legible(tokenizer.decode_bytes([other]))}  {math.exp(others[other]):.1%}",
-            key=f"other {i} {token.id}",
+            format_func=lambda i: f"{legible(tokenizer.decode_bytes([i]))}  {math.exp(others[i]):.1%}",
+            key=f"other {position} {token.id}",
         )
         if st.form_submit_button("Continue from here", icon=":material/call_split:") and other is not None:
-            return i, Token(other, others[other], token.candidates, token.entropy)
+            return Token(other, others[other], token.candidates, token.entropy)
     return None
 
 
 def candidates_chart(tokenizer: Tokenizer, token: Token) -> alt.LayerChart:
-    """Returns the likeliest candidates of a step as bars, the one that was taken marked."""
-    rows = {legible(tokenizer.decode_bytes([i])) + f" ({i})": (i, p) for i, p in token.candidates}
-    if token.id not in dict(token.candidates):
-        rows[legible(tokenizer.decode_bytes([token.id])) + f" ({token.id})"] = token.id, token.logprob
-    values = [{"token": name, "probability": math.exp(p), "taken": i == token.id} for name, (i, p) in rows.items()]
-    base = alt.Chart(alt.Data(values=values)).encode(
+    """Returns the likeliest candidates at a step as bars, and the token that was chosen among them in colour.
+
+    The token must have a log-probability.
+    """
+    candidates = dict(token.candidates)
+    if token.id not in candidates and token.logprob is not None:
+        candidates[token.id] = token.logprob
+    names = [f"{legible(tokenizer.decode_bytes([i]))} ({i})" for i in candidates]
+    rows = [
+        {"token": name, "probability": math.exp(logprob), "chosen": i == token.id}
+        for name, (i, logprob) in zip(names, candidates.items(), strict=True)
+    ]
+    base = alt.Chart(alt.Data(values=rows)).encode(
         x=alt.X("probability:Q", axis=alt.Axis(format="%"), scale=alt.Scale(domainMin=0)),
-        y=alt.Y("token:N", sort=list(rows), title=None, axis=alt.Axis(labelLimit=240)),
+        y=alt.Y("token:N", sort=names, title=None, axis=alt.Axis(labelLimit=240)),
     )
-    colour = alt.condition("datum.taken", alt.value(BLUE), alt.value(GREY))
+    colour = alt.condition("datum.chosen", alt.value(BLUE), alt.value(GREY))
     text = base.mark_text(align="left", dx=4, color=GREY).encode(text=alt.Text("probability:Q", format=".2%"))
     return (base.mark_bar().encode(color=colour) + text).properties(height=24 * len(rows) + 40)
 
 
-def curve(values: list[float | None], chosen: int) -> alt.LayerChart:
-    """Returns values along the text as a small line chart with a mark at the chosen token."""
-    rows = [{"step": i + 1, "value": value} for i, value in enumerate(values) if value is not None]
-    line = (
-        alt.Chart(alt.Data(values=rows))
-        .mark_line(color=BLUE)
-        .encode(x=alt.X("step:Q", title="token", axis=alt.Axis(tickMinStep=1)), y=alt.Y("value:Q", title=None))
-    )
-    mark = alt.Chart(alt.Data(values=[{"step": chosen + 1}])).mark_rule(color="#f59e0b").encode(x="step:Q")
-    return (line + mark).properties(height=200)
-
-
-def loss_chart(entries: list[dict]) -> alt.LayerChart:
-    """Returns training and validation loss of a log over steps."""
-    layers = []
-    for key, name in (("loss", "training"), ("val_loss", "validation")):
-        rows = [{"step": entry["step"], "loss": entry[key], "of": name} for entry in entries if key in entry]
-        rows = rows[:: max(1, len(rows) // 1000)]
-        mark = alt.Chart(alt.Data(values=rows)).mark_line(point=key == "val_loss", opacity=0.8)
-        layers.append(
-            mark.encode(
-                x=alt.X("step:Q", title="optimizer step"),
-                y=alt.Y("loss:Q", title="loss (nats)", scale=alt.Scale(zero=False)),
-                color=alt.Color("of:N", title=None, scale=alt.Scale(range=[GREY, BLUE])),
-            )
-        )
-    return alt.layer(*layers).properties(height=360)
+def legible(token: bytes) -> str:
+    """Returns a token with every byte visible: signs for white space, escapes for control characters and for bytes
+    that are only a part of a character."""
+    text = token.decode("utf-8", errors="backslashreplace")
+    return "".join(SIGNS.get(c, c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text)

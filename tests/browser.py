@@ -1,4 +1,6 @@
-"""A real browser on the app: a page that is opened, clicked and typed on, as a person would."""
+"""A headless browser that opens the page, clicks and types."""
+
+from __future__ import annotations
 
 import shutil
 import subprocess
@@ -7,14 +9,20 @@ import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from conftest import ENVIRONMENT, REPOSITORY
+
+if TYPE_CHECKING:
+    from selenium.webdriver.remote.webelement import WebElement
+
+T = TypeVar("T")
 
 CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
 
 
 def serve_app(folder: Path, port: int) -> subprocess.Popen:
-    """Starts the app in a folder that holds `checkpoints/`; returns once it answers."""
+    """Starts the page's server in a folder with `checkpoints/`; returns when the server answers."""
     if not (folder / ".streamlit").exists():
         shutil.copytree(REPOSITORY / ".streamlit", folder / ".streamlit")
     command = [sys.executable, "-m", "streamlit", "run", REPOSITORY / "app.py", "--server.headless", "true"]
@@ -31,28 +39,28 @@ def serve_app(folder: Path, port: int) -> subprocess.Popen:
     return server
 
 
-def wait(found: Callable, seconds: float = 60):
-    """Returns what `found` returns as soon as that is something; errors on the way are passed over."""
-    end, error = time.monotonic() + seconds, None
+def wait(found: Callable[[], T], seconds: float = 60) -> T:
+    """Calls `found` until its result is true, and returns the result. Ignores exceptions until the time is over."""
+    end, error = time.monotonic() + seconds, "no result"
     while time.monotonic() < end:
         try:
             if result := found():
                 return result
-        except Exception as e:  # an element that is not there yet, or was drawn anew
-            error = e
+        except Exception as e:  # an element that is not there yet, or was redrawn
+            error = repr(e)
         time.sleep(0.05)
-    raise TimeoutError(f"it did not come in {seconds} s ({error})")
+    raise TimeoutError(f"nothing within {seconds} s: {error}")
 
 
 class Page:
-    """One window of a headless browser, and what the tests do on it."""
+    """One window of a headless browser."""
 
     def __init__(self, address: str, width: int = 1200, height: int = 900, dark: bool = False, downloads: str = ""):
         from selenium import webdriver
         from selenium.webdriver.chrome.service import Service
 
         options = webdriver.ChromeOptions()
-        options.binary_location = CHROMIUM
+        options.binary_location = CHROMIUM or ""
         for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-proxy-server"):
             options.add_argument(flag)
         options.add_argument(f"--window-size={width},{height}")
@@ -62,42 +70,42 @@ class Page:
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": theme})
         self.driver.get(address)
 
-    def all(self, selector: str) -> list:
-        """The elements that a CSS selector names."""
+    def all(self, selector: str) -> list[WebElement]:
+        """Returns the elements that match a CSS selector."""
         return self.driver.find_elements("css selector", selector)
 
     def texts(self, selector: str) -> list[str]:
-        """The texts of elements."""
+        """Returns the texts of the elements that match a CSS selector."""
         return [element.text for element in self.all(selector)]
 
     def messages(self) -> list[str]:
-        """The texts of the conversation."""
+        """Returns the texts of the conversation."""
         return self.texts("[data-testid=stChatMessage]")
 
     def click(self, label: str) -> None:
-        """Clicks the button with a label, when it is there."""
+        """Clicks the button with a label, as soon as it exists."""
 
-        def found():
+        def found() -> bool:
             [button] = [button for button in self.all("button") if button.text.strip().splitlines()[-1:] == [label]]
             self.press(button)
             return True
 
         wait(found)
 
-    def press(self, element) -> None:
-        """Clicks an element, once it is in sight."""
+    def press(self, element: WebElement) -> None:
+        """Scrolls to an element and clicks it."""
         self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
         element.click()
 
     def has(self, label: str) -> bool:
-        """Whether there is such a button."""
+        """Whether a button with this label exists."""
         return any(button.text.strip().splitlines()[-1:] == [label] for button in self.all("button"))
 
     def type(self, text: str, selector: str = "[data-testid=stChatInput] textarea", enter: bool = True) -> None:
-        """Types into a field, replacing what is there; the Enter key sends it."""
+        """Replaces the text of a field. With `enter`, presses Enter at the end."""
         from selenium.webdriver.common.keys import Keys
 
-        def typed():
+        def typed() -> bool:
             [field] = self.all(selector)
             field.send_keys(Keys.CONTROL, "a")
             field.send_keys(text + (Keys.ENTER if enter else ""))
@@ -107,22 +115,27 @@ class Page:
 
     def choose_model(self, name: str) -> None:
         """Picks a model."""
-        wait(
-            lambda: (
-                self.all("[data-testid=stSelectbox] [role=combobox], [data-testid=stSelectbox] input")[0].click() or 1
-            )
-        )
-        wait(lambda: next(o for o in self.all("[role=option]") if o.text == name).click() or 1)
+
+        def opened() -> bool:
+            self.all("[data-testid=stSelectbox] [role=combobox], [data-testid=stSelectbox] input")[0].click()
+            return True
+
+        def chosen() -> bool:
+            next(option for option in self.all("[role=option]") if option.text == name).click()
+            return True
+
+        wait(opened)
+        wait(chosen)
         self.idle()
 
     def idle(self) -> None:
-        """Waits until the page is drawn and nothing runs."""
-        time.sleep(0.3)  # what was just clicked has to arrive
+        """Waits until the page is drawn and the app is idle."""
+        time.sleep(0.3)  # until the last click has reached the server
         wait(lambda: self.all("[data-testid=stApp][data-test-script-state=notRunning]"))
         time.sleep(0.2)
 
-    def chips(self) -> list:
-        """The chips of the tokens."""
+    def chips(self) -> list[WebElement]:
+        """Returns the chips of the tokens."""
         return self.driver.execute_script(
             "return [...document.querySelectorAll('*')].filter(e => e.shadowRoot)"
             ".flatMap(e => [...e.shadowRoot.querySelectorAll('.chips button')])"

@@ -1,4 +1,4 @@
-"""Takes the README's screenshots of the app, with the demo's own models: run it in a folder where `make demo` ran."""
+"""Takes the README's screenshots of the page with the demo's models. Run it in a folder where `make demo` ran."""
 
 import os
 import time
@@ -11,8 +11,8 @@ PORT = 8599
 
 
 def main() -> None:
-    """Asks the chat model, completes a text with the language model, and saves what the page shows."""
-    os.utime("checkpoints/demo/sft.pt")  # the newest model is on the page first
+    """Chats with the fine-tuned model, completes a text with the base model, and saves both screens."""
+    os.utime("checkpoints/demo/sft.pt")  # the page opens with the newest model
     server = serve_app(Path.cwd(), PORT)
     folder = REPOSITORY / "docs"
     folder.mkdir(exist_ok=True)
@@ -31,7 +31,7 @@ def main() -> None:
         page.click("Complete")
         wait(lambda: len(page.chips()) > 20)
         page.press(page.chips()[5])
-        wait(lambda: page.chips()[5].get_attribute("class").strip() == "chosen")
+        wait(lambda: "chosen" in (page.chips()[5].get_attribute("class") or ""))
         page.driver.execute_script("document.activeElement.blur(); document.querySelector('section').scrollTo(0, 0)")
         time.sleep(2)
         page.driver.save_screenshot(str(folder / "completion.png"))

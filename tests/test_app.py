@@ -1,9 +1,11 @@
-"""The page, run by Streamlit's own test driver on the toy models: every control and every state."""
+"""The page with the toy models, run by Streamlit's test driver: every control and every state."""
 
 import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from weights.loading import load_checkpoint
 
 @pytest.fixture
 def folder(toy, tmp_path, monkeypatch) -> Path:
-    """A folder with the toy models and their logs, in which the page runs."""
+    """A working folder with the toy models and their logs."""
     (tmp_path / "checkpoints").mkdir()
     for path in (toy / "checkpoints").glob("[st]*"):
         if path.stem in ("toy", "sft", "toy.last") and path.is_file():
@@ -31,6 +33,7 @@ def folder(toy, tmp_path, monkeypatch) -> Path:
 
 
 def open_page(model: str = "") -> AppTest:
+    """Opens the page, and picks a model if one is given."""
     page = AppTest.from_file(str(REPOSITORY / "app.py"), default_timeout=60).run()
     if model:
         page.selectbox(key="model").select_index(page.selectbox(key="model").options.index(model)).run()
@@ -57,7 +60,7 @@ def say(page: AppTest, text: str) -> None:
 
 
 def complete(page: AppTest, prompt: str, **controls) -> str:
-    """Completes a prompt under some controls; returns the text on the page."""
+    """Sets sliders and completes a prompt; returns the text on the page."""
     for label, value in controls.items():
         slider(page, label.replace("_", " ")).set_value(value)
     page.text_area(key="prompt").set_value(prompt)
@@ -66,8 +69,17 @@ def complete(page: AppTest, prompt: str, **controls) -> str:
     return page.main.text[0].value
 
 
+def messages(page: AppTest) -> list[dict[str, str]]:
+    return page.session_state.conversation.messages
+
+
 def ids(page: AppTest) -> list[int]:
     return [token.id for token in page.session_state.completion.tokens]
+
+
+def test_the_controls_need_no_torch():
+    code = "import sys, interface.sidebar; assert 'streamlit' in sys.modules and 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
 
 
 def test_without_a_model_the_page_says_how_to_make_one(tmp_path, monkeypatch):
@@ -76,10 +88,10 @@ def test_without_a_model_the_page_says_how_to_make_one(tmp_path, monkeypatch):
     assert "make demo" in page.info[0].value and "train.py" in page.info[0].value
 
 
-def test_the_picker_offers_every_checkpoint_but_resume_files_and_tells_its_facts(folder):
+def test_the_picker_offers_every_checkpoint_except_last_ones_and_shows_its_facts(folder):
     (folder / "checkpoints/snapshots").mkdir()
     shutil.copy2(folder / "checkpoints/toy.pt", folder / "checkpoints/snapshots/toy_step_10.pt")
-    os.utime(folder / "checkpoints/toy.pt")  # the newest stands first
+    os.utime(folder / "checkpoints/toy.pt")  # the newest comes first
     page = open_page()
     options = page.selectbox(key="model").options
     assert options[0] == "toy.pt" and set(options) == {"toy.pt", "sft.pt", "snapshots/toy_step_10.pt"}
@@ -98,27 +110,27 @@ def test_chat_keeps_the_conversation_and_shows_text_as_text(folder):
         say(page, text)
     assert [message.name for message in page.chat_message] == ["user", "assistant"] * 2
     assert page.chat_message[0].text[0].value == "Hello <script>alert(1)</script>"
-    assert "tokens/s" in page.session_state["chat speed"][0]
+    assert "tokens/s" in page.session_state.conversation.speed
     assert page.get("download_button")[0].label == "Download"
     button(page, "Clear").click().run()
     assert len(page.chat_message) == 0
 
 
-def test_an_answer_is_the_samplers_and_can_be_asked_for_again(folder):
+def test_an_answer_follows_the_sampling_controls_and_can_be_regenerated(folder):
     page = open_page("sft.pt")
     slider(page, "Temperature").set_value(2.0)
     slider(page, "Top k").set_value(0)
     page.number_input[0].set_value(7)
     say(page, "What is a list?")
-    messages = list(page.session_state.messages)
+    before = list(messages(page))
     config = SamplingConfig(max_new_tokens=200, temperature=2.0, top_k=None, top_p=1.0, seed=7)
     model = TextModel.load("checkpoints/sft.pt")
-    assert messages[1]["content"] == "".join(model.answer(messages[:1], config)) != ""
+    assert before[1]["content"] == "".join(model.answer(before[:1], config)) != ""
     button(page, "Regenerate").click().run()
-    assert page.session_state.messages == messages and len(page.chat_message) == 2  # under the same seed
+    assert messages(page) == before and len(page.chat_message) == 2  # under the same seed
     page.number_input[0].set_value(8)
     button(page, "Regenerate").click().run()
-    assert page.session_state.messages[0] == messages[0] and page.session_state.messages[1] != messages[1]
+    assert messages(page)[0] == before[0] and messages(page)[1] != before[1]
 
 
 def test_the_last_message_is_edited_and_sent_again(folder):
@@ -128,29 +140,29 @@ def test_the_last_message_is_edited_and_sent_again(folder):
     say(page, "Second")
     button(page, "Edit").click().run()
     assert page.text_area[0].value == "Second"
-    page.session_state.messages.clear()  # by a click on Clear that came before the form was there
+    messages(page).clear()  # as a click on Clear does, before the form is drawn
     page.run()
     assert not page.exception and not page.text_area
     for text in ("First", "Second"):
         say(page, text)
     button(page, "Edit").click().run()
     button(page, "Cancel").click().run()
-    assert [m["content"] for m in page.session_state.messages[::2]] == ["First", "Second"]
+    assert [m["content"] for m in messages(page)[::2]] == ["First", "Second"]
     button(page, "Edit").click().run()
     page.text_area[0].set_value("Third")
     button(page, "Send").click().run()
-    assert [m["content"] for m in page.session_state.messages[::2]] == ["First", "Third"]
+    assert [m["content"] for m in messages(page)[::2]] == ["First", "Third"]
     assert len(page.chat_message) == 4 and not any(b.label == "Send" for b in page.button)
 
 
-def test_a_base_model_completes_and_is_not_offered_to_chat(folder):
+def test_a_base_model_completes_and_does_not_chat(folder):
     page = open_page("toy.pt")
     assert page.button_group[0].value == "Completion"
     choose(page, "Chat")
     assert "not trained to chat" in page.info[0].value and not page.chat_input
 
 
-def test_a_completion_is_the_samplers_and_every_control_has_its_effect(folder):
+def test_a_completion_follows_every_sampling_control(folder):
     page = open_page("toy.pt")
     model = TextModel.load("checkpoints/toy.pt")
 
@@ -173,7 +185,7 @@ def test_a_completion_is_the_samplers_and_every_control_has_its_effect(folder):
     assert len(complete(page, "What is", Length=1)) < len(seeded)
 
 
-def test_every_token_has_its_candidates_and_another_can_be_taken(folder):
+def test_every_token_has_candidates_and_can_be_replaced_by_one(folder):
     page = open_page("toy.pt")
     complete(page, "What is", Length=12, Temperature=0.0)
     n_prompt = page.session_state.completion.n_prompt
@@ -183,7 +195,7 @@ def test_every_token_has_its_candidates_and_another_can_be_taken(folder):
         probabilities = [math.exp(p) for _, p in token.candidates]
         assert len(probabilities) == 10 and probabilities == sorted(probabilities, reverse=True)
         assert sum(probabilities) <= 1 and 0 < token.entropy < math.log(400)
-    assert all(token.id == token.candidates[0][0] for token in tokens[n_prompt:])  # it was greedy
+    assert all(token.id == token.candidates[0][0] for token in tokens[n_prompt:])  # greedy
     model = TextModel.load("checkpoints/toy.pt")
     with torch.no_grad():
         logprobs = model.model(torch.tensor([before]))[0, :, : model.tokenizer.n_tokens].log_softmax(-1)
@@ -203,7 +215,7 @@ def test_every_token_has_its_candidates_and_another_can_be_taken(folder):
     assert after[: step - 1] == before[: step - 1] and after[step - 1] == taken and len(after) == step + 12
     kept = list(model.stream(after[:step], SamplingConfig(max_new_tokens=12, greedy=True)))
     assert page.main.text[0].value == model.tokenizer.decode(after[:step]) + "".join(kept)
-    slider(page, "Step").set_value(2).run()  # inside the prompt too
+    slider(page, "Step").set_value(2).run()  # also inside the prompt
     button(page, "Continue from here").click().run()
     assert not page.exception and ids(page)[0] == before[0] and ids(page)[1] != before[1]
     assert page.session_state.completion.n_prompt == 1
@@ -219,7 +231,7 @@ def test_the_first_token_has_no_candidates_and_an_empty_prompt_begins_a_document
     assert not page.get("vega_lite_chart") and any("no probabilities" in c.value for c in page.caption)
 
 
-def test_prompt_and_completion_survive_a_look_at_another_mode_but_not_another_model(folder):
+def test_prompt_and_completion_survive_another_mode_and_the_prompt_another_model(folder):
     page = open_page("toy.pt")
     text = complete(page, "What is", Length=5)
     choose(page, "Training")
@@ -232,18 +244,18 @@ def test_prompt_and_completion_survive_a_look_at_another_mode_but_not_another_mo
 
 
 @pytest.mark.parametrize("text", ["a" * 1_000_000, "<b>&amp; 日本 🙂 \x07\t\n" * 70_000])
-def test_a_million_characters_are_handled(folder, text):
+def test_a_text_of_a_million_characters_works(folder, text):
     page = open_page("sft.pt")
     slider(page, "Length").set_value(4).run()
     say(page, text)
     assert len(page.chat_message) == 2 and len(page.chat_message[0].text[0].value) < 30_000
     choose(page, "Completion")
     complete(page, text, Length=4)
-    assert any("the last 64 count, the model's context" in caption.value for caption in page.caption)
+    assert any("The model sees the last 64, its context" in caption.value for caption in page.caption)
     assert page.session_state.completion.n_prompt == 64
 
 
-def test_every_byte_is_shown_legibly():
+def test_every_byte_is_visible():
     shown = [
         legible(token) for token in (b" the", b"\n\n\t", b"\xe6\x97", b"\x07", "日 é".encode(), b"\\", b"\xc2\xa0")
     ]
@@ -266,7 +278,7 @@ def test_a_checkpoint_may_be_deleted_or_replaced_while_the_page_is_open(folder):
     page.run()
     assert not page.exception and page.sidebar.text[0].value.startswith(
         "kind: answers"
-    )  # the new one under the old name
+    )  # the new file under the old name
     (folder / "checkpoints/toy.pt").unlink()
     page.run()
     assert not page.exception and page.warning and "toy.pt" in page.sidebar.text[0].value
@@ -278,14 +290,14 @@ def test_a_checkpoint_may_be_deleted_or_replaced_while_the_page_is_open(folder):
     assert not page.exception and "make demo" in page.info[0].value
 
 
-def test_a_classifier_says_where_it_is_asked(folder):
+def test_for_a_classifier_the_page_names_classify_py(folder):
     state = checkpoint.with_class_head(load_checkpoint("checkpoints/toy.pt"), 2)
     checkpoint.save("checkpoints/spam.pt", {**state, "kind": "classifier", "labels": ["ham", "spam"]})
     page = open_page("spam.pt")
     assert "classify.py" in page.info[0].value
 
 
-def test_the_training_view_shows_the_log_and_what_is_added_to_it(folder):
+def test_the_training_view_shows_the_log_and_follows_it(folder):
     log = folder / "checkpoints/toy.jsonl"
     entries = [json.loads(line) for line in log.read_text().splitlines()]
     os.utime(log, (time.time() - 900, time.time() - 900))
@@ -294,12 +306,12 @@ def test_the_training_view_shows_the_log_and_what_is_added_to_it(folder):
     best = min(entry["val_loss"] for entry in entries if "val_loss" in entry)
     shown = {metric.label: metric.value for metric in page.metric}
     assert shown["Step"] == "20" and shown["Best validation loss"] == f"{best:.4f}"
-    assert "at rest" in page.caption[-1].value and len(page.get("vega_lite_chart")) == 1
+    assert page.caption[-1].value.startswith("not running") and len(page.get("vega_lite_chart")) == 1
     with open(log, "a") as file:
         file.write(json.dumps({"step": 30, "loss": 1.25, "tokens": 9999, "seconds": 99.0}) + "\n")
     page.run()
     shown = {metric.label: metric.value for metric in page.metric}
-    assert shown["Step"] == "30" and shown["Training loss"] == "1.2500" and "running" in page.caption[-1].value
+    assert shown["Step"] == "30" and shown["Training loss"] == "1.2500" and page.caption[-1].value.startswith("running")
     with open(log, "a") as file:
         file.write('[1]\n{"a": 1}\n{"step"')
     page.run()

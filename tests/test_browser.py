@@ -1,4 +1,4 @@
-"""The app in headless Chromium, from its first paint to a downloaded conversation; skipped where there is none."""
+"""The page in headless Chromium, from its first paint to a downloaded conversation. Skipped without Chromium."""
 
 import json
 import socket
@@ -23,7 +23,7 @@ PROMPT = "[data-testid=stTextArea] textarea"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder with a chat model that knows nothing, but writes on and on, one token after another."""
+    """A folder with an untrained chat model. Its answers are long, so that tests can act while it writes."""
     path = tmp_path_factory.mktemp("app")
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=256, n_layer=4, n_head=4, n_embd=256))
@@ -53,7 +53,7 @@ def page(address, folder):
 
 
 def lengthen(page: Page) -> None:
-    """Moves the slider of the length to its end."""
+    """Moves the slider Length to its end."""
     from selenium.webdriver.common.keys import Keys
 
     slider = page.all("[data-testid=stSlider] input[type=range]")[4]
@@ -62,13 +62,15 @@ def lengthen(page: Page) -> None:
     page.idle()
 
 
-def test_chat_streams_stops_goes_on_and_is_read_back(page, folder):
+def test_chat_streams_stops_edits_regenerates_and_downloads(page, folder):
     page.driver.save_screenshot(str(folder / "first.png"))
     lengthen(page)
     page.type("Hello <b>there</b>")
     seen = {len(wait(lambda: page.messages()[1])) for _ in range(20) if time.sleep(0.1) is None}
-    assert len(seen) > 3  # it grew while one looked
-    page.all("[data-testid=stSlider] input[type=range]")[0].send_keys("\ue012")  # another temperature: it goes on
+    assert len(seen) > 3  # it grew meanwhile
+    page.all("[data-testid=stSlider] input[type=range]")[0].send_keys(
+        "\ue012"
+    )  # another temperature does not stop the answer
     time.sleep(0.5)
     assert page.has("Stop") and len(page.messages()[1]) > max(seen)
     page.click("Stop")
@@ -85,7 +87,7 @@ def test_chat_streams_stops_goes_on_and_is_read_back(page, folder):
     page.click("Stop")
     wait(lambda: page.has("Regenerate"))
     wait(lambda: page.messages()[0].endswith("Something else"))
-    page.driver.execute_script(  # two clicks at once are one
+    page.driver.execute_script(  # two clicks at once count as one
         "const b = [...document.querySelectorAll('button')].find(b => b.innerText.endsWith('Regenerate'));"
         "b.click(); b.click()"
     )
@@ -105,7 +107,7 @@ def test_chat_streams_stops_goes_on_and_is_read_back(page, folder):
     wait(lambda: page.messages() == [])
 
 
-def test_tokens_are_picked_and_a_text_is_branched(page, folder):
+def test_tokens_can_be_chosen_and_replaced(page, folder):
     page.click("Completion")
     page.idle()
     hostile = "<img src=x onerror='window.hacked = 1'><script>window.hacked = 1</script> 日本"
@@ -136,12 +138,12 @@ def test_two_sessions_stream_at_once_and_do_not_mix(page, address):
         wait(lambda: len(page.messages()) == 2)
         other.type("I am the second")
         wait(lambda: len(other.messages()) == 2 and len(other.messages()[1]) > 30)
-        assert page.has("Stop")  # both are being answered
+        assert page.has("Stop")  # both answers are streaming
         lengths = [len(p.messages()[1]) for p in (page, other)]
         wait(lambda: all(len(p.messages()[1]) > n for p, n in zip((page, other), lengths, strict=True)))
         for p, name in ((page, "first"), (other, "second")):
             assert p.messages()[0].endswith(f"I am the {name}") and len(p.messages()) == 2
-        other.idle()  # its answer is the shorter
+        other.idle()  # the shorter answer
         assert len(other.messages()) == 2
         page.click("Stop")
         page.idle()
@@ -150,7 +152,7 @@ def test_two_sessions_stream_at_once_and_do_not_mix(page, address):
         other.driver.quit()
 
 
-def test_a_checkpoint_may_be_written_over_while_it_answers(page, folder):
+def test_a_checkpoint_may_be_overwritten_during_an_answer(page, folder):
     path = folder / "checkpoints/talker.pt"
     whole = path.read_bytes()
     lengthen(page)
@@ -165,7 +167,7 @@ def test_a_checkpoint_may_be_written_over_while_it_answers(page, folder):
         path.write_bytes(whole)
 
 
-def test_the_curves_of_a_running_training_are_drawn_again_by_themselves(page, folder):
+def test_the_curves_follow_a_running_training(page, folder):
     log, entry = folder / "checkpoints/talker.jsonl", {"step": 10, "loss": 4.5, "tokens": 640, "seconds": 1.0}
     page.click("Training")
     wait(lambda: "no log" in page.driver.page_source)
@@ -177,7 +179,7 @@ def test_the_curves_of_a_running_training_are_drawn_again_by_themselves(page, fo
     log.unlink()
 
 
-def test_the_page_is_painted_soon(page, address):
+def test_the_first_paint_is_fast(page, address):
     start = time.perf_counter()
     page.driver.get(address)
     wait(lambda: page.all("[data-testid=stSelectbox]") and page.all("[data-testid=stSlider]"))

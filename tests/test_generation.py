@@ -219,7 +219,7 @@ def test_five_lines_of_python(toy):
     model = TextModel.load(toy / "checkpoints/toy.pt", device="cpu")
     config = SamplingConfig(max_new_tokens=12, seed=3)
     text = "".join(model.complete("What is", config))
-    [found] = model.samples(model.prompt_ids("What is"), config, 1, top=4)
+    [found] = model.samples(model.prompt_ids("What is"), config, 1, top_logprobs=4)
     assert found.text == text and len(found.tokens) <= 12
     with torch.no_grad():
         ids = torch.tensor([model.prompt_ids("What is") + [token.id for token in found.tokens]])
@@ -236,16 +236,15 @@ GENERATE = ["generate.py", "--model", "checkpoints/toy.pt", "--device", "cpu", "
 
 
 def test_text_goes_to_the_pipe_and_figures_to_standard_error(toy):
-    (toy / "prompt.txt").write_text("What is 日本\n", encoding="utf-8")
-    result = run_script(toy, *GENERATE, "--prompt-file", "prompt.txt")
+    result = run_script(toy, *GENERATE, stdin="What is 日本\n")
     assert result.returncode == 0 and result.stdout.startswith("What is 日本")
     assert "tokens/s, prompt of" in result.stderr
-    assert succeed(toy, *GENERATE, stdin="What is 日本\n") == result.stdout
+    assert succeed(toy, *GENERATE, "--prompt", "What is 日本") == result.stdout
     written = result.stdout[len("What is 日本") : -1]
     stop = next(c for c in written[3:] if c not in written[:3] and c != "\ufffd")
-    stopped = run_script(toy, *GENERATE, "--prompt-file", "prompt.txt", "--stop", "no such text", "--stop", stop)
+    stopped = run_script(toy, *GENERATE, "--stop", "no such text", "--stop", stop, stdin="What is 日本\n")
     assert stopped.stdout == "What is 日本" + written[: written.index(stop)] + "\n"
-    never = run_script(toy, *GENERATE, "--prompt-file", "prompt.txt", "--stop", "no such text")
+    never = run_script(toy, *GENERATE, "--stop", "no such text", stdin="What is 日本\n")
     assert never.stdout == result.stdout and "the stop text did not come" in never.stderr
 
 
@@ -282,21 +281,21 @@ def test_the_chat_obeys_its_commands(toy):
     said = result.stderr.split("begins a new line\n")[1].splitlines()
     for i, part in enumerate(
         [
-            "nothing was said yet",
-            "nothing was said yet",
+            "the conversation is empty",
+            "the conversation is empty",
             "saved 1 exchanges in talk.jsonl",
             "taken back: Hello",
-            "nothing was said yet",
+            "the conversation is empty",
             "loaded 1 exchanges",
             "taken back: Hello",
             "temperature is 0.7",
             "top-k is None",
             "error: --top-p must be above 0",
-            "error: /seed wants a number",
-            "error: /save wants the name",
+            "error: /seed needs a number",
+            "error: /save needs a file name",
             "error: cannot read none.jsonl",
             "error: my.bin",
-            "error: no command /nothing",
+            "error: unknown command /nothing",
         ]  # fmt: skip
     ):
         assert part in said[i], (part, said)

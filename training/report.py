@@ -149,8 +149,8 @@ class Samples(Listener):
 
     def sample(self, state: TrainingState) -> str:
         """Returns a completion of the prompt, or a chat model's answer to it."""
-        was_training, device = state.model.training, state.processes.device
-        text_model = TextModel(state.model.eval(), self.tokenizer, self.template, "", device, state.dtype)
+        was_training = state.model.training
+        text_model = TextModel(state.model.eval(), self.tokenizer, self.template, dtype=state.dtype)
         config = SamplingConfig(max_new_tokens=60, seed=state.config.seed)
         if self.template:
             text = "".join(text_model.answer([{"role": "user", "content": self.prompt}], config))
@@ -180,7 +180,7 @@ def greedy_answers(
     state: TrainingState, tokenizer: Tokenizer, exchanges: list[tuple[list[int], list[int]]]
 ) -> list[dict[str, str]]:
     """Answers held-out questions greedily. `exchanges` holds the ids of each question, and of its true answer."""
-    text_model = TextModel(state.model, tokenizer, None, "", state.processes.device, state.dtype)
+    text_model = TextModel(state.model, tokenizer, dtype=state.dtype)
     config = SamplingConfig(greedy=True, max_new_tokens=60)
 
     def text(ids: list[int]) -> str:

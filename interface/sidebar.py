@@ -1,0 +1,82 @@
+"""The controls beside every mode: which model, and how it samples. Imports no torch: the page shows them at once."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import streamlit as st
+
+from generation.config import SamplingConfig
+
+NO_MODEL = """There is no model yet. Make one with either of these:
+
+    make demo                                    # a small one, on this computer, in a few minutes
+    python prepare_data.py && python train.py    # GPT-2, on a GPU"""
+
+
+@dataclass(frozen=True)
+class CheckpointFile:
+    """A checkpoint on the disk. A new file under the old name has another `modified`."""
+
+    path: Path
+    modified: float
+    """time of its last change, in seconds since 1970"""
+
+
+def pick_checkpoint() -> CheckpointFile | None:
+    """Offers the checkpoints under `checkpoints/`, the newest first. Returns None if there are none."""
+    times = {}
+    for path in Path("checkpoints").rglob("*.pt"):
+        with contextlib.suppress(OSError):  # a file that is deleted meanwhile
+            if not path.name.endswith(".last.pt"):
+                times[path] = path.stat().st_mtime
+    if not times:
+        st.title("GPT-2")
+        st.info(NO_MODEL)
+        return None
+    paths = sorted(times, key=lambda path: times[path], reverse=True)
+    previous = st.session_state.get("model")
+    if previous is not None and previous not in paths:
+        st.warning("The chosen model no longer exists:")
+        st.text(previous)
+    path = st.selectbox("Model", paths, key="model", format_func=lambda path: str(path.relative_to("checkpoints")))
+    return CheckpointFile(path, times[path])
+
+
+@st.fragment  # a change here neither redraws the whole page nor stops an answer
+def pick_sampling() -> None:
+    """Draws the sampling controls, and stores their values for the next answer in the session."""
+    temperature = st.slider(
+        "Temperature",
+        0.0,
+        2.0,
+        0.8,
+        0.05,
+        help="Below 1, the text becomes more predictable; above 1, more varied. At 0, the likeliest token always wins.",
+    )
+    top_k = st.slider("Top k", 0, 200, 50, help="Sample from this many of the likeliest tokens; 0 means all.")
+    top_p = st.slider(
+        "Top p",
+        0.05,
+        1.0,
+        1.0,
+        0.05,
+        help="Sample from the smallest set of tokens that together have this probability.",
+    )
+    penalty = st.slider(
+        "Repetition penalty", 1.0, 2.0, 1.0, 0.05, help="Above 1, tokens that already occurred become less likely."
+    )
+    length = st.slider("Length", 1, 1000, 200, help="Maximum length of an answer or a completion, in tokens.")
+    seed = st.number_input(
+        "Seed", 0, None, None, help="The same seed gives the same text. Empty: a new text each time."
+    )
+    st.session_state.sampling = SamplingConfig(
+        max_new_tokens=length,
+        temperature=temperature,
+        top_k=top_k or None,
+        top_p=top_p,
+        repetition_penalty=penalty,
+        seed=seed,
+    )
