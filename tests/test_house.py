@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import graphlib
+import itertools
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -155,21 +157,12 @@ def test_no_file_imports_from_a_higher_floor():
 
 
 def test_no_imports_close_a_circle():
-    edges = {module.name: {found.module: found.line for found in module.our_imports()} for module in modules()}
-
-    def circle_from(name: str, path: tuple[str, ...], finished: set[str]) -> tuple[str, ...] | None:
-        if name in path:
-            return (*path[path.index(name) :], name)
-        if name not in finished:
-            for imported in edges.get(name, ()):
-                if found := circle_from(imported, (*path, name), finished):
-                    return found
-            finished.add(name)
-        return None
-
-    finished: set[str] = set()
-    circles = filter(None, (circle_from(name, (), finished) for name in edges))
-    fail_with(" imports ".join(circle) for circle in circles)
+    lines = {module.name: {found.module: found.line for found in module.our_imports()} for module in modules()}
+    try:
+        graphlib.TopologicalSorter(lines).prepare()
+    except graphlib.CycleError as error:
+        circle = error.args[1][::-1]
+        fail_with(f"{a}, line {lines[a][b]}: imports {b}" for a, b in itertools.pairwise(circle))
 
 
 def test_the_model_imports_torch_only():
