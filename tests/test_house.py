@@ -158,11 +158,12 @@ def test_no_file_imports_from_a_higher_floor():
 
 def test_no_imports_close_a_circle():
     lines = {module.name: {found.module: found.line for found in module.our_imports()} for module in modules()}
+    circle: list[str] = []
     try:
         graphlib.TopologicalSorter(lines).prepare()
     except graphlib.CycleError as error:
         circle = error.args[1][::-1]
-        fail_with(f"{a}, line {lines[a][b]}: imports {b}" for a, b in itertools.pairwise(circle))
+    fail_with(f"{a}, line {lines[a][b]}: imports {b}" for a, b in itertools.pairwise(circle))
 
 
 def test_the_model_imports_torch_only():
