@@ -195,9 +195,7 @@ class GPT(nn.Module):
         """
         if targets is None:
             return self.lm_head(self.hidden(tokens))
-        hidden, loss_of_chunk = self.hidden, chunk_loss
-        if self.training and self.compiled:
-            hidden, loss_of_chunk = self.compiled
+        hidden, loss_of_chunk = (self.training and self.compiled) or (self.hidden, chunk_loss)
         x, y = hidden(tokens).flatten(0, 1), targets.flatten()  # (B * T, C), (B * T,)
         if counted is not None:
             x, y = x[counted], y[counted]

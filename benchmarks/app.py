@@ -1,9 +1,11 @@
-"""How fast the page writes, beside `generate.py`: GPT-2 small with random weights, in turn, each in its own process.
+"""How fast the app generates next to `generate.py`: GPT-2 small with random weights, in turn, in separate processes.
 
     python -m benchmarks.app [ROUNDS]
 
-The page is run by Streamlit's test driver, so that no browser takes part of the processor.
+Streamlit's test driver runs the app, so that no browser uses the processor.
 """
+
+from __future__ import annotations
 
 import os
 import re
@@ -11,56 +13,63 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).parent.parent
-PROMPT, LENGTH = "Return a copy of the", 200
+from tyro.conf import Positional
+
+from system.cli import run
+from system.errors import UserError, require_at_least
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PROMPT = "Return a copy of the"
+NEW_TOKENS = 200
 
 
-def main(rounds: int) -> None:
-    """Makes the model, measures, and prints a line a round and the median ratio."""
+@dataclass(frozen=True)
+class Config:
+    rounds: Positional[int] = 5
+    """measurements of the app and of `generate.py`"""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "rounds")
+
+
+def main(config: Config) -> None:
+    """Writes the model, measures, and prints a line per round and the median ratio."""
     from model import GPT, GPTConfig
     from weights import checkpoint
 
     ratios = []
     with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        model = checkpoint.pack(GPT(GPTConfig()), kind="base", tokenizer="gpt2", template=None)
-        checkpoint.save("checkpoints/gpt2.pt", model)
-        for _ in range(rounds):
-            page = speed("-m", "benchmarks.app", "--page")
-            script = speed(
-                HERE / "generate.py", "--model", "checkpoints/gpt2.pt", "--prompt", PROMPT, "--max-new-tokens", LENGTH
-            )
-            ratios.append(page / script)
-            print(f"page {page:.1f} tokens/s, generate.py {script:.1f}, ratio {ratios[-1]:.2f}", flush=True)
+        path = Path(folder) / "checkpoints/gpt2.pt"
+        checkpoint.save(path, checkpoint.pack(GPT(GPTConfig()), kind="base", tokenizer="gpt2", template=None))
+        flags = ["--model", str(path), "--prompt", PROMPT, "--max-new-tokens", str(NEW_TOKENS)]
+        for _ in range(config.rounds):
+            app = measure(["-m", "benchmarks.app_worker", PROMPT], folder)
+            script = measure([str(REPOSITORY / "generate.py"), *flags], folder)
+            ratios.append(app / script)
+            print(f"app {app:.1f} tokens/s, generate.py {script:.1f}, ratio {ratios[-1]:.2f}", flush=True)
     print(f"median ratio {statistics.median(ratios):.2f}")
 
 
-def speed(*command: object) -> float:
-    """Runs a Python script; returns the tokens/s that it says."""
+def measure(arguments: list[str], folder: str) -> float:
+    """Runs Python with arguments in a folder; returns the tokens/s that the program reports last.
+
+    Raises UserError if it reports none.
+    """
     result = subprocess.run(
-        [sys.executable, *map(str, command)],
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         encoding="utf-8",
-        env={**os.environ, "PYTHONPATH": str(HERE)},
     )
-    return float(re.findall(r"([\d.]+) tokens/s", result.stdout + result.stderr)[-1])
-
-
-def page() -> None:
-    """Completes the prompt on the page, twice, and prints what the page says of the second time."""
-    from streamlit.testing.v1 import AppTest
-
-    app = AppTest.from_file(str(HERE / "app.py"), default_timeout=300).run()
-    app.text_area(key="prompt").set_value(PROMPT)
-    for _ in range(2):
-        next(button for button in app.button if button.label == "Complete").click().run()
-    print(app.session_state.completion.speed)
+    reports = re.findall(r"([\d,.]+) tokens/s", result.stdout + result.stderr)
+    if not reports:
+        raise UserError(f"{' '.join(arguments[:2])} failed: {(result.stderr.strip().splitlines() or [''])[-1]}")
+    return float(reports[-1].replace(",", ""))
 
 
 if __name__ == "__main__":
-    if "--page" in sys.argv:
-        page()
-    else:
-        main(int(sys.argv[1]) if len(sys.argv) > 1 else 5)
+    run(main, Config)

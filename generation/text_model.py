@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from generation.config import SamplingConfig
-from generation.decoding import CompiledDecoder, quantize_weights, speed_up_decoding
+from generation.decoding import CompiledDecoder, generate, quantize_weights, speed_up_decoding
 from model import GPT
 from system.device import autocast, choose_device, choose_dtype
 from system.errors import UserError

@@ -1,30 +1,59 @@
 """Command lines from dataclasses: flags, presets, one-line errors. Imports no torch, so that `--help` is instant."""
 
+from __future__ import annotations
+
+import ast
 import contextlib
 import dataclasses
+import difflib
 import errno
+import functools
+import inspect
 import io
+import itertools
 import os
+import re
 import shlex
 import signal
 import sys
+import textwrap
+import types
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from pathlib import Path
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    NoReturn,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+import tyro
 
 from system.errors import UserError, is_out_of_memory, require
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 
 
 def run(
     main: Callable[[Config], None], config_class: type[Config], presets: Mapping[str, Config] | None = None
 ) -> None:
-    """Runs a script: parses `sys.argv` into its config, prints the config, calls `main(config)` and exits.
+    """Runs a script: parses `sys.argv` into its config, prints what is not default, calls `main(config)`, and exits.
 
-    What its user can mend ends in one line on standard error and exit status 1 (2 for bad usage); Ctrl-C in 130.
+    An error that the user can correct ends in one line on standard error and exit status 1 (2 for bad usage); Ctrl-C
+    ends in status 130.
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # what a terminal cannot show, such as bytes that are no text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # print a substitute for characters that the terminal lacks
     config = None
     try:
         config = parse(config_class, sys.argv[1:], presets)
@@ -35,7 +64,7 @@ def run(
         _exit(str(error), error.status)
     except KeyboardInterrupt:
         _exit("interrupted", 130)
-    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of our output, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
@@ -49,38 +78,42 @@ def run(
 
 
 def parse(config_class: type[Config], arguments: list[str], presets: Mapping[str, Config] | None = None) -> Config:
-    """Parses flags into a config dataclass; `--preset NAME` chooses the defaults, flags beside it win.
+    """Parses flags into a config dataclass. `--preset NAME` chooses the defaults; other flags override them.
 
-    Raises UserError (status 2) for bad usage; exits 0 after `--help`.
+    `--help` shows a field under the heading of the class that declares it first: a config class that inherits from
+    small dataclasses has a heading for each of them, with the first line of that class's docstring.
+
+    Raises UserError (status 2) for bad usage; exits with status 0 after `--help`.
     """
-    import tyro
-
-    default = dataclasses.MISSING
-    if presets:
-        default = presets[_preset_name(arguments, presets)]
+    preset = presets[_preset_name(arguments, presets)] if presets else None
+    read_flags = functools.partial(
+        tyro.cli,
+        _flags(config_class, preset),
+        args=arguments,
+        description=sys.modules[config_class.__module__].__doc__,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
     complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                config_class,
-                args=arguments,
-                description=sys.modules[config_class.__module__].__doc__,
-                **({} if default is dataclasses.MISSING else {"default": default}),
-            )
+    try:  # with standard output redirected too, tyro neither colours its message nor draws a frame
+        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(io.StringIO()):
+            groups: Any = read_flags()
     except SystemExit as exit_:
         if not exit_.code:
-            raise
-        raise UserError(f"{_one_line(complaint.getvalue())} (see --help)", status=2) from None
+            read_flags()  # prints the help again, for the terminal, and exits
+        message = _explain(_first_paragraph(complaint.getvalue()), config_class)
+        raise UserError(f"{message} (see --help)", status=2) from None
+    return config_class(**{name: value for group in vars(groups).values() for name, value in vars(group).items()})
 
 
 @contextlib.contextmanager
-def catch_stop_signals() -> Iterator[list]:
-    """Yields a list that gets the number of a SIGINT or SIGTERM; a second one acts at once, as usual."""
-    received, before = [], {}
+def catch_stop_signals() -> Iterator[list[int]]:
+    """Yields a list that receives the number of a SIGINT or SIGTERM. A second signal acts at once, as usual."""
+    received: list[int] = []
+    before: dict[signal.Signals, Any] = {}
 
-    def handle(number, frame):
+    def handle(number: int, frame: types.FrameType | None) -> None:
         received.append(number)
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     for number in (signal.SIGINT, signal.SIGTERM):
         before[number] = signal.signal(number, handle)
@@ -91,30 +124,33 @@ def catch_stop_signals() -> Iterator[list]:
             signal.signal(number, handler)
 
 
-def describe(config: object) -> str:
-    """Returns a config dataclass as one line of `name=value`."""
-    return " ".join(f"{name}={value}" for name, value in plain(config).items())
+def describe(config: DataclassInstance) -> str:
+    """Returns the preset and the options that differ from the defaults of the config's class, as `name=value`."""
+    defaults = {field.name: _default(field) for field in dataclasses.fields(config)}
+    options = {name: value for name, value in plain(config).items() if getattr(config, name) != defaults[name]}
+    if hasattr(config, "preset"):
+        options = {"preset": config.preset, **options}
+    return " ".join(f"{name}={_quoted(value)}" for name, value in options.items()) or "all options at their defaults"
 
 
-def plain(config: object) -> dict:
+def plain(config: DataclassInstance) -> dict[str, Any]:
     """Returns a config dataclass as a dict of numbers, strings and lists, fit for JSON and for a checkpoint."""
-    return {
-        name: list(value)
-        if isinstance(value, tuple)
-        else value
-        if isinstance(value, int | float | None)
-        else str(value)
-        for name, value in dataclasses.asdict(config).items()
-    }
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return list(value)
+        return value if isinstance(value, int | float | None) else str(value)
+
+    return {name: convert(value) for name, value in dataclasses.asdict(config).items()}
 
 
 def command_line(add: str, drop: tuple[str, ...] = ()) -> str:
-    """Returns this run's own command with flags added and dropped, to be shown to the user and typed again."""
+    """Returns the command of this run with one flag added and others dropped, for the user to type."""
     arguments = [argument for argument in sys.argv if argument not in drop and argument != add]
     return shlex.join(["python", *arguments, add])
 
 
-def _preset_name(arguments, presets):
+def _preset_name(arguments: list[str], presets: Mapping[str, Any]) -> str:
     name = next(iter(presets))
     for i, argument in enumerate(arguments):
         if argument == "--preset" and i + 1 < len(arguments):
@@ -125,13 +161,133 @@ def _preset_name(arguments, presets):
     return name
 
 
-def _one_line(box: str) -> str:
-    """Returns the complaint inside the parser's first box of text, without the frame and the suggestions below."""
-    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
-    end = next((i for i, line in enumerate(lines) if set(line) & set("─╰")), len(lines))
-    return " ".join(" ".join(lines[:end]).split())
+def _flags(config_class: type[DataclassInstance], preset: DataclassInstance | None) -> type:
+    """Returns a dataclass of dataclasses with the fields of a config class, one for each heading of `--help`."""
+    hints, help_texts = get_type_hints(config_class, include_extras=True), _help_texts(config_class)
+    groups: dict[type, list[tuple[str, Any, Any]]] = {cls: [] for cls in config_class.__mro__}
+    for field in dataclasses.fields(config_class):
+        default = getattr(preset, field.name) if preset else _default(field)
+        text = tyro.conf.arg(help=help_texts.get(field.name), metavar=_metavar(hints[field.name]))
+        item = (field.name, Annotated[hints[field.name], text], dataclasses.field(default=default, kw_only=True))
+        groups[_first_class_with(field.name, config_class)].append(item)
+    return dataclasses.make_dataclass(
+        "Flags",
+        [
+            (f"group_{i}", Annotated[_heading(cls, fields), tyro.conf.arg(name=_title(cls, config_class))])
+            for i, (cls, fields) in enumerate(groups.items())
+            if fields
+        ],
+    )
 
 
-def _exit(message, status):
+def _heading(cls: type, fields: list[tuple[str, Any, Any]]) -> type:
+    """Returns a dataclass whose docstring is the first line of another's, unless Python generated that one."""
+    doc = (cls.__doc__ or "").strip().partition("\n")[0]
+    doc = "" if doc.startswith(f"{cls.__name__}(") else doc
+    return dataclasses.make_dataclass(cls.__name__, fields, namespace={"__doc__": doc})
+
+
+def _title(cls: type, config_class: type) -> str:
+    """Returns the name of a group of flags: of `LoggingConfig`, "logging"; of the script's own class, nothing."""
+    if cls is config_class:
+        return ""
+    return re.sub("(?<=[a-z])(?=[A-Z])", " ", cls.__name__.removesuffix("Config")).lower()
+
+
+def _first_class_with(field: str, config_class: type) -> type:
+    """Returns the base-most class that declares a field."""
+    return next(cls for cls in reversed(config_class.__mro__) if field in inspect.get_annotations(cls))
+
+
+def _default(field: dataclasses.Field) -> Any:
+    """Returns the default of a field, or `dataclasses.MISSING`."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _help_texts(config_class: type) -> dict[str, str]:
+    """Returns the docstrings below the fields of a class and its bases; the most derived class wins."""
+    texts = {}
+    for cls in reversed(config_class.__mro__[:-1]):  # without `object`
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        assert isinstance(definition, ast.ClassDef)
+        for field, text in itertools.pairwise(definition.body):
+            match field, text:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
+                    texts[name] = " ".join(doc.split())
+    return texts
+
+
+def _metavar(hint: Any) -> str | None:
+    """Returns what `--help` shows for an optional value, such as INT; None leaves the choice to tyro."""
+    if _optional(hint) is None:
+        return None
+    if get_origin(_optional(hint)) is Literal:
+        return "{" + ",".join(map(str, get_args(_optional(hint)))) + "}"
+    return {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}.get(_optional(hint))
+
+
+def _optional(hint: Any) -> Any:
+    """Returns `T` for the type `T | None`, otherwise None."""
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else ()
+    others = [part for part in parts if part is not types.NoneType]
+    return others[0] if len(others) == 1 < len(parts) else None
+
+
+def _explain(complaint: str, config_class: type[DataclassInstance]) -> str:
+    """Returns tyro's message about bad usage as one short sentence. A message of another kind stays as it is.
+
+    tyro has no public hook for errors, so requirements.txt pins its version.
+    """
+    hints = {field.name: get_type_hints(config_class)[field.name] for field in dataclasses.fields(config_class)}
+    quoted = r"""('.*?'|".*?")"""
+    value = None
+    if found := re.match(r"Unrecognized options: ([^\s,=]+)", complaint):
+        return _explain_unknown(found[1], hints)
+    if found := re.match(r"Missing from .*?: (--\S+)", complaint):
+        return f"{found[1]} is required"
+    if found := re.match(rf"Error parsing (--\S+): .*?{quoted}", complaint):
+        flag, value = found.groups()
+    elif found := re.match(rf"invalid choice {quoted} for argument '(--\S+?)'", complaint):
+        value, flag = found.groups()
+    elif found := re.match(r"Missing value for argument '(--\S+?)'", complaint):
+        flag = found[1]
+    else:
+        return complaint
+    wanted = _describe_type(hints[flag.removeprefix("--").replace("-", "_")])
+    return f"{flag} takes {wanted}, not {value}" if value else f"{flag} needs a value: {wanted}"
+
+
+def _explain_unknown(argument: str, hints: dict[str, Any]) -> str:
+    if not argument.startswith("-"):
+        return f"unexpected argument {argument!r}"
+    flags = [f"--{name.replace('_', '-')}" for name in hints]
+    flags += [f"--no-{name.replace('_', '-')}" for name, hint in hints.items() if hint is bool]
+    similar = difflib.get_close_matches(argument.replace("_", "-"), flags, n=1, cutoff=0.7)
+    return f"unknown flag {argument}: did you mean {similar[0]}?" if similar else f"unknown flag {argument}"
+
+
+def _describe_type(hint: Any) -> str:
+    """Returns what a user may write for a type: "a whole number", "auto, on or off"."""
+    names = {int: "a whole number", float: "a number", str: "a text", Path: "a path"}
+    parts = [part for part in get_args(hint) if part is not types.NoneType]
+    if not parts:
+        return names.get(hint, str(hint))
+    if get_origin(hint) is tuple:
+        return _describe_type(parts[0])
+    *first, last = map(str, parts) if get_origin(hint) is Literal else map(_describe_type, parts)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def _first_paragraph(message: str) -> str:
+    """Returns what tyro says between the first two lines of dashes: no title and no suggestions."""
+    lines = [line.strip() for line in message.splitlines()[2:]]
+    return " ".join(" ".join(itertools.takewhile(lambda line: set(line) != {"-"}, lines)).split())
+
+
+def _quoted(value: object) -> str:
+    return repr(value) if isinstance(value, str) and (not value or any(c.isspace() for c in value)) else str(value)
+
+
+def _exit(message: str, status: int) -> NoReturn:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)

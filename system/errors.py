@@ -1,13 +1,13 @@
-"""The one exception for mistakes that the user can mend, and the checks that raise it."""
+"""The exception for errors that the user can correct, and the checks that raise it."""
 
 
 class UserError(Exception):
-    """A mistake that its user can mend: the message is one line that says what is wrong and what to do.
+    """An error that the user can correct: its message is one line that says what is wrong, then what to do.
 
-    `status` is the exit status: 1, or 2 where the command line itself is wrong.
+    `status` is the exit status: 2 for bad usage of the command line, otherwise 1.
     """
 
-    def __init__(self, message: str, status: int = 1):
+    def __init__(self, message: str, status: int = 1) -> None:
         super().__init__(message)
         self.status = status
 
@@ -18,14 +18,14 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message, status=2)
 
 
-def require_at_least(least: int, config: object, *names: str) -> None:
-    """Raises UserError with exit status 2 unless these options of a config, where they are given, are large enough."""
+def require_at_least(minimum: float, config: object, *names: str) -> None:
+    """Raises UserError with exit status 2 if one of the named options is less than the minimum; None is allowed."""
     for name in names:
         value = getattr(config, name)
-        require(value is None or value >= least, f"--{name.replace('_', '-')} must be at least {least}")
+        require(value is None or value >= minimum, f"--{name.replace('_', '-')} must be at least {minimum}")
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that the memory of the machine, or of its GPU, is full."""
+    """Returns whether an error says that the memory of the machine, or of its GPU, is full."""
     signs = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "ALLOC_FAILED")
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)

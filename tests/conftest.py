@@ -1,4 +1,4 @@
-"""What the tests share: the scripts as real processes, and one toy model trained through them, chat model included."""
+"""What the tests share: the scripts as real processes, and a toy base model and chat model that they trained."""
 
 import http.server
 import json
@@ -7,49 +7,33 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY))
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # toy tensors, and processes that run side by side
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny, and test processes run side by side
 os.environ["HF_HUB_OFFLINE"] = "1"
 ENVIRONMENT = {**os.environ, "https_proxy": "http://127.0.0.1:9", "PYTHONIOENCODING": "utf-8"}  # no network
 
 TOY_SHAPE = [
-    "--n-layer",
-    "2",
-    "--n-head",
-    "2",
-    "--n-embd",
-    "32",
-    "--block-size",
-    "64",
-    "--batch-size",
-    "4",
-    "--optimizer",
-    "adamw",
-    "--eval-every",
-    "10",
-    "--save-every",
-    "10",
-    "--warmup-steps",
-    "2",
-    "--device",
-    "cpu",
-]
+    "--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--block-size", "64", "--batch-size", "4",
+    "--optimizer", "adamw", "--eval-every", "10", "--save-every", "10", "--warmup-steps", "2", "--device", "cpu",
+]  # fmt: skip
 
 
 def command(script: str, *arguments: object) -> list[str]:
-    """The command line that runs a script of the project."""
-    return [sys.executable, str(REPOSITORY / script), *map(str, arguments)]
+    """Returns the command line that runs a script of the project; flags without spaces may follow its name."""
+    name, *flags = script.split()
+    return [sys.executable, str(REPOSITORY / name), *flags, *map(str, arguments)]
 
 
 def run_script(
     folder: Path, script: str, *arguments: object, stdin: str = "", timeout: int = 240
 ) -> subprocess.CompletedProcess:
-    """Runs a script in a folder as a real process, with text or nothing at its standard input."""
+    """Runs a script in a folder as a real process; `stdin` is its standard input."""
     return subprocess.run(
         command(script, *arguments),
         cwd=folder,
@@ -69,13 +53,13 @@ def succeed(folder: Path, script: str, *arguments: object, stdin: str = "") -> s
 
 
 def log(path: Path) -> list[dict]:
-    """The lines of a run's log, less the times."""
+    """Returns the lines of a run's log, without the times."""
     lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
     return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
 
 
 def wait_for_log(path: Path, step: int, process: subprocess.Popen) -> None:
-    """Waits until a run has logged a step."""
+    """Waits until a run has logged a step. Fails after two minutes, or if the run ends before."""
     deadline = time.monotonic() + 120
     while not path.exists() or not any(entry["step"] >= step for entry in log(path)):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-2000:]
@@ -83,68 +67,31 @@ def wait_for_log(path: Path, step: int, process: subprocess.Popen) -> None:
 
 
 @pytest.fixture(scope="session")
-def toy(tmp_path_factory) -> Path:
-    """A folder where the whole chain has run at toy size on built-in text: data, base model, chat model."""
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which all steps have run at toy size on bundled text: data, base model, chat model."""
     folder = tmp_path_factory.mktemp("toy")
     (folder / "text").mkdir()
     samples = (REPOSITORY / "data/samples/chat.jsonl").read_text(encoding="utf-8").splitlines()
     for i in range(40):
-        (folder / "text" / f"{i:02}.txt").write_text(
-            "\n".join(samples[i * 5 : i * 5 + 5]) + " naïve 日本 🙂\n", encoding="utf-8"
-        )
-    succeed(folder, "prepare_data.py", "--input", "text", "--vocab-size", "400", "--out", "data/toy")
-    succeed(
-        folder,
-        "train.py",
-        "--data",
-        "data/toy",
-        "--out",
-        "checkpoints/toy.pt",
-        "--max-steps",
-        "20",
-        *TOY_SHAPE,
-    )
-    succeed(
-        folder,
-        "prepare_sft_data.py",
-        "--dataset",
-        "pydocs-qa",
-        "--max-conversations",
-        "60",
-        "--out",
-        "data/toy",
-        "--block-size",
-        "64",
-    )
-    succeed(
-        folder,
-        "train_sft.py",
-        "--model",
-        "checkpoints/toy.pt",
-        "--data",
-        "data/toy",
-        "--out",
-        "checkpoints/sft.pt",
-        "--epochs",
-        "2",
-        "--batch-size",
-        "16",
-        "--learning-rate",
-        "1e-3",
-        "--warmup-steps",
-        "1",
-        "--device",
-        "cpu",
-    )
+        text = "\n".join(samples[i * 5 : i * 5 + 5]) + " naïve 日本 🙂\n"
+        (folder / "text" / f"{i:02}.txt").write_text(text, encoding="utf-8")
+    for line in (
+        "prepare_data.py --input text --vocab-size 400 --out data/toy",
+        f"train.py --data data/toy --out checkpoints/toy.pt --max-steps 20 {' '.join(TOY_SHAPE)}",
+        "prepare_sft_data.py --dataset pydocs-qa --max-conversations 60 --out data/toy --block-size 64",
+        "train_sft.py --model checkpoints/toy.pt --data data/toy --out checkpoints/sft.pt "
+        "--epochs 2 --batch-size 16 --learning-rate 1e-3 --warmup-steps 1 --device cpu",
+    ):
+        succeed(folder, line)
     return folder
 
 
 @pytest.fixture()
-def serve(tmp_path):
-    """Runs an HTTP server in a thread for the length of a test; returns its address."""
+def serve() -> Iterator[Callable[[type[http.server.BaseHTTPRequestHandler]], str]]:
+    """A function that starts an HTTP server with a handler and returns its address; the test's end stops the server."""
     servers = []
 
-    def start(handler):
+    def start(handler: type[http.server.BaseHTTPRequestHandler]) -> str:
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
@@ -157,7 +104,7 @@ def serve(tmp_path):
 
 
 def hub_environment(address: str, cache: Path) -> dict[str, str]:
-    """The environment of a process for which the Hugging Face Hub is at an address."""
+    """Returns the environment of a process that finds the Hugging Face Hub at an address and caches in a folder."""
     return {
         **ENVIRONMENT,
         "HF_HUB_OFFLINE": "0",

@@ -1,4 +1,4 @@
-"""The commands as their users type them: the whole chain at toy size, and bad input of every kind to every one."""
+"""The commands as users type them: all steps at toy size, and every kind of bad input for every script."""
 
 import array
 import json
@@ -10,15 +10,17 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+import torch
 from conftest import ENVIRONMENT, REPOSITORY, command, run_script, succeed
 
 
-def test_the_chain_leaves_models_logs_and_plots(toy):
+def test_the_steps_leave_models_logs_and_plots(toy):
     for name in ("toy", "sft"):
-        assert {f"{name}.pt", f"{name}.last.pt", f"{name}.jsonl"} <= {
-            path.name for path in (toy / "checkpoints").iterdir()
-        }
+        written = {path.name for path in (toy / "checkpoints").iterdir()}
+        assert {f"{name}.pt", f"{name}.last.pt", f"{name}.jsonl"} <= written
         assert (toy / f"plots/{name}_loss.png").read_bytes().startswith(b"\x89PNG")
         log = [json.loads(line) for line in (toy / f"checkpoints/{name}.jsonl").read_text().splitlines()]
         losses = [entry["val_loss"] for entry in log if "val_loss" in entry]
@@ -27,7 +29,7 @@ def test_the_chain_leaves_models_logs_and_plots(toy):
     assert not [path for path in toy.rglob(".*") if path.name.endswith(".tmp") or path.name.startswith(".prepare")]
 
 
-def test_a_completion_begins_with_its_prompt_and_repeats_under_a_seed(toy):
+def test_a_completion_begins_with_its_prompt_and_a_seed_repeats_it(toy):
     model = ["--model", "checkpoints/toy.pt", "--device", "cpu"]
     arguments = [*model, "--max-new-tokens", "20", "--prompt", "What is 日本"]
     first = succeed(toy, "generate.py", *arguments, "--seed", "1")
@@ -43,32 +45,26 @@ def test_a_completion_begins_with_its_prompt_and_repeats_under_a_seed(toy):
 def test_chat_answers_line_by_line_and_knows_its_commands(toy):
     result = run_script(
         toy,
-        "generate.py",
-        "--model",
-        "checkpoints/sft.pt",
-        "--chat",
-        "--greedy",
-        "--max-new-tokens",
-        "10",
+        "generate.py --model checkpoints/sft.pt --chat --greedy --max-new-tokens 10",
         stdin="Hello\n/help\n/unknown\n\nHello\n/reset\nHello\n/quit\nnever reached\n",
     )
     assert result.returncode == 0, result.stderr
     answers = result.stdout.splitlines()
-    assert len(answers) == 3 and answers[0] == answers[2]  # after /reset the conversation begins anew
+    assert len(answers) == 3 and answers[0] == answers[2]  # /reset starts a new conversation
     assert "/reset" in result.stderr and "/unknown" in result.stderr
 
 
-def test_on_a_terminal_it_completes_one_line_after_another(toy):
-    terminal, their_end = pty.openpty()
+def test_on_a_terminal_generate_completes_one_line_after_another(toy):
+    terminal, process_end = pty.openpty()
     process = subprocess.Popen(
         command("generate.py", "--model", "checkpoints/toy.pt", "--max-new-tokens", "8", "--device", "cpu"),
         cwd=toy,
         env={**ENVIRONMENT, "TERM": "dumb"},
-        stdin=their_end,
-        stdout=their_end,
+        stdin=process_end,
+        stdout=process_end,
         stderr=subprocess.DEVNULL,
     )
-    os.close(their_end)
+    os.close(process_end)
 
     def read_to_the_prompt():
         text = b""
@@ -88,24 +84,15 @@ def test_on_a_terminal_it_completes_one_line_after_another(toy):
 
 
 def test_chat_goes_on_past_the_context(toy):
-    stdin = (
-        "".join(f"Question number {i}, which is rather long to fill the context?\n" for i in range(12))
-        + "x" * 5000
-        + "\n"
-    )
-    result = run_script(
-        toy, "generate.py", "--model", "checkpoints/sft.pt", "--chat", "--max-new-tokens", "40", stdin=stdin
-    )
+    questions = [f"Question number {i}, which is rather long to fill the context?\n" for i in range(12)]
+    chat = "generate.py --model checkpoints/sft.pt --chat --max-new-tokens 40"
+    result = run_script(toy, chat, stdin="".join(questions) + "x" * 5000 + "\n")
     assert result.returncode == 0, result.stderr
-    assert (
-        run_script(
-            toy, "generate.py", "--model", "checkpoints/toy.pt", "--prompt", "x" * 5000, "--max-new-tokens", "150"
-        ).returncode
-        == 0
-    )
+    complete = "generate.py --model checkpoints/toy.pt --max-new-tokens 150"
+    assert run_script(toy, complete, "--prompt", "x" * 5000).returncode == 0
 
 
-def test_training_takes_a_text_file_as_data_and_takes_it_anew_each_time(toy):
+def test_training_takes_a_text_file_as_data_and_prepares_it_again_each_time(toy):
     quick, tokens = ["--max-steps", "2", "--batch-size", "2"], []
     for n in (200, 300):
         (toy / "story.txt").write_text("Once upon a time there was a test. " * n, encoding="utf-8")
@@ -125,61 +112,24 @@ def test_alpaca_instructions_end_to_end(toy):
         {"instruction": f"Add {i} and 1.", "input": "" if i % 2 else "numbers", "output": str(i + 1)} for i in range(30)
     ]
     (toy / "alpaca.json").write_text(json.dumps(entries))
-    succeed(
-        toy,
-        "prepare_sft_data.py",
-        "--input",
-        "alpaca.json",
-        "--template",
-        "alpaca",
-        "--out",
-        "data/alpaca",
-        "--tokenizer",
-        "data/toy/tokenizer.json",
-        "--block-size",
-        "64",
-    )
-    succeed(
-        toy,
-        "train_sft.py",
-        "--model",
-        "checkpoints/toy.pt",
-        "--data",
-        "data/alpaca",
-        "--out",
-        "checkpoints/alpaca.pt",
-        "--max-steps",
-        "2",
-        "--device",
-        "cpu",
-    )
-    succeed(
-        toy,
-        "generate.py",
-        "--model",
-        "checkpoints/alpaca.pt",
-        "--instruction",
-        "Add 2 and 1.",
-        "--context",
-        "numbers",
-        "--max-new-tokens",
-        "5",
-    )
+    for line in (
+        "prepare_sft_data.py --input alpaca.json --template alpaca --out data/alpaca "
+        "--tokenizer data/toy/tokenizer.json --block-size 64",
+        "train_sft.py --model checkpoints/toy.pt --data data/alpaca --out checkpoints/alpaca.pt --max-steps 2 "
+        "--device cpu",
+    ):
+        succeed(toy, line)
+    instruction = ["--instruction", "Add 2 and 1.", "--context", "numbers"]
+    succeed(toy, "generate.py", "--model", "checkpoints/alpaca.pt", *instruction, "--max-new-tokens", "5")
 
 
 def test_the_demo_runs_through(tmp_path):
-    (tmp_path / "my.txt").write_text(
-        (REPOSITORY / "data/samples/chat.jsonl").read_text(encoding="utf-8"), encoding="utf-8"
-    )
-    stdout = succeed(
-        tmp_path, "demo.py", "--input", "my.txt", "--vocab-size", "400", "--max-steps", "3", "--epochs", "1"
-    )
+    (tmp_path / "my.txt").write_bytes((REPOSITORY / "data/samples/chat.jsonl").read_bytes())
+    stdout = succeed(tmp_path, "demo.py --input my.txt --vocab-size 400 --max-steps 3 --epochs 1")
     assert "bits per byte" in stdout and "questions about Python's built-ins answered word for word" in stdout
     assert "memory, not knowledge" in stdout and "generate.py --model checkpoints/demo/sft.pt --chat" in stdout
-    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == [
-        "demo_pretrained_loss.png",
-        "demo_sft_loss.png",
-    ]
+    plots = sorted(path.name for path in (tmp_path / "plots").iterdir())
+    assert plots == ["demo_pretrained_loss.png", "demo_sft_loss.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "data", "my.txt", "plots"]
 
 
@@ -225,7 +175,10 @@ SHORT = {
 }
 BAD_INPUT = [  # exit status, a part of the message, the command
     (2, "--no-such-flag", "train.py --no-such-flag"),
+    (2, "did you mean --batch-size?", "train.py --batchsize 60"),
     (2, "sixty", "train.py --batch-size sixty"),
+    (2, "--batch-size needs a value", "train.py --batch-size"),
+    (2, "--dtype takes auto, float32, bfloat16 or float16", "train.py --dtype float8"),
     (2, "no preset", "train.py --preset gpt5"),
     (2, "multiple of --n-head", "train.py --n-head 5"),
     (2, "at least 1", "train.py --max-steps 0"),
@@ -281,11 +234,7 @@ BAD_INPUT = [  # exit status, a part of the message, the command
     (1, "perhaps 'input'", "PREPARE_SFT --input bad/input.jsonl"),
     (1, "bad/types/meta.json is damaged", "train.py --data bad/types --out NEW"),
     (1, "bad/meta/meta.json is damaged", "train.py --data bad/meta --out NEW"),
-    (
-        1,
-        "bad/ids/val.bin holds the id",
-        "evaluate.py --model checkpoints/toy.pt --data bad/ids/val.bin",
-    ),
+    (1, "bad/ids/val.bin holds the id", "evaluate.py --model checkpoints/toy.pt --data bad/ids/val.bin"),
     (1, "bad/ids/train.bin holds the id", "PREPARE --inspect bad/ids"),
     (2, "exclude each other", "PREPARE --input my.txt --vocab-size 300 --tokenizer data/toy/tokenizer.json"),
     (2, "belong to data sets of the Hub", "PREPARE --dataset pydocs --split test"),
@@ -341,64 +290,54 @@ BAD_INPUT = [  # exit status, a part of the message, the command
 
 
 def bad_command(i: int) -> list[str]:
+    """Returns a line of BAD_INPUT as a command; each has an output folder of its own, since two run at a time."""
     words = BAD_INPUT[i][2].split()
     line = " ".join([SHORT.get(words[0], words[0]), *words[1:]])
-    return line.replace("NEW", "checkpoints/new.pt").replace("data/new", f"data/new{i}").split()  # two run at a time
+    return line.replace("NEW", "checkpoints/new.pt").replace("data/new", f"data/new{i}").split()
+
+
+TURN = {"role": "user", "content": "x"}
+BAD_FILES = {
+    "notes.pt": b"hello",
+    "not.parquet": b"no table",
+    "not.txt.gz": b"not compressed",
+    "columns.jsonl": b'{"text": "a", "body": 1}\n{"body": "b"}\n',
+    "cut.jsonl": b'{"text": "a"}\n{"text": "b\n',
+    "cut.json": b'[{"text": "a"}, {"text": ',
+    "list.jsonl": b"[1]\n",
+    "list.csv": b"[[1]]\n2\n",
+    "zeros.txt": b"a\0b",
+    "blank.txt": b"",
+    "text.txt": b"not json",
+    "meta/meta.json": b"{",
+    "types/meta.json": b'{"files": 3, "tokenizer": "gpt2", "splits": []}',
+    "quote.csv": b'text\nfine\n"and so on',
+    "input.jsonl": json.dumps({"messages": [{**TURN, "input": 5}]}).encode(),
+    "other.json": b'[{"a": 1}]',
+    "number.json": b'[{"messages": 3}]',
+    "turns.jsonl": json.dumps({"messages": [TURN, TURN, {"role": "assistant", "content": "y"}]}).encode(),
+    "no_answer.jsonl": json.dumps({"messages": [TURN]}).encode(),
+    "empty_turn.jsonl": json.dumps({"messages": [TURN, {"role": "assistant", "content": " "}]}).encode(),
+    "role.jsonl": json.dumps({"messages": [TURN, {"role": "tool", "content": "y"}]}).encode(),
+    "labels.tsv": b"ham\tsee you\nspam\twin\nham\tbye\nspam\tfree\nham\thome\nspam\tnow\nrare\tx\n",
+    "one_label.tsv": b"ham\tsee you\nham\tbye\n",
+    "latin1.txt": "naïve".encode("latin-1"),
+    "one.jsonl": json.dumps({"messages": [TURN, {"role": "assistant", "content": "y"}]}).encode(),
+}
 
 
 @pytest.fixture(scope="module")
 def bad(toy):
     """Adds damaged and foreign files to the toy's folder."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    import torch
-
     folder = toy / "bad"
     for name in ("empty", "meta", "types"):
         (folder / name).mkdir(parents=True)
-    turn = {"role": "user", "content": "x"}
-    for name, content in {
-        "notes.pt": b"hello",
-        "not.parquet": b"no table",
-        "not.txt.gz": b"not compressed",
-        "columns.jsonl": b'{"text": "a", "body": 1}\n{"body": "b"}\n',
-        "cut.jsonl": b'{"text": "a"}\n{"text": "b\n',
-        "cut.json": b'[{"text": "a"}, {"text": ',
-        "list.jsonl": b"[1]\n",
-        "list.csv": b"[[1]]\n2\n",
-        "zeros.txt": b"a\0b",
-        "blank.txt": b"",
-        "text.txt": b"not json",
-        "meta/meta.json": b"{",
-        "types/meta.json": b'{"files": 3, "tokenizer": "gpt2", "splits": []}',
-        "quote.csv": b'text\nfine\n"and so on',
-        "input.jsonl": json.dumps({"messages": [{**turn, "input": 5}]}).encode(),
-        "other.json": b'[{"a": 1}]',
-        "number.json": b'[{"messages": 3}]',
-        "turns.jsonl": json.dumps({"messages": [turn, turn, {"role": "assistant", "content": "y"}]}).encode(),
-        "no_answer.jsonl": json.dumps({"messages": [turn]}).encode(),
-        "empty_turn.jsonl": json.dumps({"messages": [turn, {"role": "assistant", "content": " "}]}).encode(),
-        "role.jsonl": json.dumps({"messages": [turn, {"role": "tool", "content": "y"}]}).encode(),
-        "labels.tsv": b"ham\tsee you\nspam\twin\nham\tbye\nspam\tfree\nham\thome\nspam\tnow\nrare\tx\n",
-        "one_label.tsv": b"ham\tsee you\nham\tbye\n",
-        "latin1.txt": "naïve".encode("latin-1"),
-        "one.jsonl": json.dumps({"messages": [turn, {"role": "assistant", "content": "y"}]}).encode(),
-    }.items():
+    for name, content in BAD_FILES.items():
         (folder / name).write_bytes(content)
+    table = pyarrow.table({"text": pyarrow.array([], pyarrow.string())})
+    pyarrow.parquet.write_table(table, folder / "empty.parquet")
+    write_bad_checkpoints(folder, toy / "checkpoints/toy.pt")
     (toy / "my.txt").write_text("some text")
-    pq.write_table(pa.table({"text": pa.array([], pa.string())}), folder / "empty.parquet")
-    good = torch.load(toy / "checkpoints/toy.pt", weights_only=True)
-    torch.save({**good, "config": {**good["config"], "n_embd": 64}}, folder / "misfit.pt")
-    torch.save({**good, "format_version": 99}, folder / "newer.pt")
-    config = {**good["config"], "n_classes": 2, "tie_weights": False}
-    head = {"lm_head.weight": torch.zeros(2, config["n_embd"])}
-    torch.save(
-        {**good, "kind": "classifier", "labels": ["a", "b"], "config": config, "model": good["model"] | head},
-        folder / "classifier.pt",
-    )
-    torch.save({**good, "kind": "lora"}, folder / "no_base.pt")
-    torch.save({**good, "kind": "lora", "lora": {"base": "gone.pt", "base_sha256": "0" * 64}}, folder / "adapter.pt")
-    torch.save({"model": os.system}, folder / "pickle.pt")  # would be executed by an unsafe loader
     (toy / "toy.txt").write_text("not what data/toy was made of")
     (toy / "t.jsonl").write_text('{"text": "x", "label": "y"}\n')
     succeed(toy, "prepare_data.py", "--input", "text", "--vocab-size", "300", "--out", "data/other")
@@ -414,17 +353,27 @@ def bad(toy):
     return toy
 
 
+def write_bad_checkpoints(folder, good_path):
+    """Writes variations of a good checkpoint that must not load."""
+    good = torch.load(good_path, weights_only=True)
+    torch.save({**good, "config": {**good["config"], "n_embd": 64}}, folder / "misfit.pt")
+    torch.save({**good, "format_version": 99}, folder / "newer.pt")
+    config = {**good["config"], "n_classes": 2, "tie_weights": False}
+    head = {"lm_head.weight": torch.zeros(2, config["n_embd"])}
+    torch.save(
+        {**good, "kind": "classifier", "labels": ["a", "b"], "config": config, "model": good["model"] | head},
+        folder / "classifier.pt",
+    )
+    torch.save({**good, "kind": "lora"}, folder / "no_base.pt")
+    torch.save({**good, "kind": "lora", "lora": {"base": "gone.pt", "base_sha256": "0" * 64}}, folder / "adapter.pt")
+    torch.save({"model": os.system}, folder / "pickle.pt")  # an unsafe loader would run it
+
+
 @pytest.fixture(scope="module")
 def bad_results(bad):
-    """What each line of BAD_INPUT did, two processes at a time."""
+    """The finished process of each line of BAD_INPUT, run two at a time."""
     with ThreadPoolExecutor(2) as pool:
-        return dict(
-            zip(
-                range(len(BAD_INPUT)),
-                pool.map(lambda i: run_script(bad, *bad_command(i)), range(len(BAD_INPUT))),
-                strict=True,
-            )
-        )
+        return list(pool.map(lambda i: run_script(bad, *bad_command(i)), range(len(BAD_INPUT))))
 
 
 @pytest.mark.parametrize("i", range(len(BAD_INPUT)), ids=lambda i: BAD_INPUT[i][2][:70])
@@ -439,7 +388,7 @@ def test_bad_input_gets_one_line_and_the_right_status(bad_results, i):
 def test_bad_input_leaves_nothing_half_written(bad_results, bad):
     assert not (bad / "checkpoints/new.pt").exists() and not (bad / "checkpoints/new.last.pt").exists()
     assert not [path for folder in (bad / "data").glob("new*") for path in folder.iterdir()]
-    assert list((bad / "data").glob("new*"))  # some got as far as that
+    assert list((bad / "data").glob("new*"))  # some commands created their folder
 
 
 def test_a_killed_preparation_leaves_the_old_files(toy):
@@ -461,25 +410,8 @@ def test_a_killed_preparation_leaves_the_old_files(toy):
 
 
 def test_output_into_a_closed_pipe_is_no_error(toy):
-    process = subprocess.Popen(
-        command(
-            "generate.py",
-            "--model",
-            "checkpoints/toy.pt",
-            "--prompt",
-            "x",
-            "--max-new-tokens",
-            "3000",
-            "--num-samples",
-            "50",
-            "--device",
-            "cpu",
-        ),
-        cwd=toy,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    long = "generate.py --model checkpoints/toy.pt --prompt x --max-new-tokens 3000 --num-samples 50 --device cpu"
+    process = subprocess.Popen(command(long), cwd=toy, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.read(5)
     process.stdout.close()
     stderr = process.stderr.read().decode()
