@@ -14,13 +14,9 @@ NAMED_TEXTS = ("shakespeare", "war-and-peace", "pydocs")
 
 
 @dataclass(frozen=True)
-class Config(TrainerConfig):
-    preset: str = "gpt2"
-    """gpt2, gpt2-medium, gpt2-large, gpt2-xl, shakespeare or demo: the defaults of all other flags"""
-    data: Path = Path("data")
-    """folder written by prepare_data.py; or a text file, shakespeare, war-and-peace or pydocs, prepared first"""
-    init_from: str = "scratch"
-    """start from random weights (scratch), a checkpoint, gpt2 or another model of the Hugging Face Hub"""
+class Model:
+    """The shape of a new model"""
+
     block_size: int = 1024
     """context in tokens"""
     n_layer: int = 12
@@ -29,6 +25,16 @@ class Config(TrainerConfig):
     """attention heads per layer"""
     n_embd: int = 768
     """width of the residual stream"""
+
+
+@dataclass(frozen=True)
+class Config(Model, TrainerConfig):
+    preset: str = "gpt2"
+    """gpt2, gpt2-medium, gpt2-large, gpt2-xl, shakespeare or demo: the defaults of all other flags"""
+    data: Path = Path("data")
+    """folder written by prepare_data.py; or a text file, shakespeare, war-and-peace or pydocs, prepared first"""
+    init_from: str = "scratch"
+    """start from random weights (scratch), a checkpoint, gpt2 or another model of the Hugging Face Hub"""
     dropout: float = 0.0
     """probability that training drops an activation"""
     vocab_size: int | None = None

@@ -43,6 +43,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
+def uses_compile(mode: str, device: torch.device) -> bool:
+    """Whether `--compile` asks for `torch.compile` on a device: "on", or "auto" on CUDA."""
+    return mode == "on" or (mode == "auto" and device.type == "cuda")
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
     """Returns the context in which a forward pass computes in `dtype`."""
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)

@@ -10,8 +10,8 @@ from system.errors import require, require_at_least
 
 
 @dataclass(frozen=True)
-class OutputOptions:
-    """output"""
+class Output:
+    """What a run writes, and whether it may continue or replace another"""
 
     out: Path = Path("checkpoints/pretrained.pt")
     """checkpoint to write; the log, the plot and the file for --resume are named after it"""
@@ -39,8 +39,8 @@ class OutputOptions:
 
 
 @dataclass(frozen=True)
-class OptimizationOptions:
-    """optimization"""
+class Optimization:
+    """How the weights are updated, and when the run ends"""
 
     max_steps: int = 80_000
     """optimizer steps"""
@@ -71,8 +71,8 @@ class OptimizationOptions:
 
 
 @dataclass(frozen=True)
-class LoggingOptions:
-    """evaluation, logging and saving"""
+class Logging:
+    """How often the run evaluates, logs and saves"""
 
     eval_every: int = 1_000
     """steps between evaluations"""
@@ -93,8 +93,8 @@ class LoggingOptions:
 
 
 @dataclass(frozen=True)
-class HardwareOptions:
-    """hardware"""
+class Hardware:
+    """What the run computes on"""
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
@@ -107,7 +107,7 @@ class HardwareOptions:
 
 
 @dataclass(frozen=True)
-class TrainerConfig(OutputOptions, OptimizationOptions, LoggingOptions, HardwareOptions):
+class TrainerConfig(Output, Optimization, Logging, Hardware):
     """The options that every training script shares."""
 
     memory_savers: ClassVar[str] = "larger --grad-accum-steps, a smaller --batch-size or a "

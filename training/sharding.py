@@ -16,11 +16,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from model import GPT
-from system.device import choose_dtype
+from system.device import choose_dtype, uses_compile
 from system.errors import UserError
 from training.config import TrainerConfig
 from training.distributed import Processes
-from training.state import uses_compile
 
 
 class Sharding:
@@ -74,4 +73,4 @@ def shard(model: GPT, config: TrainerConfig, processes: Processes) -> Sharding:
     is_possible = config.grad_accum_steps != "auto" and config.optimizer == "adamw"
     if processes.world_size == 1 or dtype == torch.float16 or not is_possible:
         raise UserError("--fsdp needs torchrun, a number of --grad-accum-steps, AdamW, and bfloat16 or float32")
-    return Sharding(model, processes, uses_compile(config, processes.device))
+    return Sharding(model, processes, uses_compile(config.compile, processes.device))

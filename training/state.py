@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from model import GPT
-from system.device import choose_dtype, keep_memory
+from system.device import choose_dtype, keep_memory, uses_compile
 from training.config import TrainerConfig
 from training.distributed import Processes
 from training.optim import build_optimizers
@@ -89,17 +89,12 @@ class TrainingState:
     @property
     def is_compiled(self) -> bool:
         """Whether training runs through `torch.compile`."""
-        return uses_compile(self.config, self.processes.device)
+        return uses_compile(self.config.compile, self.processes.device)
 
     @property
     def trained_parameters(self) -> list[torch.nn.Parameter]:
         """The parameters that require a gradient."""
         return [p for p in self.model.parameters() if p.requires_grad]
-
-
-def uses_compile(config: TrainerConfig, device: torch.device) -> bool:
-    """Whether `--compile` asks for `torch.compile` on this device."""
-    return config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
 
 
 @dataclass(frozen=True)
