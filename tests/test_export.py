@@ -22,6 +22,7 @@ from transformers import (
 
 import export
 from generation.config import SamplingConfig
+from generation.decoding import generate
 from generation.text_model import TextModel
 from model import GPT, GPTConfig
 from system.errors import UserError
@@ -89,7 +90,7 @@ def test_transformers_gives_the_same_logits_and_tokens(toy, tmp_path, kind):
     assert exported.generation_config.suppress_tokens == (
         list(range(config.n_tokens, config.vocab_size)) if config.vocab_size > config.n_tokens else None
     )
-    greedy = [ids.item() for ids, _ in ours.generate(tokens[:1], 100, temperature=0.0)]
+    greedy = [ids.item() for ids, _ in generate(ours, tokens[:1], 100, temperature=0.0)]
     generated = exported.generate(tokens[:1], do_sample=False, max_new_tokens=100, eos_token_id=UNUSED_ID)
     assert generated[0, 40:].tolist() == greedy and len(set(greedy)) > 30
     again = load_checkpoint(tmp_path / "out")  # what was exported can be read back
