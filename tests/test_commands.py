@@ -143,6 +143,9 @@ def test_help_is_quick_and_names_every_flag():
         ("train_classifier.py", "--train-layers"),
         ("classify.py", "--json"),
         ("evaluate.py", "--hellaswag"),
+        ("export.py", "--out"),
+        ("benchmarks/generation.py", "--prompts"),
+        ("benchmarks/training.py", "--rounds"),
         ("demo.py", "--input"),
     ):
         code = (
