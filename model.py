@@ -1,6 +1,6 @@
 """GPT-2 (Radford et al. 2019): the network and its loss.
 
-Names and shapes are those of OpenAI's release, so its weights load by name. In the margins: B sequences, T positions,
+Names and shapes are those of OpenAI's release, so its weights load by name. In the comments: B sequences, T positions,
 C = n_embd, nh heads of size hs = C / nh, V = vocab_size.
 """
 
@@ -16,6 +16,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+ChunkLoss = Callable[[Tensor, Tensor, Tensor, bool], "tuple[Tensor, Tensor | None, Tensor | None]"]
+"""The type of `chunk_loss` and of its compiled version."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,16 @@ class GPTConfig:
 
 
 class AttentionCache(Protocol):
-    """Keys and values of one layer for earlier positions, kept while a text is generated."""
+    """Keys and values of one layer for earlier positions, kept while a text is generated.
+
+    `generation/decoding.py` implements it.
+    """
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Adds k and v (B, nh, T, hs) of new positions.
 
-        Returns all keys and all values (B, nh, S, hs), and a bool mask (T, S) of the positions that each query sees,
-        or None if plain causal attention over the T new positions is right.
+        Returns all keys and all values (B, nh, S, hs), and a bool mask (T, S) of the positions that each query sees.
+        The mask is None if a single query sees everything, or if there are no earlier positions.
         """
         ...
 
@@ -116,7 +122,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        self.compiled: tuple[Callable[..., Tensor], ChunkLoss] | None = None  # `hidden` and `chunk_loss`
+        self.compiled: tuple[Callable[..., Tensor], ChunkLoss] | None = None  # see `compile_training`
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -195,14 +201,17 @@ class GPT(nn.Module):
         """
         if targets is None:
             return self.lm_head(self.hidden(tokens))
-        hidden, loss_of_chunk = (self.training and self.compiled) or (self.hidden, chunk_loss)
-        x, y = hidden(tokens).flatten(0, 1), targets.flatten()  # (B * T, C), (B * T,)
+        network: Callable[..., Tensor] = self.hidden
+        loss_function: ChunkLoss = chunk_loss
+        if self.training and self.compiled:
+            network, loss_function = self.compiled
+        x, y = network(tokens).flatten(0, 1), targets.flatten()  # (B * T, C), (B * T,)
         if counted is not None:
             x, y = x[counted], y[counted]
-            loss_of_chunk = chunk_loss  # the number of positions changes with every batch, and would recompile
+            loss_function = chunk_loss  # the number of positions changes with every batch, and would recompile
         if weights is not None:  # a classifier's: its few logits need no chunks
             return (F.cross_entropy(self.lm_head(x).float(), y, reduction="none") * weights).sum()
-        return linear_cross_entropy(x, self.lm_head.weight, y, loss_of_chunk=loss_of_chunk)
+        return linear_cross_entropy(x, self.lm_head.weight, y, loss_function=loss_function)
 
     def compile_training(self) -> None:
         """Makes `forward` compute the loss with two compiled functions: the network, and the loss of a chunk.
@@ -211,45 +220,6 @@ class GPT(nn.Module):
         every chunk in memory.
         """
         self.compiled = torch.compile(self.hidden), torch.compile(chunk_loss)
-
-
-ChunkLoss = Callable[[Tensor, Tensor, Tensor, bool], "tuple[Tensor, Tensor | None, Tensor | None]"]
-
-
-def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    chunk_size: int | None = None,
-    loss_of_chunk: ChunkLoss | None = None,
-) -> Tensor:
-    """Returns the summed cross-entropy of the logits `hidden @ weight.T`, a float32 scalar in nats.
-
-    hidden (N, C), weight (V, C), int64 targets (N,). The logits exist for `chunk_size` positions at a time. The
-    gradient is formed in the same pass, so the product with the head is computed once. `loss_of_chunk` is `chunk_loss`
-    or its compiled version.
-    """
-    if torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    needs_grad = torch.is_grad_enabled()
-    return _LinearCrossEntropy.apply(
-        hidden,
-        weight,
-        targets,
-        min(chunk_size or default_chunk_size(hidden), len(hidden)),
-        loss_of_chunk or chunk_loss,
-        needs_grad and hidden.requires_grad,
-        needs_grad and weight.requires_grad,
-    )
-
-
-def default_chunk_size(hidden: Tensor) -> int:
-    """Positions for which logits exist at a time."""
-    if hidden.device.type == "cpu":
-        return 512  # logits stay in the caches
-    if hidden.is_cuda and hidden.dtype != torch.float16:
-        return 8192  # every chunk reads and writes the whole gradient of the head
-    return 2048  # float16 would overflow in larger sums
 
 
 def chunk_loss(x: Tensor, head: Tensor, y: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -266,10 +236,49 @@ def chunk_loss(x: Tensor, head: Tensor, y: Tensor, needs_grad: bool) -> tuple[Te
         return loss, None, None
     # Subtract the 1 in float32: in bfloat16, 0.999 - 1 would be 0.
     grad_at_target = (at_target - highest).exp() / normalizer - 1
-    return loss, logits.div_(normalizer).to(x.dtype), grad_at_target.to(x.dtype)
+    softmax = logits.div_(normalizer)  # `logits` holds exp(logits - highest) by now
+    return loss, softmax.to(x.dtype), grad_at_target.to(x.dtype)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk_size: int | None = None,
+    loss_function: ChunkLoss = chunk_loss,
+) -> Tensor:
+    """Returns `F.cross_entropy(hidden @ weight.T, targets, reduction="sum")`, a float32 scalar in nats.
+
+    hidden (N, C), weight (V, C), int64 targets (N,). All logits at once would be the largest tensor of a training step.
+    Here they exist for `chunk_size` positions at a time, and each chunk forms its gradient in the same pass, so the
+    product with the head is computed once. `loss_function` is `chunk_loss` or its compiled version.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    needs_grad = torch.is_grad_enabled()  # asked here, since it is off inside an autograd function
+    return _LinearCrossEntropy.apply(
+        hidden,
+        weight,
+        targets,
+        max(1, min(chunk_size or default_chunk_size(hidden), len(hidden))),
+        loss_function,
+        needs_grad and hidden.requires_grad,
+        needs_grad and weight.requires_grad,
+    )
+
+
+def default_chunk_size(hidden: Tensor) -> int:
+    """Positions for which logits exist at a time."""
+    if hidden.device.type == "cpu":
+        return 512  # logits stay in the caches
+    if hidden.is_cuda and hidden.dtype != torch.float16:
+        return 8192  # every chunk reads and writes the whole gradient of the head
+    return 2048  # in float16 the gradient of the head would overflow in sums over more positions
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
+    """Computes loss and gradients in `forward`; `backward` only multiplies them by the incoming gradient."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -277,7 +286,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         chunk_size: int,
-        loss_of_chunk: ChunkLoss,
+        loss_function: ChunkLoss,
         hidden_needs_grad: bool,
         weight_needs_grad: bool,
     ) -> Tensor:
@@ -285,10 +294,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if hidden_needs_grad else None
         grad_weight = torch.zeros_like(weight) if weight_needs_grad else None
-        for i in range(0, len(hidden), max(1, chunk_size)):
+        for i in range(0, len(hidden), chunk_size):
             x, y = hidden[i : i + chunk_size], targets[i : i + chunk_size, None]
-            compute = loss_of_chunk if len(x) == chunk_size else chunk_loss  # a shorter last chunk would recompile
-            part, grad_logits, grad_at_target = compute(x, head, y, hidden_needs_grad or weight_needs_grad)
+            if len(x) < chunk_size:
+                loss_function = chunk_loss  # the compiled one would recompile for a shorter last chunk
+            part, grad_logits, grad_at_target = loss_function(x, head, y, hidden_needs_grad or weight_needs_grad)
             loss += part
             if grad_logits is not None and grad_at_target is not None:
                 grad_logits.scatter_(-1, y, grad_at_target)
@@ -296,7 +306,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_hidden[i : i + chunk_size] = grad_logits @ head
                 if grad_weight is not None and grad_weight.dtype == x.dtype:
                     grad_weight.addmm_(grad_logits.t(), x)
-                elif grad_weight is not None:
+                elif grad_weight is not None:  # the sum over chunks stays in float32
                     grad_weight += grad_logits.t() @ x
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss

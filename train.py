@@ -159,7 +159,7 @@ def main(config: Config) -> None:
         resumed=resumed,
         sharding=sharding,
         samples=None if sharding else Samples(tokenizer, None, config.sample_prompt),
-        is_fresh=start is None,
+        has_random_weights=start is None,
     )
 
 

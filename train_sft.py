@@ -110,11 +110,13 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     start["config"] = dataclasses.replace(start["config"], dropout=config.dropout)
     model = checkpoint.build(start, path)
-    facts = {"kind": kind, "tokenizer": tokenizer.spec, "template": meta["template"]}
+    metadata = {"kind": kind, "tokenizer": tokenizer.spec, "template": meta["template"]}
     if kind == "lora":
         new = {"rank": config.lora_rank, "alpha": config.lora_alpha, "base": str(config.model)}
-        facts["lora"] = resumed["lora"] if resumed else {**new, "base_sha256": lora.sha256_of(config.model)}
-        lora.add_adapter(model, facts["lora"]["rank"], facts["lora"]["alpha"], config.lora_dropout, tokenizer.user)
+        metadata["lora"] = resumed["lora"] if resumed else {**new, "base_sha256": lora.sha256_of(config.model)}
+        lora.add_adapter(
+            model, metadata["lora"]["rank"], metadata["lora"]["alpha"], config.lora_dropout, tokenizer.user
+        )
         if resumed:
             lora.restore_adapter(model, resumed, config.out)
     train_data, val_data = (
@@ -130,7 +132,7 @@ def main(config: Config) -> None:
         val_data,
         config,
         Processes.join(config.device),
-        facts,
+        metadata,
         resumed=resumed,
         examples=Examples(lambda state: greedy_answers(state, tokenizer, exchanges)),
         samples=Samples(tokenizer, meta["template"], config.sample_prompt) if config.sample_prompt else None,

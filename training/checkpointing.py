@@ -35,9 +35,9 @@ def claim_output(config: TrainerConfig, *kinds: str) -> dict[str, Any] | None:
 class Checkpointer(Listener):
     """Writes a run's weights to `--out`, its resume file and its snapshots. Needed on every rank."""
 
-    def __init__(self, facts: dict[str, Any]):
-        """`facts` are stored in each file: kind, tokenizer, template and the like."""
-        self.facts = facts
+    def __init__(self, metadata: dict[str, Any]):
+        """`metadata` is stored in each file: kind, tokenizer, template and the like."""
+        self.metadata = metadata
 
     def on_start(self, state: TrainingState) -> None:
         if state.step == 0 and state.processes.rank == 0:
@@ -57,7 +57,7 @@ class Checkpointer(Listener):
             state.config.last_path,
             optimizer=[optimizer.state_dict() for optimizer in state.optimizers],
             scaler=state.scaler.state_dict(),
-            bad_evaluations=state.bad_evaluations,
+            bad_evaluations=state.evaluations_since_best,
             recent_losses=state.recent_losses,
         )
 
@@ -69,7 +69,7 @@ class Checkpointer(Listener):
         """Writes the weights, the progress and `more` to a file, atomically."""
         packed = checkpoint.pack(
             state.model,
-            **self.facts,
+            **self.metadata,
             step=state.step,
             tokens=state.tokens,
             best_val_loss=state.best_val_loss,
@@ -94,7 +94,7 @@ def restore(state: TrainingState, resumed: dict[str, Any]) -> None:
         if resumed["scaler"]:  # empty unless the run was in float16
             state.scaler.load_state_dict(resumed["scaler"])
         state.step, state.tokens, state.history = resumed["step"], resumed["tokens"], resumed["history"]
-        state.best_val_loss, state.bad_evaluations = resumed["best_val_loss"], resumed["bad_evaluations"]
+        state.best_val_loss, state.evaluations_since_best = resumed["best_val_loss"], resumed["bad_evaluations"]
         state.recent_losses = resumed["recent_losses"]
     except (KeyError, ValueError):
         raise UserError(

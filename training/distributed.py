@@ -1,7 +1,7 @@
 """The processes that train one model: their ranks, their sums, and copies of the model that stay equal (DDP).
 
-The only file that knows how many processes there are. `torchrun` starts them; `training/sharding.py` cuts a model into
-slices (FSDP).
+`torchrun` starts the processes. This file joins and leaves their group, and is the only one that talks to the others,
+except for `training/sharding.py`, which cuts a model into slices (FSDP).
 """
 
 from __future__ import annotations

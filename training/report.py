@@ -19,7 +19,7 @@ from text.tokenizer import Tokenizer
 from training.evaluation import bits_per_byte, perplexity
 from training.loader import Epochs, Windows
 from training.run_log import RunLog
-from training.state import Listener, StopReason, TrainingState
+from training.state import Listener, StepFigures, StopReason, TrainingState
 
 Examine = Callable[[TrainingState], "list[dict[str, str]]"]
 """Gives the model the same few held-out inputs each time; returns `input`, `expected` and `output` of each."""
@@ -81,10 +81,10 @@ class ProgressBar(Listener):
             mininterval=0.5 if os.isatty(2) else 30,
         )
 
-    def on_step(self, state: TrainingState, step: int, loss: float) -> None:
+    def on_step(self, state: TrainingState, figures: StepFigures, loss: float) -> None:
         assert self.bar is not None
-        rate = (state.tokens - self.tokens_before) / (time.perf_counter() - self.start)
-        text = f"loss {loss:.3f}, lr {state.optimizers[0].param_groups[0]['lr']:.1e}, {rate:,.0f} tokens/s"
+        rate = (figures.tokens - self.tokens_before) / (time.perf_counter() - self.start)
+        text = f"loss {loss:.3f}, lr {figures.learning_rate:.1e}, {rate:,.0f} tokens/s"
         if self.peak_flops:
             text += f", MFU {rate * state.model.flops_per_token() / self.peak_flops:.0%}"
         self.bar.set_postfix_str(text, refresh=False)

@@ -26,18 +26,18 @@ def train(
     val_data: Windows | Epochs,
     config: TrainerConfig,
     processes: Processes,
-    facts: dict[str, Any],
+    metadata: dict[str, Any],
     *,
     resumed: dict[str, Any] | None = None,
     sharding: Sharding | None = None,
     samples: Samples | None = None,
     examples: Examples | None = None,
-    is_fresh: bool = False,
+    has_random_weights: bool = False,
 ) -> StopReason:
     """Trains a model, and writes `--out`, the resume file, the log and the plot.
 
-    `facts` (kind, tokenizer, template and the like) are stored in the checkpoints. `resumed` is a loaded resume file,
-    whose weights `model` has. `is_fresh` says that the weights are random, so that the first loss is known. Raises
+    `metadata` (kind, tokenizer, template and the like) is stored in the checkpoints. `resumed` is a loaded resume file,
+    whose weights `model` has. `has_random_weights` says that the first loss is known. Raises
     UserError for data that cannot be used, and for a loss that is not finite. On the CPU a resumed run equals an
     uninterrupted one bit for bit.
     """
@@ -45,16 +45,18 @@ def train(
     if resumed:
         restore(state, resumed)
     trainer = Trainer(state, train_data, val_data)
-    checkpointer = Checkpointer(facts)
+    checkpointer = Checkpointer(metadata)
     if processes.rank > 0:
         return trainer.run([checkpointer])
     log = RunLog()
     listeners: list[Listener | None] = [
-        examples,  # first, since the examples belong into the log and into the checkpoint
+        # The order matters: examples belong in the log and in the checkpoint, lines are printed around the bar, and a
+        # checkpoint is written before its plot.
+        examples,
         log,
-        Report(train_data, math.log(model.config.vocab_size) if is_fresh else None),
+        Report(train_data, math.log(model.config.vocab_size) if has_random_weights else None),
         ProgressBar(),
-        Summary(log, is_text=facts["kind"] != "classifier", bytes_per_token=val_data.bytes_per_token),
+        Summary(log, is_text=metadata["kind"] != "classifier", bytes_per_token=val_data.bytes_per_token),
         samples,
         checkpointer,
         LossPlot(),

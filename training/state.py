@@ -46,6 +46,7 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     """scales the loss in float16, does nothing in other precisions"""
     sharding: Sharding | None = None
+    """for a model in slices (`--fsdp`)"""
     n_micro_batches: int = 1
     """per step and process"""
     step: int = 0
@@ -54,8 +55,7 @@ class TrainingState:
     """tokens seen, over all processes"""
     best_val_loss: float = math.inf
     """nats per token"""
-    bad_evaluations: int = 0
-    """evaluations since the best one"""
+    evaluations_since_best: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     """one entry per evaluation: `step`, `val_loss`, perhaps `bits_per_byte` and `examples`"""
     recent_losses: list[float] = field(default_factory=list)
@@ -113,14 +113,15 @@ class StepFigures:
 class Listener:
     """What happens beside the loop. A subclass overrides the methods that concern it.
 
-    Methods run on every rank that has the listener, and must not change the state, except for `history` entries.
+    Methods run on every rank that has the listener. They leave the state as it was, except that they may add to the
+    entry of an evaluation.
     """
 
     def on_start(self, state: TrainingState) -> None:
         """Before the first step of this process."""
 
-    def on_step(self, state: TrainingState, step: int, loss: float) -> None:
-        """After each step; `state` may be one step ahead."""
+    def on_step(self, state: TrainingState, figures: StepFigures, loss: float) -> None:
+        """After the loss of a step is known. The weights, and the other numbers in `state`, may be one step ahead."""
 
     def on_log(self, state: TrainingState, entry: dict[str, Any]) -> None:
         """After every `--log-every` steps, with the entry for the log."""

@@ -57,10 +57,10 @@ class Trainer:
             Prefetcher(self.load_batch, state.step) as batches,
         ):
             for listener in self.listeners:
-                at_exit.callback(listener.close)
+                at_exit.callback(listener.close)  # after an error too
                 listener.on_start(state)
             stop = self.evaluate() if state.step == 0 else None
-            pending = None  # the last step, if nobody has looked at its loss yet
+            unread = None  # what the last step measured, as long as the GPU may still compute it
             while stop is None and state.step < config.max_steps:
                 batch = batches.get(state.step)
                 learning_rate = learning_rate_at(state.step, config)
@@ -69,32 +69,41 @@ class Trainer:
                 grad_norm = self.update_weights(learning_rate)
                 state.processes.sum_in_place(loss)
 
-                stop = self.check(pending)  # the step before: the GPU computes while the host looks at it
+                stop = self.check(unread)  # the previous step, so that the host need not wait for this one
                 state.step += 1
                 state.tokens += batch.n_tokens
-                pending = StepFigures(state.step, state.tokens, learning_rate, to_host(torch.stack([loss, grad_norm])))
-                is_interrupted = self.is_interrupted(stop_signals)
-                is_last = is_interrupted or stop is not None or state.step == config.max_steps
-                evaluation_is_due = self.is_due(config.eval_every) or state.step == config.max_steps
-                save_is_due, snapshot_is_due = self.is_due(config.save_every), self.is_due(config.snapshot_every)
-
-                if is_last or evaluation_is_due or save_is_due or snapshot_is_due:
-                    stop = self.check(pending) or stop  # before anything is saved
-                    pending = None
-                if evaluation_is_due or stop:
-                    stop = self.evaluate() or stop
-                if snapshot_is_due:
-                    for listener in self.listeners:
-                        listener.on_snapshot(state)
-                if is_last or save_is_due or stop:
-                    for listener in self.listeners:
-                        listener.on_save(state)
-                if is_interrupted:
+                unread = StepFigures(state.step, state.tokens, learning_rate, to_host(torch.stack([loss, grad_norm])))
+                if self.is_interrupted(stop_signals) and state.step < config.max_steps:
                     stop = stop or StopReason.INTERRUPTED
+                if stop or self.anything_is_due():
+                    stop = self.check(unread) or stop  # nothing is saved before its loss is known
+                    unread = None
+                    stop = self.evaluate_and_save(stop)
         stop = stop or StopReason.DONE
         for listener in self.listeners:
             listener.on_end(state, stop)
         state.processes.leave()
+        return stop
+
+    def anything_is_due(self) -> bool:
+        """Whether an evaluation, a snapshot or a save is due after this step."""
+        c = self.config
+        intervals = (c.eval_every, c.snapshot_every, c.save_every)
+        return self.state.step == c.max_steps or any(self.is_due(every) for every in intervals)
+
+    def evaluate_and_save(self, stop: StopReason | None) -> StopReason | None:
+        """Does what is due after this step, or because training stops; returns why it stops, if it does."""
+        state, config = self.state, self.config
+        is_last_step = state.step == config.max_steps
+        ends_early = stop is not None and stop is not StopReason.INTERRUPTED
+        if self.is_due(config.eval_every) or is_last_step or ends_early:
+            stop = self.evaluate() or stop
+        if self.is_due(config.snapshot_every):
+            for listener in self.listeners:
+                listener.on_snapshot(state)
+        if self.is_due(config.save_every) or is_last_step or stop:
+            for listener in self.listeners:
+                listener.on_save(state)
         return stop
 
     def load_batch(self, step: int) -> StepBatch:
@@ -103,39 +112,30 @@ class Trainer:
         for row in rows:
             for ids in (row.tokens[0], row.targets[0]):
                 require_ids_below(ids.numpy(), vocab_size, "the training data", "prepare the data again")
+        state, processes = self.state, self.state.processes
+        max_length = state.model.config.block_size
         return StepBatch(
-            self.split(rows),
+            micro_batches(rows, state.n_micro_batches, processes.rank, processes.world_size, max_length),
             total_weight=sum(row.total_weight for row in rows),
             n_tokens=sum(row.tokens.numel() for row in rows),
         )
 
-    def split(self, rows: list[Batch]) -> list[Batch]:
-        """Returns this rank's micro-batches of a global batch."""
-        state = self.state
-        return micro_batches(
-            rows,
-            state.n_micro_batches,
-            state.processes.rank,
-            state.processes.world_size,
-            state.model.config.block_size,
-        )
-
-    def forward_backward(self, share: list[Batch], total_weight: float, exchange: bool = True) -> Tensor:
+    def forward_backward(self, batches: list[Batch], total_weight: float, exchange: bool = True) -> Tensor:
         """Adds up the gradients of micro-batches; returns this rank's part of the mean loss, in nats per token.
 
-        The sums of all ranks are exchanged with the last micro-batch, unless `exchange` is False.
+        DDP exchanges gradients with the last micro-batch, unless `exchange` is False; FSDP does with each.
         """
         state, device = self.state, self.state.processes.device
         total = torch.zeros((), device=device)
-        for i, batch in enumerate(share):
+        for i, batch in enumerate(batches):
             batch = batch.to(device)
             if state.is_compiled and batch.counted is not None:  # padded batches differ in size and length
                 torch._dynamo.maybe_mark_dynamic(batch.tokens, [0, 1])
-            is_exchanged = exchange and i == len(share) - 1
+            is_exchanged = exchange and i == len(batches) - 1
             with local_gradients(self.forward, on=not is_exchanged), fast_attention():
                 with autocast(device, state.dtype):
                     loss = self.forward(batch.tokens, batch.targets, batch.counted, batch.weights)
-                loss = loss / max(total_weight, 1)
+                loss = loss / (total_weight or 1)  # 0 if nothing counts
                 # DDP averages over processes, but each loss is already divided by the weight of the whole batch.
                 state.scaler.scale(loss * state.processes.world_size).backward()
             total += loss.detach()
@@ -160,7 +160,7 @@ class Trainer:
         return norm
 
     def check(self, figures: StepFigures | None) -> StopReason | None:
-        """Looks at a step's loss, logs it if that is due, and says whether it reaches `--target-loss`.
+        """Waits for a step's loss, and logs it if that is due; returns why to stop if it reaches `--target-loss`.
 
         Raises UserError for a loss that is not finite.
         """
@@ -177,7 +177,7 @@ class Trainer:
             )
         state.recent_losses.append(loss)
         for listener in self.listeners:
-            listener.on_step(state, figures.step, loss)
+            listener.on_step(state, figures, loss)
         if figures.step % config.log_every:
             return None
         mean, state.recent_losses = sum(state.recent_losses) / len(state.recent_losses), []
@@ -193,12 +193,12 @@ class Trainer:
         return StopReason.TARGET_LOSS if mean <= config.target_loss else None
 
     def evaluate(self) -> StopReason | None:
-        """Computes the validation loss; says whether `--patience` is exhausted."""
+        """Computes the validation loss; returns why to stop if `--patience` is exhausted."""
         state, config = self.state, self.config
         loss = mean_loss(
             state.model,
             self.val_data.in_order(config.eval_tokens),
-            max(state.processes.world_size, config.batch_size // state.n_micro_batches),
+            max(state.processes.world_size, config.batch_size // state.n_micro_batches),  # as in training
             state.dtype,
             state.processes,
         )
@@ -207,11 +207,11 @@ class Trainer:
             entry["bits_per_byte"] = bits_per_byte(loss, self.val_data.bytes_per_token)
         is_best = loss < state.best_val_loss
         state.best_val_loss = min(loss, state.best_val_loss)
-        state.bad_evaluations = 0 if is_best else state.bad_evaluations + 1
+        state.evaluations_since_best = 0 if is_best else state.evaluations_since_best + 1
         state.history.append(entry)
         for listener in self.listeners:
             listener.on_evaluation(state, entry, is_best)
-        is_exhausted = config.patience and state.bad_evaluations >= config.patience
+        is_exhausted = 0 < config.patience <= state.evaluations_since_best
         return StopReason.PATIENCE if is_exhausted else None
 
     def is_due(self, every: int) -> bool:
@@ -219,8 +219,8 @@ class Trainer:
         return every > 0 and self.state.step % every == 0
 
     def is_interrupted(self, stop_signals: list[int]) -> bool:
-        """Whether a process got a stop signal. Several processes ask each other only at lines of the log: it costs
-        time."""
+        """Whether a process got a stop signal. Asking the others takes time, so several processes ask each other only
+        every `--log-every` steps."""
         if self.state.processes.world_size > 1 and not self.is_due(self.config.log_every):
             return False
         return self.state.processes.any(bool(stop_signals))
