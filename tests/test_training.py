@@ -164,6 +164,17 @@ def test_training_never_overwrites_a_checkpoint_unasked(toy):
     assert (toy / "checkpoints/toy.pt").read_bytes() == before
 
 
+def test_plots_are_named_after_the_checkpoint(toy):
+    names = {out: str(TrainerConfig(out=Path(out)).plot_path()) for out in ("checkpoints/demo/sft.pt", "a/b.pt")}
+    assert list(names.values()) == ["plots/demo_sft_loss.png", "a/b_loss.png"]
+    assert TrainerConfig(out=Path("checkpoints.pt")).plot_path() == Path("checkpoints_loss.png")
+    (toy / "plots/folder_loss.png").mkdir(parents=True)
+    arguments = ["--data", "data/toy", *TOY_SHAPE, "--out", "checkpoints/folder.pt", "--max-steps", "1"]
+    result = run_script(toy, "train.py", *arguments)
+    assert result.returncode == 2 and "is a folder" in result.stderr.splitlines()[-1]
+    assert not (toy / "checkpoints/folder.pt").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(toy):
     result = run_script(
         toy,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from system.cli import command_line, plain
-from system.errors import UserError
+from system.errors import UserError, require
 from training.config import TrainerConfig
 from training.state import Listener, StopReason, TrainingState
 from weights import checkpoint
@@ -18,7 +18,8 @@ def claim_output(config: TrainerConfig, *kinds: str) -> dict[str, Any] | None:
 
     Raises UserError if a run would overwrite another unasked, or if there is nothing to resume.
     """
-    last = config.last_path
+    last, plot = config.last_path, config.plot_path()
+    require(not plot.is_dir(), f"the plot {plot} is a folder: choose another --out")
     if config.resume:
         if not last.exists():
             raise UserError(f"nothing to resume: {last} is missing; start without --resume")

@@ -33,7 +33,7 @@ class Output:
     def plot_path(self, what: str = "loss") -> Path:
         """A plot: `plots/demo_sft_loss.png` for `checkpoints/demo/sft.pt`, otherwise beside the checkpoint."""
         first, *others = self.out.with_suffix("").parts
-        if first == "checkpoints":
+        if first == "checkpoints" and others:
             return Path("plots") / f"{'_'.join(others)}_{what}.png"
         return self.out.with_name(f"{self.out.stem}_{what}.png")
 

@@ -96,7 +96,7 @@ class Windows:
                 require_ids_below(shard, shape.vocab_size, path, "prepare the data with the model's tokenizer")
         elif counts["tokens"] != data.n_tokens:
             raise UserError(f"{folder} is damaged, its {split} files do not fit its meta.json: prepare the data again")
-        elif counts.get("bytes"):
+        elif counts.get("bytes") and data.n_tokens:
             data.bytes_per_token = counts["bytes"] / data.n_tokens
         return data
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from system.cli import catch_stop_signals
 from system.device import autocast, fast_attention, to_host
 from system.errors import UserError
-from text.token_files import require_ids_below
 from training.distributed import local_gradients, replicate
 from training.evaluation import bits_per_byte, mean_loss
 from training.loader import Batch, Epochs, Prefetcher, StepBatch, Windows, micro_batches, step_seed
@@ -109,9 +108,10 @@ class Trainer:
     def load_batch(self, step: int) -> StepBatch:
         """Returns this rank's share of the global batch of a step."""
         rows, vocab_size = self.train_data.batch(step), self.state.model.config.vocab_size
-        for row in rows:
-            for ids in (row.tokens[0], row.targets[0]):
-                require_ids_below(ids.numpy(), vocab_size, "the training data", "prepare the data again")
+        if max(int(max(row.tokens.max(), row.targets.max())) for row in rows) >= vocab_size:
+            raise UserError(
+                f"the training data holds ids that the model's {vocab_size:,} tokens lack: prepare it again"
+            )
         state, processes = self.state, self.state.processes
         max_length = state.model.config.block_size
         return StepBatch(
