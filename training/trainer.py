@@ -109,9 +109,7 @@ class Trainer:
         """Returns this rank's share of the global batch of a step."""
         rows, vocab_size = self.train_data.batch(step), self.state.model.config.vocab_size
         if max(int(max(row.tokens.max(), row.targets.max())) for row in rows) >= vocab_size:
-            raise UserError(
-                f"the training data holds ids that the model's {vocab_size:,} tokens lack: prepare it again"
-            )
+            raise UserError("the training data holds ids that the model does not have: prepare the data again")
         state, processes = self.state, self.state.processes
         max_length = state.model.config.block_size
         return StepBatch(
