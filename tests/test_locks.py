@@ -1,6 +1,8 @@
 """Runs side by side: one writer for an output, readers or one writer for a data folder, and what kills leave behind."""
 
 import contextlib
+import errno
+import fcntl
 import os
 import re
 import shutil
@@ -14,7 +16,10 @@ import pytest
 from conftest import ENVIRONMENT, REPOSITORY, TOY_SHAPE, command, run_script, succeed, wait_for_log
 
 from system.errors import UserError
-from system.locks import locked, reading, writing
+from system.locks import locked, reading, releases_locks, writing
+from training.checkpointing import claim_output
+from training.config import TrainerConfig
+from training.distributed import Processes
 
 TRAIN = ["--data", "data", *TOY_SHAPE, "--eval-tokens", "64"]
 SHORT = ["--max-steps", "1", "--overwrite"]
@@ -57,7 +62,7 @@ def hidden_files(folder: Path) -> list[str]:
 
 def hold_output(folder: Path, name: str) -> contextlib.AbstractContextManager[bool]:
     """Holds the lock of an output, as a training run does."""
-    return locked(folder / f"checkpoints/.{name}.pt.lock", "in use", "wait")
+    return locked(folder / f".{name}.pt.lock", "in use", "wait")
 
 
 def test_a_training_keeps_others_out_until_it_is_killed_and_the_next_run_cleans_up(here):
@@ -87,7 +92,7 @@ def test_a_training_keeps_others_out_until_it_is_killed_and_the_next_run_cleans_
 
 def test_every_training_script_locks_its_output(here):
     flags = ["--out", "checkpoints/a.pt", "--device", "cpu"]
-    with hold_output(here, "a"):
+    with hold_output(here / "checkpoints", "a"):
         processes = [
             subprocess.Popen(command(script, *flags), cwd=here, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
             for script in ("train_sft.py --data data", "train_classifier.py")
@@ -101,7 +106,7 @@ def test_every_training_script_locks_its_output(here):
 def test_a_refused_job_of_several_processes_ends_with_one_line(here):
     (here / "checkpoints/a.pt").touch()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    with hold_output(here, "a"):
+    with hold_output(here / "checkpoints", "a"):
         result = subprocess.run(
             [*launcher, str(REPOSITORY / "train.py"), *TRAIN, "--out", "checkpoints/a.pt"],
             cwd=here, env=ENVIRONMENT, capture_output=True, encoding="utf-8", timeout=60,
@@ -133,21 +138,23 @@ def test_a_read_only_folder_can_be_read(here):
         pass
 
 
-def test_without_locks_in_the_file_system_a_run_goes_on(here):
-    code = f"""
-import errno, fcntl, runpy, sys
-def flock(file, operation):
-    raise OSError(errno.ENOSYS, "Function not implemented")
-fcntl.flock = flock
-sys.argv = {["train.py", *TRAIN, *SHORT, "--out", "checkpoints/a.pt"]!r}
-sys.path.insert(0, {str(REPOSITORY)!r})
-runpy.run_path({str(REPOSITORY / "train.py")!r}, run_name="__main__")
-"""
-    half = here / "checkpoints/.a.pt.4194305.tmp"
+def test_without_locks_in_the_file_system_a_run_goes_on(tmp_path, monkeypatch):
+    def flock(file: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    @releases_locks
+    def main(config: TrainerConfig) -> None:
+        assert claim_output(config, Processes()) is None
+
+    half = tmp_path / ".a.pt.4194305.tmp"
     half.write_text("perhaps of a run that is alive")
-    result = subprocess.run([sys.executable, "-c", code], cwd=here, env=ENVIRONMENT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert hidden_files(here) == [half.name]
+    with hold_output(tmp_path, "a"), reading(tmp_path, "meta.json"):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        main(TrainerConfig(out=tmp_path / "a.pt"))
+        with writing(tmp_path, "meta.json"):
+            pass
+        monkeypatch.undo()
+    assert hidden_files(tmp_path) == [half.name]
 
 
 def test_readers_share_a_folder_and_exclude_a_writer(tmp_path):
