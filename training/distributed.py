@@ -101,7 +101,7 @@ def _environment_number(name: str, default: int) -> int:
     """Returns the number in an environment variable. Raises UserError unless it is a whole number of at least 0."""
     text = os.environ.get(name, str(default))
     if not (text.isascii() and text.isdecimal()):
-        raise UserError(f"the environment variable {name} is {text!r}, not a number: {_UNSET_OR_LAUNCH}")
+        raise UserError(f"{name}={text} in the environment is not a whole number of at least 0: {_UNSET_OR_LAUNCH}")
     return int(text)
 
 
