@@ -144,8 +144,10 @@ def _name(path: str | Path | None) -> str:
 
 def _decode(content: bytes, where: str) -> str:
     try:
+        if b"\0" in content:  # UTF-16 of plain English is valid UTF-8, except for these
+            raise ValueError
         return content.decode("utf-8")
-    except UnicodeDecodeError:
+    except ValueError:
         raise UserError(f"{where} is not UTF-8 text: convert it to UTF-8 first") from None
 
 
