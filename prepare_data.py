@@ -79,7 +79,7 @@ def main(config: Config) -> None:
     if config.inspect:
         print(report(*count_tokens(config.inspect), config.inspect))
         return
-    claim_folder(config.out, "train*.bin", config.overwrite)
+    claim_folder(config.out, "meta.json", "train*.bin", config.overwrite)
     corpus = open_corpus(config.dataset, config.input, config.text_column, config.config, config.split, config.revision)
     if config.vocab_size:
         pieces = corpus.pieces(config.val_fraction, config.seed)

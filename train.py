@@ -7,6 +7,7 @@ from pathlib import Path
 import prepare_data
 from system.cli import run
 from system.errors import UserError, require
+from system.locks import releases_locks
 from training.config import TrainerConfig
 
 NAMED_TEXTS = ("shakespeare", "war-and-peace", "pydocs")
@@ -102,6 +103,7 @@ PRESETS = {
 }
 
 
+@releases_locks
 def main(config: Config) -> None:
     """Trains one model."""
     import torch
@@ -109,7 +111,7 @@ def main(config: Config) -> None:
     from model import GPT, GPTConfig
     from text.token_files import is_prepared_from, read_token_meta
     from text.tokenizer import require_same_tokenizer, tokenizer_of_data
-    from training.checkpointing import claim_output
+    from training.checkpointing import claim_data, claim_output
     from training.distributed import Processes
     from training.loader import Windows
     from training.report import Samples
@@ -117,14 +119,15 @@ def main(config: Config) -> None:
     from weights import checkpoint
     from weights.loading import load_checkpoint
 
-    resumed = claim_output(config, "base")
     processes = Processes.join(config.device)
+    resumed = claim_output(config, processes, "base")
     if is_text(config.data):
         folder = Path("data") / config.data.stem
         if processes.world_size > 1:
             raise UserError(f"several processes cannot prepare {config.data} together: run prepare_data.py first")
         prepare(config, folder, overwrite=config.overwrite or is_prepared_from(folder, str(config.data)))
         config = dataclasses.replace(config, data=folder)
+    claim_data(config.data, "meta.json", processes)
     meta = read_token_meta(config.data)
     tokenizer = tokenizer_of_data(config.data, meta)
 

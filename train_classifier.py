@@ -7,6 +7,7 @@ from typing import Literal
 
 from system.cli import run
 from system.errors import UserError, require, require_at_least
+from system.locks import releases_locks
 from training.config import TrainerConfig
 
 
@@ -82,6 +83,7 @@ PRESETS = {
 }
 
 
+@releases_locks
 def main(config: Config) -> None:
     """Trains one classifier, and tests it."""
     import torch
@@ -95,7 +97,8 @@ def main(config: Config) -> None:
     from weights import checkpoint
     from weights.loading import load_checkpoint
 
-    resumed = claim_output(config, "classifier")
+    processes = Processes.join(config.device)
+    resumed = claim_output(config, processes, "classifier")
     start, path = (resumed, config.out) if resumed else (load_checkpoint(config.model), config.model)
     tokenizer = checkpoint.tokenizer_of(start)
     examples = read_examples(config.input, config.dataset, config.text_column, config.label_column)
@@ -120,7 +123,6 @@ def main(config: Config) -> None:
     if n_full := sum(part.n_full for part in data.values()):
         print(f"{n_full:,} texts fill the context of {block_size:,} tokens; longer texts are cut there")
     config = dataclasses.replace(config, max_steps=config.max_steps or config.epochs * data["train"].batches_per_epoch)
-    processes = Processes.join(config.device)
     train(
         model,
         data["train"],

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from system.cli import run
 from system.errors import UserError, require, require_at_least
+from system.locks import releases_locks
 from training.config import TrainerConfig
 
 
@@ -78,13 +79,14 @@ PRESETS = {
 }
 
 
+@releases_locks
 def main(config: Config) -> None:
     """Fine-tunes one model."""
     import torch
 
     from text.token_files import read_meta
     from text.tokenizer import require_same_tokenizer
-    from training.checkpointing import claim_output
+    from training.checkpointing import claim_data, claim_output
     from training.distributed import Processes
     from training.loader import Conversations
     from training.report import Examples, Samples, greedy_answers
@@ -93,7 +95,8 @@ def main(config: Config) -> None:
     from weights.loading import load_base, load_checkpoint
 
     kind = "lora" if config.lora_rank else "sft"
-    resumed = claim_output(config, kind)
+    processes = Processes.join(config.device)
+    resumed = claim_output(config, processes, kind)
     if kind == "lora" and config.out.resolve() == config.model.resolve():
         raise UserError(f"--out {config.out} is the model that the adapter belongs to: choose another")
     if resumed and kind == "sft":
@@ -102,6 +105,7 @@ def main(config: Config) -> None:
         start, path = load_base(resumed, config.out), resumed["lora"]["base"]
     else:
         start, path = checkpoint.grow_vocabulary(load_checkpoint(config.model)), config.model
+    claim_data(config.data, "sft_meta.json", processes)
     meta = read_meta(config.data / "sft_meta.json", "prepare_sft_data.py")
     tokenizer = checkpoint.tokenizer_of(start)
     remedy = "prepare the conversations with the model's tokenizer (--tokenizer)"
@@ -131,7 +135,7 @@ def main(config: Config) -> None:
         train_data,
         val_data,
         config,
-        Processes.join(config.device),
+        processes,
         metadata,
         resumed=resumed,
         examples=Examples(lambda state: greedy_answers(state, tokenizer, exchanges)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import sys
@@ -18,7 +19,7 @@ from prompt_toolkit.key_binding import KeyBindings
 from generation.config import SamplingConfig
 from generation.text_model import Chat, Sample, TextModel
 from system.errors import UserError
-from system.files import atomic_write
+from system.files import atomic_write, read_utf8, read_utf8_lines
 from text.conversations import read_file
 from text.readers import Notes
 from text.templates import Message
@@ -131,10 +132,7 @@ def token_lines(tokenizer: Tokenizer, sample: Sample) -> Iterator[str]:
 
 def read_standard_input() -> str:
     """Reads all of standard input, without a newline at its end. Raises UserError if it is not UTF-8."""
-    try:
-        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
-    except UnicodeDecodeError:
-        raise UserError("standard input is not UTF-8: convert it first") from None
+    return read_utf8().removesuffix("\n")
 
 
 class LineReader:
@@ -143,27 +141,35 @@ class LineReader:
     def __init__(self, label: str) -> None:
         self.label = label
         self.session: PromptSession[str] | None = None
-        if sys.stdin.isatty():
-            keys = KeyBindings()
-            keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
-            self.session = PromptSession(key_bindings=keys, multiline=False)
+        self.lines: Iterator[str] = iter(())
+        if not sys.stdin.isatty():
+            self.lines = read_utf8_lines()
+            return
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8")  # also in the C locale
+        keys = KeyBindings()
+        keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+        self.session = PromptSession(key_bindings=keys, multiline=False)
 
     def __iter__(self) -> LineReader:
         return self
 
     def __next__(self) -> str:
-        """Returns the next line, stripped. Ctrl-D ends the iteration; Ctrl-C discards what is typed."""
+        """Returns the next line, stripped; bytes that are not UTF-8 become U+FFFD if they are typed.
+
+        Ctrl-D ends the iteration; Ctrl-C discards what is typed. Raises UserError if standard input is not a terminal
+        and not UTF-8.
+        """
+        if self.session is None:
+            return next(self.lines).strip()
         while True:
             try:
-                if self.session:
-                    return self.session.prompt(ANSI(f"\x1b[1m{self.label}{RESET}")).strip()
-                return input().strip()
+                typed = self.session.prompt(ANSI(f"\x1b[1m{self.label}{RESET}"))
+                return Notes().clean(typed, "standard input").strip()
             except KeyboardInterrupt:
                 continue
             except EOFError:
                 raise StopIteration from None
-            except UnicodeDecodeError:
-                raise UserError("standard input is not UTF-8: convert it first") from None
 
 
 def complete_lines(text_model: TextModel, complete: Callable[[str], None]) -> None:

@@ -14,6 +14,7 @@ import itertools
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import textwrap
@@ -51,6 +52,7 @@ def run(
     An error that the user can correct ends in one line on standard error and exit status 1 (2 for bad usage); Ctrl-C
     ends in status 130.
     """
+    _replace_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # print a substitute for characters that the terminal lacks
@@ -58,6 +60,7 @@ def run(
     try:
         config = parse(config_class, sys.argv[1:], presets)
         print(f"{os.path.basename(sys.argv[0])}: {describe(config)}", file=sys.stderr)
+        _require_current_folder()
         main(config)
         sys.stdout.flush()
     except UserError as error:
@@ -77,6 +80,21 @@ def run(
         _exit(f"out of memory: try a {getattr(config, 'memory_savers', '')}smaller model", 1)
 
 
+def _replace_closed_streams() -> None:
+    """Connects each standard stream that the caller has closed (`>&-` in a shell) to the null device."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+
+
+def _require_current_folder() -> None:
+    """Raises UserError if the current folder was deleted: torch would end the process."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current folder does not exist any more: change to another one") from None
+
+
 def parse(config_class: type[Config], arguments: list[str], presets: Mapping[str, Config] | None = None) -> Config:
     """Parses flags into a config dataclass. `--preset NAME` chooses the defaults; other flags override them.
 
@@ -87,7 +105,7 @@ def parse(config_class: type[Config], arguments: list[str], presets: Mapping[str
     """
     preset = presets[_preset_name(arguments, presets)] if presets else None
     read_flags = functools.partial(
-        tyro.cli,
+        _parse_in_wide_terminal,
         _flags(config_class, preset),
         args=arguments,
         description=sys.modules[config_class.__module__].__doc__,
@@ -103,6 +121,20 @@ def parse(config_class: type[Config], arguments: list[str], presets: Mapping[str
         message = _explain(_first_paragraph(complaint.getvalue()), config_class)
         raise UserError(f"{message} (see --help)", status=2) from None
     return config_class(**{name: value for group in vars(groups).values() for name, value in vars(group).items()})
+
+
+def _parse_in_wide_terminal(*arguments: Any, **options: Any) -> Any:
+    """Calls `tyro.cli`, which draws frames and never ends in a terminal of one column; below 40 columns it gets 80."""
+    before = os.environ.get("COLUMNS")
+    if shutil.get_terminal_size().columns < 40:
+        os.environ["COLUMNS"] = "80"
+    try:
+        return tyro.cli(*arguments, **options)
+    finally:
+        if before is None:
+            os.environ.pop("COLUMNS", None)
+        else:
+            os.environ["COLUMNS"] = before
 
 
 @contextlib.contextmanager

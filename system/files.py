@@ -1,4 +1,4 @@
-"""Files on disk: atomic writes of files and of folders, locks, and UTF-8 text."""
+"""Files on disk: atomic writes of files and of folders, and UTF-8 text."""
 
 from __future__ import annotations
 
@@ -14,11 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from filelock import FileLock, Timeout
-
 from system.errors import UserError
-
-_LOCK = "lock"
+from system.locks import writing
 
 
 @contextlib.contextmanager
@@ -30,9 +27,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left_behind in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of a process that was killed
-        if time.time() - left_behind.stat().st_mtime > 3600:
-            left_behind.unlink(missing_ok=True)
+    remove_temporaries(path.parent, glob.escape(path.name), seconds=3600)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
@@ -44,6 +39,17 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_temporaries(folder: Path, pattern: str, seconds: float = 0) -> None:
+    """Removes what killed processes left of `atomic_write` to files whose names match a glob, if it is so old.
+
+    Without `seconds`, no other process may be writing these files.
+    """
+    for left_behind in folder.glob(f".{pattern}.*.tmp"):
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            if time.time() - left_behind.stat().st_mtime >= seconds:
+                left_behind.unlink()
+
+
 @contextlib.contextmanager
 def atomic_folder(folder: str | Path, last: str) -> Iterator[Path]:
     """Yields a temporary folder inside `folder`; at the end moves its files into `folder`, the file named `last` last.
@@ -51,15 +57,14 @@ def atomic_folder(folder: str | Path, last: str) -> Iterator[Path]:
     `last` is the meta file that lists the others. A kill leaves either all old files or all new files. Only a kill
     while the files are being moved leaves a mixture, with a meta file that says so. The next run removes what a killed
     run left behind, and old files that the new meta file does not list. Raises UserError if another process is writing
-    the same files, or if the disk is full.
+    or reading the same files, or if the disk is full.
     """
     folder = Path(folder)
     temporary = folder / f".prepare-{last}"
-    temporary.mkdir(parents=True, exist_ok=True)
-    with _locked(temporary):
+    with writing(folder, last):
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+        temporary.mkdir(parents=True)
         try:
-            for path in _files_in(temporary):  # of a run that was killed
-                path.unlink()
             yield temporary
             _replace_files(folder, temporary, last)
         except OSError as error:
@@ -75,14 +80,10 @@ def _replace_files(folder: Path, temporary: Path, last: str) -> None:
     old_names = _listed_files(folder / last)
     if (folder / last).exists():
         write_json(folder / last, {"incomplete": "files are being replaced"})
-    for path in sorted(_files_in(temporary), key=lambda path: (path.name == last, path.name)):
+    for path in sorted(temporary.iterdir(), key=lambda path: (path.name == last, path.name)):
         os.replace(path, folder / path.name)
     for name in old_names - _listed_files(folder / last):
         (folder / name).unlink(missing_ok=True)
-
-
-def _files_in(temporary: Path) -> list[Path]:
-    return [path for path in temporary.iterdir() if path.name != _LOCK]
 
 
 def _listed_files(meta: Path) -> set[str]:
@@ -94,28 +95,14 @@ def _listed_files(meta: Path) -> set[str]:
         return set()
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Lets one process at a time use a folder, until the block ends or the process dies.
+def claim_folder(folder: Path, meta: str, files: str, overwrite: bool) -> None:
+    """Raises UserError if a folder holds files that match the glob `files`, unless `overwrite` is set.
 
-    The lock file goes when the folder is removed: `filelock` notices if the file that it has just locked was removed.
-    A soft lock would survive a kill, so on a file system without locks nothing is locked.
+    Also raises UserError if another process writes or reads the files that `meta` lists. This check comes early, before
+    a long preparation; `atomic_folder` locks them.
     """
-    lock = FileLock(folder / _LOCK, fallback_to_soft=False)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise UserError(f"another run is writing to {folder.parent}: wait for it, or choose another --out") from None
-    except (OSError, NotImplementedError):  # the file system has no locks
+    with writing(folder, meta):
         pass
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def claim_folder(folder: Path, files: str, overwrite: bool) -> None:
-    """Raises UserError if a folder holds files that match the glob `files`, unless `overwrite` is set."""
     if not overwrite and (taken := next(folder.glob(files), None)):
         raise UserError(f"{taken} exists: add --overwrite to replace the data there, or choose another --out")
 
@@ -157,8 +144,10 @@ def _name(path: str | Path | None) -> str:
 
 def _decode(content: bytes, where: str) -> str:
     try:
+        if b"\0" in content:  # UTF-16 of plain English is valid UTF-8, except for these
+            raise ValueError
         return content.decode("utf-8")
-    except UnicodeDecodeError:
+    except ValueError:
         raise UserError(f"{where} is not UTF-8 text: convert it to UTF-8 first") from None
 
 

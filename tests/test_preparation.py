@@ -449,7 +449,7 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path):
     (tmp_path / "a.txt").write_text("text " * 100)
     with atomic_folder(tmp_path / "data", last="meta.json"):
         result = run_script(tmp_path, "prepare_data.py", "--input", "a.txt", "--out", "data")
-    assert result.returncode == 1 and "another run is writing" in result.stderr.splitlines()[-1]
+    assert result.returncode == 1 and "data is being written by another run" in result.stderr.splitlines()[-1]
     succeed(tmp_path, "prepare_data.py", "--input", "a.txt", "--out", "data")
 
 

@@ -2,35 +2,59 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 from typing import Any
 
 from system.cli import command_line, plain
 from system.errors import UserError, require
+from system.files import remove_temporaries
+from system.locks import hold, locked, reading
 from training.config import TrainerConfig
+from training.distributed import Processes
 from training.state import Listener, StopReason, TrainingState
 from weights import checkpoint
 from weights.loading import load_checkpoint
 
 
-def claim_output(config: TrainerConfig, *kinds: str) -> dict[str, Any] | None:
-    """Returns the loaded state to resume from, which must be of one of the `kinds`, or None for a new run.
+def claim_output(config: TrainerConfig, processes: Processes, *kinds: str) -> dict[str, Any] | None:
+    """Locks the output until `main` ends. Needed on every rank, first of all.
 
-    Raises UserError if a run would overwrite another unasked, or if there is nothing to resume.
+    Returns the loaded state to resume from, which must be of one of the `kinds`, or None for a new run. Raises
+    UserError if another process writes the output, if a run would overwrite another unasked, or if there is nothing to
+    resume.
     """
-    last, plot = config.last_path, config.plot_path()
+    processes.on_first(lambda: _lock_output(config))
+    return load_checkpoint(config.last_path, verify=True, kinds=kinds) if config.resume else None
+
+
+def claim_data(folder: Path, meta: str, processes: Processes) -> None:
+    """Keeps the files that a meta file lists from being prepared anew until `main` ends. Needed on every rank.
+
+    Raises UserError if they are being prepared right now.
+    """
+    processes.on_first(lambda: hold(reading(folder, meta)))
+
+
+def _lock_output(config: TrainerConfig) -> None:
+    out, last, plot = config.out, config.last_path, config.plot_path()
     require(not plot.is_dir(), f"the plot {plot} is a folder: choose another --out")
+    lock = out.with_name(f".{out.name}.lock")
+    refusal, remedy = f"{out} is being written by another run", "wait for it, or choose another --out"
+    if hold(locked(lock, refusal, remedy)):  # so whoever left temporary files there was killed
+        for path in (out, last, config.log_path):
+            remove_temporaries(path.parent, glob.escape(path.name))
+        remove_temporaries(out.parent / "snapshots", f"{glob.escape(out.stem)}_step_*.pt")
     if config.resume:
         if not last.exists():
             raise UserError(f"nothing to resume: {last} is missing; start without --resume")
-        return load_checkpoint(last, verify=True, kinds=kinds)
-    existing = [path for path in (config.out, last, config.log_path) if path.exists()]
+        return
+    existing = [path for path in (out, last, config.log_path) if path.exists()]
     if existing and not config.overwrite:
         remedies = ["--overwrite to replace it", "or choose another --out"]
         if last.exists():
             remedies.insert(0, "--resume to continue that run")
         raise UserError(f"{existing[0]} exists: add {', '.join(remedies)}")
-    return None
 
 
 class Checkpointer(Listener):

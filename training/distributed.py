@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from system.device import choose_device
 from system.errors import UserError
+
+_UNSET_OR_LAUNCH = "unset these variables, or start the run with torchrun, which sets them"
 
 
 @dataclass(frozen=True)
@@ -31,18 +35,24 @@ class Processes:
     def join(cls, device_name: str) -> Processes:
         """Joins the processes that `torchrun` started, if it did, each with a GPU of its own.
 
-        Raises UserError if there is no such device.
+        Raises UserError if there is no such device, or if the environment variables of `torchrun` are wrong.
         """
-        rank, world_size, local_rank = (
-            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-        )
+        world_size = _environment_number("WORLD_SIZE", 1)
+        rank, local_rank = _environment_number("RANK", 0), _environment_number("LOCAL_RANK", 0)
+        if not max(rank, local_rank) < world_size:
+            raise UserError(
+                f"RANK={rank} and LOCAL_RANK={local_rank} must be below WORLD_SIZE={world_size}: {_UNSET_OR_LAUNCH}"
+            )
         if world_size == 1:
             return cls(choose_device(device_name))
         if device_name in ("auto", "cuda") and torch.cuda.is_available():
             device_name = f"cuda:{local_rank}"
         device = choose_device(device_name)
         gpu = device if device.type == "cuda" else None
-        dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
+        try:
+            dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
+        except ValueError as error:  # a variable such as MASTER_ADDR is missing
+            raise UserError(f"the {world_size} processes cannot meet ({error}): {_UNSET_OR_LAUNCH}") from None
         return cls(device, rank, world_size)
 
     def leave(self) -> None:
@@ -50,6 +60,23 @@ class Processes:
         if self.world_size > 1:
             dist.barrier()
             dist.destroy_process_group()
+
+    def on_first(self, action: Callable[[], object]) -> None:
+        """Runs an action on rank 0 while the other ranks wait.
+
+        If the action raises UserError, rank 0 raises it, and the other ranks exit with status 1 and without a message.
+        """
+        error = None
+        if self.rank == 0:
+            try:
+                action()
+            except UserError as refusal:
+                error = refusal
+        if self.any(error is not None):
+            self.leave()
+            if error:
+                raise error
+            sys.exit(1)
 
     def require_divisible(self, batch_size: int) -> None:
         """Raises UserError if the sequences of a batch do not divide evenly among the processes."""
@@ -68,6 +95,14 @@ class Processes:
         total = torch.tensor(float(flag), device=self.device)
         dist.all_reduce(total, dist.ReduceOp.MAX)
         return bool(total.item())
+
+
+def _environment_number(name: str, default: int) -> int:
+    """Returns the number in an environment variable. Raises UserError unless it is a whole number of at least 0."""
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdecimal()):
+        raise UserError(f"{name}={text} in the environment is not a whole number of at least 0: {_UNSET_OR_LAUNCH}")
+    return int(text)
 
 
 def replicate(model: nn.Module, processes: Processes) -> nn.Module:

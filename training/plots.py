@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Entries = list[dict[str, Any]]
+
+os.environ["MPLBACKEND"] = "agg"  # plots are files; an unknown backend in the environment would be an error
 
 
 class LossPlot(Listener):
