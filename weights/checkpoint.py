@@ -5,13 +5,14 @@ Files are always read with `weights_only=True`, so that nothing in them is execu
 
 import dataclasses
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from model import GPT, GPTConfig
 from system.errors import UserError
@@ -127,7 +128,7 @@ def build(checkpoint: Checkpoint, path: str | Path, device: torch.device | str =
     """
     config, weights = checkpoint["config"], checkpoint["model"]
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _SkipInitialization():
             model = GPT(config)
         if config.tie_weights:
             weights = {**weights, "lm_head.weight": weights["wte.weight"]}
@@ -137,6 +138,21 @@ def build(checkpoint: Checkpoint, path: str | Path, device: torch.device | str =
     if config.tie_weights:
         model.lm_head.weight = model.wte.weight
     return model.eval().to(device)
+
+
+class _SkipInitialization(TorchFunctionMode):
+    """Leaves out the functions of `torch.nn.init`, for weights that are about to be replaced.
+
+    Otherwise random numbers on the device "meta" import `torch._dynamo`, which takes a second.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == torch.nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def grow_vocabulary(checkpoint: Checkpoint) -> Checkpoint:
