@@ -82,7 +82,7 @@ def main(config: Config) -> None:
     """Fine-tunes one model."""
     import torch
 
-    from text.token_files import read_meta
+    from text.token_files import read_sft_meta
     from text.tokenizer import require_same_tokenizer
     from training.checkpointing import claim_output
     from training.distributed import Processes
@@ -102,7 +102,7 @@ def main(config: Config) -> None:
         start, path = load_base(resumed, config.out), resumed["lora"]["base"]
     else:
         start, path = checkpoint.grow_vocabulary(load_checkpoint(config.model)), config.model
-    meta = read_meta(config.data / "sft_meta.json", "prepare_sft_data.py")
+    meta = read_sft_meta(config.data)
     tokenizer = checkpoint.tokenizer_of(start)
     remedy = "prepare the conversations with the model's tokenizer (--tokenizer)"
     require_same_tokenizer(tokenizer.name, meta["tokenizer"], config.data, remedy)
