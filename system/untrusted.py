@@ -8,8 +8,9 @@ from typing import Any
 
 MAX_INTEGER = 2**63 - 1
 MAX_JSON_BYTES = 2**24
-"""Longest JSON that is parsed. The `tokenizer.json` of 65,533 tokens has about 6 MB; parsed JSON takes up to 20 times
-as much memory."""
+"""Longest JSON that is parsed. The `tokenizer.json` of 65,533 tokens has about 6 MB."""
+MAX_JSON_BRACKETS = 2**18
+"""Most lists and dicts that are parsed: they take seconds and 20 times the memory of their text."""
 
 
 def is_integer(value: object, low: int = 0, high: int = MAX_INTEGER) -> bool:
@@ -51,9 +52,9 @@ def brief(value: object) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """Parses JSON. Raises ValueError if the text is none, is longer than `MAX_JSON_BYTES`, or is nested too deeply."""
-    if len(text) > MAX_JSON_BYTES:
-        raise ValueError(f"more than {MAX_JSON_BYTES:,} characters of JSON")
+    """Parses JSON. Raises ValueError if the text is none, is too long, or is nested too deeply."""
+    if len(text) > MAX_JSON_BYTES or text.count("[") + text.count("{") > MAX_JSON_BRACKETS:
+        raise ValueError(f"more than {MAX_JSON_BYTES:,} characters or {MAX_JSON_BRACKETS:,} brackets of JSON")
     try:
         return json.loads(text)
     except RecursionError:
