@@ -84,7 +84,7 @@ def main(config: Config) -> None:
     """Fine-tunes one model."""
     import torch
 
-    from text.token_files import read_meta
+    from text.token_files import read_sft_meta
     from text.tokenizer import require_same_tokenizer
     from training.checkpointing import claim_data, claim_output
     from training.distributed import Processes
@@ -106,7 +106,7 @@ def main(config: Config) -> None:
     else:
         start, path = checkpoint.grow_vocabulary(load_checkpoint(config.model)), config.model
     claim_data(config.data, "sft_meta.json", processes)
-    meta = read_meta(config.data / "sft_meta.json", "prepare_sft_data.py")
+    meta = read_sft_meta(config.data)
     tokenizer = checkpoint.tokenizer_of(start)
     remedy = "prepare the conversations with the model's tokenizer (--tokenizer)"
     require_same_tokenizer(tokenizer.name, meta["tokenizer"], config.data, remedy)
@@ -117,10 +117,9 @@ def main(config: Config) -> None:
     metadata = {"kind": kind, "tokenizer": tokenizer.spec, "template": meta["template"]}
     if kind == "lora":
         new = {"rank": config.lora_rank, "alpha": config.lora_alpha, "base": str(config.model)}
-        metadata["lora"] = resumed["lora"] if resumed else {**new, "base_sha256": lora.sha256_of(config.model)}
-        lora.add_adapter(
-            model, metadata["lora"]["rank"], metadata["lora"]["alpha"], config.lora_dropout, tokenizer.user
-        )
+        settings = resumed["lora"] if resumed else {**new, "base_sha256": lora.sha256_of(config.model)}
+        lora.add_adapter(model, settings["rank"], settings["alpha"], config.lora_dropout, tokenizer.user)
+        metadata["lora"] = settings
         if resumed:
             lora.restore_adapter(model, resumed, config.out)
     train_data, val_data = (

@@ -16,6 +16,7 @@ from typing import IO, BinaryIO
 
 from system.errors import UserError
 from system.locks import writing
+from system.untrusted import is_file_name, read_json
 
 
 @contextlib.contextmanager
@@ -89,8 +90,8 @@ def _replace_files(folder: Path, temporary: Path, last: str) -> None:
 def _listed_files(meta: Path) -> set[str]:
     """Returns the token files and the tokenizer that a meta file lists, or nothing if it cannot be read."""
     try:
-        names = json.loads(meta.read_text(encoding="utf-8"))["files"]
-        return {name for name in names if name == Path(name).name and name.endswith((".bin", "tokenizer.json"))}
+        names = read_json(meta)["files"]
+        return {name for name in names if is_file_name(name) and name.endswith((".bin", "tokenizer.json"))}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return set()
 
@@ -107,13 +108,16 @@ def claim_folder(folder: Path, meta: str, files: str, overwrite: bool) -> None:
         raise UserError(f"{taken} exists: add --overwrite to replace the data there, or choose another --out")
 
 
-def read_utf8(path: str | Path | None = None) -> str:
+def read_utf8(path: str | Path | None = None, max_bytes: int | None = None) -> str:
     """Returns the text of a file, or without `path` all of standard input.
 
-    Raises UserError if the file cannot be read or is not UTF-8.
+    Raises UserError if the file cannot be read, is longer than `max_bytes`, or is not UTF-8.
     """
     with _open_binary(path) as file:
-        return _decode(file.read(), _name(path))
+        content = file.read() if max_bytes is None else file.read(max_bytes + 1)
+    if max_bytes is not None and len(content) > max_bytes:
+        raise UserError(f"{_name(path)} is longer than {max_bytes:,} bytes: name a smaller file")
+    return _decode(content, _name(path))
 
 
 def read_utf8_lines(path: str | Path | None = None) -> Iterator[str]:

@@ -10,13 +10,14 @@ import select
 import signal
 import struct
 import subprocess
+import sys
 import termios
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, command, run_script, succeed
+from conftest import ENVIRONMENT, REPOSITORY, command, run_script, succeed
 from scipy.stats import chisquare
 
 from generation.config import SamplingConfig
@@ -385,3 +386,27 @@ def test_flipped_bits_are_found_by_verify(toy, tmp_path):
     assert quick.returncode == 0  # reads no more than it must
     found = run_script(tmp_path, "generate.py", "--model", "x.pt", "--prompt", "x", "--verify")
     assert found.returncode == 1 and "x.pt is damaged (checksum of" in found.stderr.splitlines()[-1]
+
+
+def test_writing_does_not_import_the_compiler(toy):
+    """`torch._dynamo` takes about a second to import, and only `--compile on` needs it."""
+    program = (
+        "import sys; from generation.config import SamplingConfig; from generation.text_model import TextModel; "
+        "text_model = TextModel.load('checkpoints/toy.pt', 'cpu'); "
+        "print(''.join(text_model.complete('x', SamplingConfig(max_new_tokens=2)))); "
+        "print('torch._dynamo' in sys.modules)"
+    )
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=toy, env=environment, capture_output=True, encoding="utf-8", timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "False"
+
+
+def test_a_new_model_is_initialized():
+    """Only `checkpoint.build` leaves the initialization out."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=256, n_tokens=256, n_layer=2, n_head=2, n_embd=64))
+    assert math.isclose(model.wte.weight.std().item(), 0.02, rel_tol=0.1)
+    assert math.isclose(model.h[0].mlp.c_proj.weight.std().item(), 0.01, rel_tol=0.1)

@@ -11,10 +11,11 @@ import torch
 from conftest import run_script, succeed
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from model import GPT
+from model import GPT, GPTConfig
 from system.errors import UserError
-from weights import checkpoint, huggingface
+from weights import checkpoint, huggingface, lora
 from weights.loading import load_checkpoint
+from weights.validation import adapter_shapes, weight_shapes
 
 SAMPLE = Path(__file__).parent / "samples/base.pt"
 GPT2: dict[str, Any] = {"n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
@@ -139,20 +140,37 @@ def test_an_unreadable_folder_costs_one_line_that_says_why(folder, tmp_path):
         ({"config": {"n_layer": 1, "later": 1}}, "is from a newer version"),
         ({"format_version": "x"}, "is not a checkpoint of this project, or damaged"),
         ({"config": [1]}, "is not a checkpoint of this project, or damaged"),
-        ({"config": {"n_layer": "x"}}, "its weights do not fit its config"),
+        ({"config": {"n_layer": "x"}}, "its n_layer is 'x', not an integer"),
         ({"config": {"n_layer": 1}}, "its weights do not fit its config"),
         ({"model": {}}, "its weights do not fit its config"),
         ({"kind": "classifier"}, "is a classifier: ask it with classify.py"),
         ({"kind": "lora"}, "it does not name its base model"),
-        ({"kind": "lora", "lora": {"base": "none.pt", "base_sha256": "0"}}, "adapts the model none.pt .*it is missing"),
+        ({"lora": {"base": "none.pt", "base_sha256": "0" * 64}}, "adapts the model none.pt .*it is missing"),
     ],
 )
 def test_a_bad_checkpoint_costs_one_line_that_says_why(tmp_path, changes, problem):
-    contents = torch.load(SAMPLE, weights_only=True)
+    sample = "lora" if "lora" in changes else {"classifier": "classifier"}.get(changes.get("kind"), "base")
+    contents = torch.load(SAMPLE.with_name(f"{sample}.pt"), weights_only=True)
+    if "lora" in changes:
+        changes = {"lora": {**contents["lora"], **changes["lora"]}}
     torch.save({**contents, **changes}, tmp_path / "x.pt")
     with pytest.raises(UserError, match=f"x.pt .*{problem}") as error:
         checkpoint.build(load_checkpoint(tmp_path / "x.pt"), tmp_path / "x.pt")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("n_classes", [0, 3])
+def test_the_formula_gives_the_tensors_of_a_model(bias, tie_weights, n_classes):
+    tie_weights = tie_weights and not n_classes
+    options = {"bias": bias, "tie_weights": tie_weights, "n_classes": n_classes}
+    model = GPT(GPTConfig(block_size=8, vocab_size=20, n_tokens=18, n_layer=2, n_head=2, n_embd=4, **options))
+    weights = checkpoint.pack(model, kind="base")["model"]
+    assert weight_shapes(model.config) == {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    lora.add_adapter(model, rank=3, alpha=1.0, dropout=0.0, first_role=16)
+    adapter = checkpoint.pack(model, kind="lora")["model"]
+    assert adapter_shapes(model.config, 3) == {name: tuple(tensor.shape) for name, tensor in adapter.items()}
 
 
 def test_every_script_accepts_a_hugging_face_folder(toy, folder, tmp_path):

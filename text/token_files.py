@@ -2,40 +2,82 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from tqdm import tqdm
 
 from system.errors import UserError
+from system.untrusted import is_file_name, is_integer, is_text, read_json
 from text.tokenizer import Tokenizer, require_same_tokenizer, tokenizer_of_data
 
 _SHARD_MAGIC, _LLAMA_SHARD_MAGIC, _SHARD_HEADER_BYTES = 20240520, 20240801, 1024  # of llm.c
 _SLICE = 2**24  # tokens to read at a time: 32 MiB
 
 
-def read_meta(path: str | Path, command: str) -> dict:
-    """Reads a `meta.json`. Raises UserError, naming the command that writes one, if it is missing or damaged."""
+def read_meta(path: str | Path, command: str) -> dict[str, Any]:
+    """Reads a `meta.json` or `sft_meta.json`.
+
+    `files` are then names of files in the same folder, with token files of both splits among them; `tokenizer` is a
+    text; `splits` maps names to counts of `tokens` and perhaps `bytes`; `template`, if present, is "chat" or "alpaca".
+    Raises UserError, naming the command that writes the file, if it is missing or damaged.
+    """
     path = Path(path)
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        strings = [*meta["files"], meta["tokenizer"]]
-        numbers = [counts["tokens"] for counts in meta["splits"].values()]
-        if not all(isinstance(name, str) for name in strings) or not all(isinstance(n, int) for n in numbers):
-            raise TypeError
-        return meta
+        meta = read_json(path)
     except FileNotFoundError:
         raise UserError(f"no prepared data in {path.parent} ({path.name} is missing): run {command} first") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is damaged: run {command} again") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{path} is damaged (it is no JSON): run {command} again") from None
+    fields = meta if isinstance(meta, dict) else {}
+    if wrong := [name for name, is_valid in _META_FIELDS.items() if not is_valid(fields.get(name))]:
+        raise UserError(f"{path} is damaged ({', '.join(wrong)}): run {command} again")
+    return fields
 
 
-def read_token_meta(folder: Path) -> dict:
+def read_sft_meta(folder: Path) -> dict[str, Any]:
+    """Reads the `sft_meta.json` of a folder, which has a `template`. Raises UserError if it is missing or damaged."""
+    path = folder / "sft_meta.json"
+    meta = read_meta(path, "prepare_sft_data.py")
+    if meta.get("template") is None:
+        raise UserError(f"{path} is damaged (template): run prepare_sft_data.py again")
+    return meta
+
+
+def _are_files(names: object) -> bool:
+    """Whether a value lists plain names of files, with token files of both splits among them."""
+    if not isinstance(names, list) or not all(map(is_file_name, names)):
+        return False
+    return all(any(split in name and name.endswith(".bin") for name in names) for split in ("train", "val"))
+
+
+def _are_splits(splits: object) -> bool:
+    return isinstance(splits, dict) and all(map(_are_counts, splits.values()))
+
+
+def _are_counts(counts: object) -> bool:
+    """Whether a value says how large a split is: `tokens`, and perhaps the `bytes` of their text."""
+    if not isinstance(counts, dict) or not is_integer(counts.get("tokens")):
+        return False
+    n_bytes = counts.get("bytes", 0)
+    return is_integer(n_bytes) and (counts["tokens"] > 0 or n_bytes == 0)
+
+
+_META_FIELDS: dict[str, Callable[[object], bool]] = {
+    "files": _are_files,
+    "tokenizer": is_text,
+    "splits": _are_splits,
+    "template": lambda template: template is None or (isinstance(template, str) and template in ("chat", "alpaca")),
+}
+
+
+def read_token_meta(folder: Path) -> dict[str, Any]:
     """Reads the `meta.json` of pre-training data. Token files without one (nanoGPT, llm.c) are taken for GPT-2's.
 
     Raises UserError if there is neither.

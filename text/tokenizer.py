@@ -9,7 +9,6 @@ import functools
 import hashlib
 import importlib.util
 import itertools
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from system.errors import UserError
 from system.files import read_utf8
+from system.untrusted import MAX_JSON_BYTES, is_integer, parse_json
 
 END_OF_TEXT, USER, ASSISTANT = "<|endoftext|>", "<|user|>", "<|assistant|>"
 
@@ -159,6 +159,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return from_spec(bpe.to_str())
 
 
+@functools.lru_cache(maxsize=4)  # checking a checkpoint and using it are two calls
 def from_spec(spec: str) -> Tokenizer:
     """Rebuilds a tokenizer from its `spec`: "gpt2", or the text of a `tokenizer.json` (the format of `tokenizers`).
 
@@ -168,12 +169,14 @@ def from_spec(spec: str) -> Tokenizer:
         return gpt2()
     byte_of = _byte_of_character()
     try:
-        vocabulary = json.loads(spec)["model"]["vocab"]
+        vocabulary = parse_json(spec)["model"]["vocab"]
         ranks = {
             bytes(byte_of[character] for character in token): rank
             for token, rank in vocabulary.items()
             if token not in (END_OF_TEXT, USER, ASSISTANT)
         }
+        if not all(map(is_integer, ranks.values())) or b"" in ranks:
+            raise ValueError
         if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -230,7 +233,7 @@ def _last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Reads a `tokenizer.json`. Raises UserError if it is missing or not one."""
-    return from_spec(read_utf8(path))
+    return from_spec(read_utf8(path, MAX_JSON_BYTES))
 
 
 def tokenizer_of_data(folder: Path, meta: dict) -> Tokenizer:

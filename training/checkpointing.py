@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import glob
+import math
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from system.cli import command_line, plain
 from system.errors import UserError, require
 from system.files import remove_temporaries
 from system.locks import hold, locked, reading
+from system.untrusted import is_integer, is_number
 from training.config import TrainerConfig
 from training.distributed import Processes
+from training.optim import Muon
 from training.state import Listener, StopReason, TrainingState
 from weights import checkpoint
 from weights.loading import load_checkpoint
+from weights.validation import is_plain_tensor, is_progress
 
 
 def claim_output(config: TrainerConfig, processes: Processes, *kinds: str) -> dict[str, Any] | None:
@@ -111,17 +117,45 @@ class Checkpointer(Listener):
 def restore(state: TrainingState, resumed: dict[str, Any]) -> None:
     """Continues from a loaded resume file, whose weights the model already has.
 
-    Raises UserError if the file belongs to a run with another optimizer.
+    Raises UserError if the file belongs to a run with another optimizer, or is damaged.
     """
+    path = state.config.last_path
+    if not is_progress(resumed):
+        raise UserError(f"{path} is damaged: the progress of its run is incomplete; restore the file from a copy")
     try:
         for optimizer, saved in zip(state.optimizers, resumed["optimizer"], strict=True):
-            optimizer.load_state_dict(state.sharding.cut(saved, optimizer) if state.sharding else saved)
+            fitting = _fitting(saved, optimizer)
+            optimizer.load_state_dict(state.sharding.cut(fitting, optimizer) if state.sharding else fitting)
         if resumed["scaler"]:  # empty unless the run was in float16
             state.scaler.load_state_dict(resumed["scaler"])
-        state.step, state.tokens, state.history = resumed["step"], resumed["tokens"], resumed["history"]
-        state.best_val_loss, state.evaluations_since_best = resumed["best_val_loss"], resumed["bad_evaluations"]
-        state.recent_losses = resumed["recent_losses"]
-    except (KeyError, ValueError):
-        raise UserError(
-            f"{state.config.last_path} does not fit this run: resume with the --optimizer of that run"
-        ) from None
+    except (KeyError, ValueError, TypeError, AttributeError):
+        raise UserError(f"{path} does not fit this run: resume with the --optimizer of that run") from None
+    state.step, state.tokens, state.history = resumed["step"], resumed["tokens"], resumed["history"]
+    state.best_val_loss, state.evaluations_since_best = resumed["best_val_loss"], resumed["bad_evaluations"]
+    state.recent_losses = resumed["recent_losses"]
+
+
+def _fitting(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Returns an optimizer's saved state: its tensors and its numbers; other options stay those of the optimizer.
+
+    Raises KeyError, TypeError, AttributeError or ValueError if the state does not fit the optimizer.
+    """
+    groups = []
+    for group, own in zip(saved["param_groups"], optimizer.state_dict()["param_groups"], strict=True):
+        numbers = {name: group[name] for name in ("lr", "weight_decay", "momentum", "eps", "betas") if name in own}
+        betas = numbers.get("betas", (0, 0))
+        if group["params"] != own["params"] or not isinstance(betas, list | tuple) or len(betas) != 2:
+            raise ValueError
+        all_numbers = [*betas, *(number for name, number in numbers.items() if name != "betas")]
+        if not all(is_number(number) and math.isfinite(number) for number in all_numbers):
+            raise ValueError
+        groups.append({**own, **numbers})
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    names = {"momentum"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
+    for i, tensors in saved["state"].items():
+        if not is_integer(i, 0, len(parameters) - 1) or tensors.keys() != names:
+            raise ValueError
+        shapes = {name: () if name == "step" else parameters[i].shape for name in names}
+        if not all(is_plain_tensor(tensors[name], shape) for name, shape in shapes.items()):
+            raise ValueError
+    return {"state": saved["state"], "param_groups": groups}

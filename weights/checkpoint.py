@@ -5,18 +5,21 @@ Files are always read with `weights_only=True`, so that nothing in them is execu
 
 import dataclasses
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from model import GPT, GPTConfig
 from system.errors import UserError
 from system.files import atomic_write
+from system.untrusted import is_integer
 from text import tokenizer as tokenizers
+from weights.validation import require_valid
 
 FORMAT_VERSION = 1
 
@@ -62,6 +65,7 @@ def read_contents(path: str | Path, verify: bool = False) -> dict[str, Any]:
     `verify` compares the checksums first. Raises UserError if the file is damaged or holds anything but a dict.
     """
     try:
+        _require_stored(path)
         if verify:
             _verify_checksums(path)
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -77,18 +81,19 @@ def read_contents(path: str | Path, verify: bool = False) -> dict[str, Any]:
 def from_contents(contents: dict[str, Any], path: str | Path) -> Checkpoint:
     """Returns the checkpoint in the contents of our file `path`.
 
-    Raises UserError if the contents are from a newer version of this project, or are no checkpoint.
+    Raises UserError if the contents are from a newer version of this project, or are no valid checkpoint.
     """
     try:
-        config = contents["config"]
+        config, version = contents["config"], contents.get("format_version", 0)
         unknown_fields = config.keys() - {field.name for field in dataclasses.fields(GPTConfig)}
-        is_newer = bool(unknown_fields) or contents.get("format_version", 0) > FORMAT_VERSION
         contents["model"], contents["tokenizer"], contents["kind"]  # noqa: B018
+        if not is_integer(version):
+            raise TypeError
     except (KeyError, TypeError, AttributeError) as error:
         raise _not_a_checkpoint(path, error) from None
-    if is_newer:
+    if unknown_fields or version > FORMAT_VERSION:
         raise UserError(f"{path} is from a newer version of this project: update the project")
-    return {**contents, "config": GPTConfig(**config)}
+    return _checked({**contents, "config": GPTConfig(**config)}, path)
 
 
 def pack(model: GPT, *, kind: str, **metadata: object) -> Checkpoint:
@@ -105,38 +110,64 @@ def pack(model: GPT, *, kind: str, **metadata: object) -> Checkpoint:
     return {"kind": kind, "model": weights, "config": model.config, **metadata}
 
 
-def from_state_dict(weights: Mapping[str, Tensor], config: GPTConfig, tokenizer: tokenizers.Tokenizer) -> Checkpoint:
-    """Returns a checkpoint of the kind "base" for weights that another program trained and that have our names.
+def from_state_dict(
+    weights: Mapping[str, Tensor],
+    config: GPTConfig,
+    tokenizer: tokenizers.Tokenizer,
+    path: str | Path,
+    **metadata: object,
+) -> Checkpoint:
+    """Returns a checkpoint, of the kind "base" by default, for weights in the file or folder `path` that another
+    program trained and that have our names.
 
-    Stored attention masks and a tied head are left out; the rest becomes float32.
+    Stored attention masks and a tied head are left out; the rest becomes float32. Raises UserError if the weights do
+    not fit the config.
     """
-    kept = {
-        name: tensor.to(torch.float32).contiguous()
-        for name, tensor in weights.items()
-        if not name.endswith((".attn.bias", ".attn.masked_bias"))
-        and not (name == "lm_head.weight" and config.tie_weights)
-    }
-    return {"kind": "base", "model": kept, "config": config, "tokenizer": tokenizer.spec, "template": None}
+    kept = {name: tensor for name, tensor in weights.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
+    whole = {"kind": "base", "model": kept, "config": config, "tokenizer": tokenizer.spec, "template": None, **metadata}
+    return _checked(whole, path)
+
+
+def _checked(checkpoint: Checkpoint, path: str | Path) -> Checkpoint:
+    """Returns a checkpoint with float32 tensors and without a tied head; raises UserError unless it is valid."""
+    weights = checkpoint["model"]
+    if checkpoint["config"].tie_weights is True and isinstance(weights, dict):
+        weights = {name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}
+    require_valid({**checkpoint, "model": weights}, path)
+    weights = {name: tensor.detach().to(torch.float32).contiguous() for name, tensor in weights.items()}
+    return {**checkpoint, "model": weights}
 
 
 def build(checkpoint: Checkpoint, path: str | Path, device: torch.device | str = "cpu") -> GPT:
     """Builds the model of a checkpoint, in evaluation mode; error messages name `path`.
 
     On the CPU, the weights of a checkpoint from a file are pages of that file: they are read at their first use, and
-    copied when they are written to. Raises UserError if the weights do not fit the config.
+    copied when they are written to.
     """
     config, weights = checkpoint["config"], checkpoint["model"]
-    try:
-        with torch.device("meta"):
-            model = GPT(config)
-        if config.tie_weights:
-            weights = {**weights, "lm_head.weight": weights["wte.weight"]}
-        model.load_state_dict(weights, assign=True)
-    except (RuntimeError, KeyError, TypeError, ValueError):
-        raise UserError(f"{path} is damaged: its weights do not fit its config") from None
+    with torch.device("meta"), _SkipInitialization():
+        model = GPT(config)
+    if config.tie_weights:
+        weights = {**weights, "lm_head.weight": weights["wte.weight"]}
+    model.load_state_dict(weights, assign=True)
     if config.tie_weights:
         model.lm_head.weight = model.wte.weight
     return model.eval().to(device)
+
+
+class _SkipInitialization(TorchFunctionMode):
+    """Leaves out the functions of `torch.nn.init`, for weights that are about to be replaced.
+
+    Otherwise random numbers on the device "meta" import `torch._dynamo`, which takes a second.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == torch.nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def grow_vocabulary(checkpoint: Checkpoint) -> Checkpoint:
@@ -210,6 +241,13 @@ def describe(checkpoint: Checkpoint) -> str:
     metadata = facts(checkpoint)
     shown = [name for name in ("parameters", "training steps", "validation loss") if name in metadata]
     return ", ".join([metadata["kind"], *(f"{name} {metadata[name]}" for name in shown)])
+
+
+def _require_stored(path: str | Path) -> None:
+    """Raises ValueError if a file, unpacked, would be larger than it is: `torch.save` does not compress."""
+    with zipfile.ZipFile(path) as archive:
+        if any(file.compress_type != zipfile.ZIP_STORED for file in archive.infolist()):
+            raise ValueError
 
 
 def _verify_checksums(path: str | Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from model import GPTConfig
 from system.errors import UserError
 from system.files import atomic_folder
+from system.untrusted import brief, is_file_name, read_json
 from text import tokenizer as tokenizers
 from text.templates import jinja_template
 from weights.checkpoint import Checkpoint, from_state_dict, grow_vocabulary, tokenizer_of, trim_vocabulary
@@ -98,10 +99,12 @@ def weight_files(folder: Path) -> list[Path]:
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values())) or names
-        except (ValueError, KeyError, TypeError, AttributeError):
+            names = sorted(set(read_json(index)["weight_map"].values())) or names
+            if not all(is_file_name(name) and name.endswith(".safetensors") for name in names):
+                raise ValueError
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{index} is damaged: download the model again") from None
-    files = [folder / Path(name).name for name in names]
+    files = [folder / name for name in names]
     for file in files:
         if not file.is_file():
             raise UserError(f"{file} is missing: only weights in safetensors are read, never pickled ones")
@@ -117,7 +120,7 @@ def read_folder(folder: Path) -> Checkpoint:
     from safetensors.torch import load_file
 
     try:
-        hf_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        hf_config = read_json(folder / "config.json")
         _require_gpt2(hf_config, folder)
         weights: dict[str, Tensor] = {}
         for file in weight_files(folder):
@@ -125,26 +128,24 @@ def read_folder(folder: Path) -> Checkpoint:
         if "score.weight" in weights:
             raise UserError(f"{folder} holds a classifier: only language models are read from such a folder")
         weights = _with_our_names(weights)
-        vocab_size, n_embd = weights["wte.weight"].shape
+        (vocab_size, n_embd), (block_size, _) = weights["wte.weight"].shape, weights["wpe.weight"].shape
         tokenizer = _read_tokenizer(folder, vocab_size)
         config = GPTConfig(
-            block_size=weights["wpe.weight"].shape[0],
-            vocab_size=vocab_size,
+            block_size=hf_config.get("n_positions", block_size),
+            vocab_size=hf_config.get("vocab_size", vocab_size),
             n_tokens=min(vocab_size, tokenizer.n_tokens),
             n_layer=hf_config["n_layer"],
             n_head=hf_config["n_head"],
-            n_embd=n_embd,
+            n_embd=hf_config.get("n_embd", n_embd),
             tie_weights=hf_config.get("tie_word_embeddings", True),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        problem = " ".join(str(error).split())
+        problem = " ".join(str(error)[:200].split())
         raise UserError(
             f"cannot read a GPT-2 from {folder} ({type(error).__name__}: {problem}): download or export the model again"
         ) from None
-    checkpoint = from_state_dict(weights, config, tokenizer)
-    if template := _read_template(folder):
-        checkpoint |= {"kind": "sft", "template": template}
-    return checkpoint
+    template = _read_template(folder)
+    return from_state_dict(weights, config, tokenizer, folder, kind="sft" if template else "base", template=template)
 
 
 def _require_gpt2(hf_config: dict[str, Any], folder: Path) -> None:
@@ -159,14 +160,13 @@ def _require_gpt2(hf_config: dict[str, Any], folder: Path) -> None:
     }
     for name, values in accepted.items():
         if hf_config.get(name) not in values:
-            raise UserError(
-                f"{folder} is not a GPT-2 like OpenAI's: its {name} is {hf_config.get(name)!r}; choose another model"
-            )
+            found = brief(hf_config.get(name))
+            raise UserError(f"{folder} is not a GPT-2 like OpenAI's: its {name} is {found}; choose another model")
 
 
 def _with_our_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     ours = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
-    return {name: tensor.t() if name.endswith(CONV1D) else tensor for name, tensor in ours.items()}
+    return {name: tensor.mT if name.endswith(CONV1D) and tensor.dim() == 2 else tensor for name, tensor in ours.items()}
 
 
 def _read_tokenizer(folder: Path, vocab_size: int) -> tokenizers.Tokenizer:
@@ -189,7 +189,7 @@ def _read_template(folder: Path) -> str | None:
     """
     chat_template = None
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        tokenizer_config = read_json(folder / "tokenizer_config.json")
         chat_template = tokenizer_config.get("chat_template")
     with contextlib.suppress(OSError, ValueError):
         chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
@@ -215,7 +215,7 @@ def check_export_folder(folder: Path, overwrite: bool) -> None:
 def _is_export(folder: Path) -> bool:
     """Whether a folder holds a GPT-2's config, or the mark of an export that was killed while it replaced another."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
         return "incomplete" in config or config["model_type"] == "gpt2"
     except (OSError, ValueError, KeyError, TypeError):
         return False

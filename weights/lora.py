@@ -6,6 +6,7 @@ tokens, which no base model has seen. Its float32 tensors are `NAME.lora_A` (ran
 sum of its base model.
 """
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping
@@ -102,11 +103,10 @@ def merge_into_base(adapter: Checkpoint, base: Checkpoint, path: str | Path) -> 
 
     Raises UserError if the two do not fit.
     """
-    try:
-        scale = adapter["lora"]["alpha"] / adapter["lora"]["rank"]
-        weights = merge(base["model"], adapter["model"], scale, tokenizer_of(adapter).user)
-    except (KeyError, RuntimeError, TypeError, ZeroDivisionError):
-        raise UserError(f"{path} is damaged: its adapter does not fit its base model") from None
+    if dataclasses.replace(adapter["config"], dropout=0.0) != dataclasses.replace(base["config"], dropout=0.0):
+        raise UserError(f"{path} is damaged: its adapter does not fit its base model")
+    scale = adapter["lora"]["alpha"] / adapter["lora"]["rank"]
+    weights = merge(base["model"], adapter["model"], scale, tokenizer_of(adapter).user)
     metadata = {name: value for name, value in adapter.items() if name != "lora"}
     return {**metadata, "kind": "sft", "model": weights}
 
@@ -116,13 +116,14 @@ def find_base(adapter: Checkpoint, path: str | Path) -> Path:
 
     Raises UserError if the base model is missing, or if its SHA-256 sum is not that in the adapter.
     """
+    base, sha256 = Path(adapter["lora"]["base"]), adapter["lora"]["base_sha256"]
     try:
-        base, sha256 = Path(adapter["lora"]["base"]), str(adapter["lora"]["base_sha256"])
-    except (KeyError, TypeError):
-        raise UserError(f"{path} is damaged: it does not name its base model") from None
-    candidates = [file for file in (base, Path(path).parent / base.name) if file.is_file()]
-    if not candidates and huggingface.find_folder(base):
-        candidates = [base]
+        candidates = [file for file in (base, Path(path).parent / base.name) if file.is_file()]
+    except OSError:  # the name is too long for the file system
+        candidates = []
+    else:
+        if not candidates and huggingface.find_folder(base):
+            candidates = [base]
     for candidate in candidates:
         if sha256_of(candidate) == sha256:
             return candidate

@@ -5,6 +5,7 @@ from typing import Any
 
 from model import GPTConfig
 from system.errors import UserError
+from system.untrusted import is_integer
 from text import tokenizer as tokenizers
 from weights.checkpoint import Checkpoint, from_state_dict
 
@@ -27,7 +28,7 @@ def from_nanogpt(contents: dict[str, Any], path: str | Path) -> Checkpoint:
             for name, tensor in contents["model"].items()
         }
         tokenizer, vocab_size = tokenizers.gpt2(), args["vocab_size"]
-        if vocab_size <= tokenizer.end_of_text:
+        if is_integer(vocab_size) and vocab_size <= tokenizer.end_of_text:
             raise UserError(
                 f"{path} has a vocabulary of {vocab_size:,} tokens, but the file holds no tokenizer: "
                 "only models with GPT-2's 50,257 tokens can be read"
@@ -36,7 +37,6 @@ def from_nanogpt(contents: dict[str, Any], path: str | Path) -> Checkpoint:
         config = GPTConfig(
             **{name: args[name] for name in names}, vocab_size=vocab_size, n_tokens=tokenizer.end_of_text + 1
         )
-        step = int(contents.get("iter_num", 0))
-        return from_state_dict(weights, config, tokenizer) | {"step": step}
+        return from_state_dict(weights, config, tokenizer, path, step=contents.get("iter_num", 0))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is not a checkpoint of nanoGPT, or damaged ({type(error).__name__})") from None

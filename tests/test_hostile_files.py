@@ -1,0 +1,349 @@
+"""Files by strangers: whatever they hold, a file loads, or costs one line, within seconds and without much memory."""
+
+import copy
+import functools
+import json
+import math
+import random
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import run_script
+from safetensors.torch import load_file, save_file
+
+from model import GPTConfig
+from system.errors import UserError
+from system.untrusted import MAX_JSON_BYTES
+from text.token_files import count_tokens, read_meta, read_sft_meta, read_token_meta
+from text.tokenizer import from_spec, load_tokenizer
+from training.checkpointing import restore
+from training.config import TrainerConfig
+from training.distributed import Processes
+from training.loader import Windows
+from training.state import TrainingState
+from weights import checkpoint
+from weights.huggingface import write_folder
+from weights.loading import load_checkpoint
+
+SAMPLES = Path(__file__).parent / "samples"
+CHECKPOINTS = ["base.pt", "sft.pt", "lora.pt", "classifier.pt", "adamw.last.pt", "base.last.pt"]
+KINDS = ("base", "sft", "classifier")
+SECONDS, MEGABYTES = 2, 500
+MISSING = object()
+
+
+def nested(depth: int) -> list:
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+PLAIN_VALUES = [
+    MISSING, None, True, False, 0, 1, -1, 7, 2**31, 10**7, 10**9, 2**63, -(10**30), 0.5, 128.5, 1.0, -0.0, 1e308,
+    math.nan, math.inf, "", "x", "gpt2", "chat", "../../etc/passwd", "a\0b", "\ud800", "line\nline", "x" * 5000,
+    [], [1], ["a", "b"], ["a", "a"], [None], [{}], [[]], {}, {"a": 1}, {"tokens": -1}, nested(80),
+]  # fmt: skip
+"""Values of JSON that no field expects, or only some fields."""
+
+TENSOR_VALUES = [
+    torch.zeros(1).expand(10**12),
+    torch.zeros(1, 1).expand(10**6, 10**6),
+    torch.zeros(10**13, device="meta"),
+    torch.sparse_coo_tensor(torch.zeros(2, 1, dtype=torch.int64), torch.ones(1), (10**7, 10**7), check_invariants=True),
+    torch.zeros(8, dtype=torch.int64),
+    torch.zeros(8, dtype=torch.complex64),
+    torch.zeros(8).to(torch.float8_e4m3fn),
+    torch.zeros(0),
+    torch.tensor(3),
+    torch.nn.Parameter(torch.zeros(8, 8)),
+]
+"""Tensors that a file can hold in a few bytes."""
+
+
+def paths(value: Any, depth: int = 4) -> list[tuple]:
+    """Returns the keys and indices that lead to each field inside nested dicts and lists, down to a depth."""
+    if depth == 0 or not isinstance(value, dict | list):
+        return []
+    items = value.items() if isinstance(value, dict) else enumerate(value[:3])
+    return [path for key, inner in items for path in [(key,), *((key, *rest) for rest in paths(inner, depth - 1))]]
+
+
+def mutate(value: Any, rng: random.Random, values: list) -> Any:
+    """Returns a copy of nested dicts and lists in which one to three fields are replaced, missing or added."""
+    for _ in range(rng.randint(1, 3)):
+        value = copy.copy(value)
+        container, choices = value, paths(value)
+        *way, last = rng.choice([path for path in choices if len(path) == rng.randint(1, 4)] or choices or [("x",)])
+        for key in way:
+            container[key] = copy.copy(container[key])
+            container = container[key]
+        if rng.random() < 0.1 and isinstance(container, dict):
+            last = rng.choice(["extra", 3, None, "lm_head.weight", "n_classes", "model_args"])
+        replacement = rng.choice(values)
+        if replacement is not MISSING:
+            container[last] = replacement
+        elif isinstance(container, dict):
+            container.pop(last, None)
+        else:
+            del container[last]
+    return value
+
+
+def require_harmless(read: Callable[[], object], case: object) -> bool:
+    """Whether a file loads. Fails the test if it ends in anything but success or one line, or takes too long."""
+    start = time.process_time()  # the time of this process alone: the machine may be busy
+    is_loaded = True
+    try:
+        read()
+    except UserError as error:
+        is_loaded = False
+        assert "\n" not in str(error) and len(str(error)) < 1000, case
+    except Exception as error:
+        pytest.fail(f"case {case}: {type(error).__name__}: {error}")
+    seconds = time.process_time() - start
+    assert seconds < SECONDS, f"case {case} took {seconds:.1f} s"
+    return is_loaded
+
+
+@pytest.fixture(autouse=True)
+def memory():
+    """Fails a test whose peak of memory grows too much."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024  # KiB on Linux
+    assert grown < MEGABYTES, f"{grown:.0f} MB"
+
+
+def use(path: Path) -> None:
+    """Loads a model, computes with it, and shows it, as the scripts do."""
+    state = load_checkpoint(path, kinds=KINDS)
+    model = checkpoint.build(state, path)
+    checkpoint.describe(state)
+    tokenizer = checkpoint.tokenizer_of(state)
+    with torch.inference_mode():
+        ids = tokenizer.encode("a fox")[: model.config.block_size]
+        logits = model(torch.tensor([ids]))
+    if not model.config.n_classes:
+        tokenizer.decode([int(logits[0, -1, : model.config.n_tokens].argmax()), model.config.n_tokens - 1])
+
+
+def resume(path: Path, optimizer: str) -> None:
+    """Continues a run from a file, by one step."""
+    resumed = load_checkpoint(path, kinds=("base",))
+    config = TrainerConfig(out=path, optimizer=optimizer, device="cpu", grad_accum_steps=1, batch_size=1)
+    state = TrainingState.create(checkpoint.build(resumed, path), config, Processes.join("cpu"))
+    restore(state, resumed)
+    state.model(torch.ones(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.int64)).backward()
+    for each in state.optimizers:
+        each.step()
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_checkpoint_with_other_fields(tmp_path, name):
+    shutil.copy(SAMPLES / "base.pt", tmp_path)
+    contents, path = torch.load(SAMPLES / name, weights_only=True), tmp_path / f"x_{name}"
+    contents["model"] = dict(contents["model"])
+    rng = random.Random(name)
+    read = functools.partial(resume, path, "adamw") if name == "adamw.last.pt" else functools.partial(use, path)
+    if name == "base.last.pt":
+        read = functools.partial(resume, path, "muon")
+    torch.save(contents, path)
+    read()  # the unchanged file loads; what is imported now costs no case its time
+    is_loaded = []
+    for i in range(40):
+        changed = mutate(contents, rng, PLAIN_VALUES + TENSOR_VALUES)
+        if i % 4 == 0:
+            changed = {**contents, "config": mutate(contents["config"], rng, PLAIN_VALUES)}
+        torch.save(changed, path)
+        is_loaded.append(require_harmless(read, (name, i)))
+    assert not all(is_loaded)
+
+
+@pytest.mark.parametrize("field", ["optimizer", "lora", "config", "history", "model"])
+def test_a_checkpoint_with_one_other_field_inside(tmp_path, field):
+    name = {"optimizer": "adamw.last.pt", "lora": "lora.pt"}.get(field, "base.pt")
+    shutil.copy(SAMPLES / "base.pt", tmp_path)
+    contents, path = torch.load(SAMPLES / name, weights_only=True), tmp_path / "x.last.pt"
+    contents["model"] = dict(contents["model"])
+    rng = random.Random(field)
+    read = functools.partial(resume, path, "adamw") if field == "optimizer" else functools.partial(use, path)
+    torch.save(contents, path)
+    read()
+    for i in range(25):
+        torch.save({**contents, field: mutate(contents[field], rng, PLAIN_VALUES + TENSOR_VALUES)}, path)
+        require_harmless(read, (field, i))
+
+
+def as_nanogpt(state: dict) -> dict:
+    config = state["config"]
+    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "dropout")
+    weights = {f"transformer.{name}": tensor for name, tensor in state["model"].items()}
+    return {"model": weights, "model_args": {name: getattr(config, name) for name in names}, "iter_num": 5}
+
+
+@pytest.fixture(scope="module")
+def with_gpt2s_vocabulary() -> dict:
+    """A tiny model with GPT-2's tokenizer."""
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=8, vocab_size=50257, n_tokens=50257, n_layer=1, n_head=1, n_embd=2)
+    model = checkpoint.GPT(config)
+    return checkpoint.pack(model, kind="base", tokenizer="gpt2", template=None)
+
+
+def test_nanogpts_checkpoint_with_other_fields(tmp_path, with_gpt2s_vocabulary):
+    contents, path, rng = as_nanogpt(with_gpt2s_vocabulary), tmp_path / "ckpt.pt", random.Random(1)
+    torch.save(contents, path)
+    assert require_harmless(lambda: use(path), "unchanged")
+    for i in range(60):
+        torch.save(mutate(contents, rng, PLAIN_VALUES + TENSOR_VALUES), path)
+        require_harmless(lambda: use(path), i)
+
+
+def test_a_hugging_face_folder_with_other_fields(tmp_path):
+    folder, rng = tmp_path / "hf", random.Random(2)
+    write_folder(load_checkpoint(SAMPLES / "sft.pt"), folder)
+    assert require_harmless(lambda: use(folder), "unchanged")
+    texts = {name: (folder / name).read_text() for name in ("config.json", "tokenizer_config.json")}
+    values = PLAIN_VALUES + ["model.safetensors", {"x": "model.safetensors"}, {"x": "../hf/config.json"}]
+    for i in range(60):
+        name = rng.choice(["config.json", "config.json", "tokenizer_config.json"])
+        (folder / name).write_text(json.dumps(mutate(json.loads(texts[name]), rng, values)))
+        require_harmless(lambda: use(folder), i)
+        (folder / name).write_text(texts[name])
+    for i in range(20):
+        index = {"metadata": {}, "weight_map": {"wte.weight": "model.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(mutate(index, rng, values)))
+        require_harmless(lambda: use(folder), f"index {i}")
+
+
+def test_a_hugging_face_folder_with_other_tensors(tmp_path):
+    folder, rng = tmp_path / "hf", random.Random(3)
+    write_folder(load_checkpoint(SAMPLES / "base.pt"), folder)
+    weights = load_file(folder / "model.safetensors")
+    tensors = [torch.zeros(8, 8, 8), torch.zeros(0), torch.zeros(8, dtype=torch.int8), torch.zeros(320, 9), MISSING]
+    for i in range(30):
+        changed = {name: tensor for name, tensor in mutate(weights, rng, tensors).items() if isinstance(name, str)}
+        save_file({name: tensor.clone() for name, tensor in changed.items()}, folder / "model.safetensors")
+        require_harmless(lambda: use(folder), i)
+
+
+def test_a_meta_file_with_other_fields(tmp_path):
+    folder, rng = tmp_path / "data", random.Random(4)
+    shutil.copytree(SAMPLES / "data", folder)
+    values = [*PLAIN_VALUES, ["train.bin", "../val.bin"], ["train.bin", "val.bin", ""], ["train", "val"], ["val.bin"]]
+    shape = GPTConfig(block_size=8, vocab_size=320, n_tokens=260)
+
+    def read() -> None:
+        meta = read_token_meta(folder)
+        count_tokens(folder)
+        for split in ("train", "val"):
+            Windows.from_folder(folder, meta, split, shape, 2, 0).batch(0)
+        read_meta(folder / "meta.json", "prepare_data.py")
+        read_sft_meta(folder)
+
+    assert require_harmless(read, "unchanged")
+    for i in range(90):
+        name = ("meta.json", "sft_meta.json")[i % 3 == 0]
+        text = (SAMPLES / "data" / name).read_text()
+        (folder / name).write_text(json.dumps(mutate(json.loads(text), rng, values)))
+        require_harmless(read, i)
+        (folder / name).write_text(text)
+
+
+def test_a_tokenizer_file_with_other_fields(tmp_path):
+    path, rng = tmp_path / "tokenizer.json", random.Random(5)
+    good = json.loads((SAMPLES / "data/tokenizer.json").read_text())
+    load_tokenizer(SAMPLES / "data/tokenizer.json").encode("a fox")
+    for i in range(40):
+        vocabulary = mutate(good["model"]["vocab"], rng, PLAIN_VALUES) if i % 2 else good["model"]["vocab"]
+        whole = {"model": {"vocab": vocabulary}} if i % 2 else mutate(good, rng, PLAIN_VALUES)
+        path.write_text(json.dumps(whole))
+        require_harmless(lambda: load_tokenizer(path).encode("a fox"), i)
+
+
+JSON_BOMBS = {
+    "brackets": "[" * 100_000,
+    "closed brackets": "[" * 100_000 + "]" * 100_000,
+    "braces": '{"model":' * 100_000,
+    "lists": "[" + "[]," * (MAX_JSON_BYTES // 3 - 2) + "[]]",
+    "fewer lists": "[" + "[]," * (2**18 - 2) + "[]]",
+    "too long": " " * (MAX_JSON_BYTES + 1) + "{}",
+    "a long number": "9" * 5000,
+    "a long key": json.dumps({"model": {"vocab": {"a" * 4_000_000: 0}}}),
+    "not UTF-8": "\ud800",
+    "nothing": "",
+}
+
+
+@pytest.mark.parametrize("bomb", JSON_BOMBS.values(), ids=JSON_BOMBS)
+def test_json_that_is_deep_or_huge(tmp_path, bomb):
+    for name in ("tokenizer.json", "config.json", "meta.json", "sft_meta.json"):
+        (tmp_path / name).write_bytes(bomb.encode(errors="surrogatepass"))
+    for read in (
+        lambda: load_tokenizer(tmp_path / "tokenizer.json"),
+        lambda: load_checkpoint(tmp_path),
+        lambda: read_token_meta(tmp_path),
+        lambda: read_sft_meta(tmp_path),
+        lambda: from_spec(bomb),
+    ):
+        assert not require_harmless(read, read)
+
+
+WORST = {
+    "ten million layers": {"n_layer": 10**7},
+    "a billion wide": {"n_embd": 10**9},
+    "a fraction": {"n_embd": 128.5},
+    "a text": {"n_head": "x"},
+    "no head": {"n_head": 0},
+    "one terabyte of a few bytes": {"vocab_size": 10**11},
+}
+
+
+@pytest.mark.parametrize("change", WORST.values(), ids=WORST)
+def test_the_worst_configs_cost_one_line(tmp_path, change):
+    contents = torch.load(SAMPLES / "base.pt", weights_only=True)
+    torch.save({**contents, "config": {**contents["config"], **change}}, tmp_path / "x.pt")
+    [name] = change
+    with pytest.raises(UserError, match=rf"x\.pt is damaged: .*({name}|do not fit its config)"):
+        load_checkpoint(tmp_path / "x.pt")
+
+
+def test_memory_that_tensors_share_is_not_multiplied(tmp_path):
+    contents = torch.load(SAMPLES / "base.pt", weights_only=True)
+    weights = dict(contents["model"])
+    weights["h.0.ln_1.weight"] = weights["h.0.ln_2.weight"]
+    torch.save({**contents, "model": weights}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="several tensors share their memory"):
+        load_checkpoint(tmp_path / "x.pt")
+
+
+def test_half_precision_becomes_float32(tmp_path):
+    contents = torch.load(SAMPLES / "base.pt", weights_only=True)
+    weights = {name: tensor.half() for name, tensor in contents["model"].items()}
+    torch.save({**contents, "model": weights}, tmp_path / "x.pt")
+    assert {tensor.dtype for tensor in load_checkpoint(tmp_path / "x.pt")["model"].values()} == {torch.float32}
+
+
+def test_real_processes_end_with_one_line(tmp_path):
+    contents = torch.load(SAMPLES / "adamw.last.pt", weights_only=True)
+    shape = contents["config"]
+    torch.save({**contents, "config": {**shape, "n_layer": 10**7}}, tmp_path / "x.pt")
+    torch.save({**contents, "tokenizer": "[" * 100_000}, tmp_path / "y.pt")
+    torch.save({**contents, "recent_losses": "x"}, tmp_path / "z.last.pt")
+    write = ["--prompt", "x", "--max-new-tokens", "1", "--device", "cpu"]
+    for command in (
+        ["generate.py", "--model", "x.pt", *write],
+        ["generate.py", "--model", "y.pt", *write],
+        ["train.py", "--data", SAMPLES / "data", "--out", "z.pt", "--batch-size", "2", "--device", "cpu", "--resume"],
+    ):
+        result = run_script(tmp_path, *command, timeout=30)
+        assert result.returncode == 1, result.stderr
+        announcement, error = result.stderr.splitlines()
+        assert error.startswith("error: ") and announcement.startswith(command[0])
