@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from system.cli import run
 from system.errors import UserError, require, require_at_least
@@ -114,7 +115,7 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     start["config"] = dataclasses.replace(start["config"], dropout=config.dropout)
     model = checkpoint.build(start, path)
-    metadata = {"kind": kind, "tokenizer": tokenizer.spec, "template": meta["template"]}
+    metadata: dict[str, Any] = {"kind": kind, "tokenizer": tokenizer.spec, "template": meta["template"]}
     if kind == "lora":
         new = {"rank": config.lora_rank, "alpha": config.lora_alpha, "base": str(config.model)}
         settings = resumed["lora"] if resumed else {**new, "base_sha256": lora.sha256_of(config.model)}
