@@ -117,7 +117,7 @@ def main(config: Config) -> None:
     model = checkpoint.build(start, path)
     metadata: dict[str, Any] = {"kind": kind, "tokenizer": tokenizer.spec, "template": meta["template"]}
     if kind == "lora":
-        new = {"rank": config.lora_rank, "alpha": config.lora_alpha, "base": str(config.model)}
+        new: dict[str, Any] = {"rank": config.lora_rank, "alpha": config.lora_alpha, "base": str(config.model)}
         settings = resumed["lora"] if resumed else {**new, "base_sha256": lora.sha256_of(config.model)}
         lora.add_adapter(model, settings["rank"], settings["alpha"], config.lora_dropout, tokenizer.user)
         metadata["lora"] = settings
