@@ -389,8 +389,7 @@ def test_bad_input_gets_one_line_and_the_right_status(bad_results, i):
 
 def test_bad_input_leaves_nothing_half_written(bad_results, bad):
     assert not (bad / "checkpoints/new.pt").exists() and not (bad / "checkpoints/new.last.pt").exists()
-    assert not [path for folder in (bad / "data").glob("new*") for path in folder.iterdir()]
-    assert list((bad / "data").glob("new*"))  # some commands created their folder
+    assert not list((bad / "data").glob("new*"))  # some commands created their folder, and removed it
 
 
 def test_a_killed_preparation_leaves_the_old_files(toy):
@@ -407,8 +406,10 @@ def test_a_killed_preparation_leaves_the_old_files(toy):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert {path.name: path.read_bytes() for path in (toy / "data/kill").iterdir() if path.is_file()} == before
+    files = {path.name: path.read_bytes() for path in (toy / "data/kill").iterdir() if path.is_file()}
+    assert files.pop(".meta.json.lock") == str(process.pid).encode() and files == before
     succeed(toy, "prepare_data.py", "--input", "text", "--vocab-size", "300", "--out", "data/kill", "--overwrite")
+    assert {path.name for path in (toy / "data/kill").iterdir()} == before.keys()
 
 
 def test_output_into_a_closed_pipe_is_no_error(toy):
