@@ -27,12 +27,10 @@ def main(config: Config) -> None:
 
     from generation.config import SamplingConfig
     from weights import huggingface
-    from weights.checkpoint import build
     from weights.loading import load_checkpoint
 
     huggingface.check_export_folder(config.out, config.overwrite)
     checkpoint = load_checkpoint(config.model, verify=True, kinds=("base", "sft", "classifier"))
-    build(checkpoint, config.model)  # raises UserError if the weights do not fit the config
     sampling = SamplingConfig()
     generation = {
         "temperature": sampling.temperature,

@@ -152,7 +152,7 @@ class GPT(nn.Module):
         folder in its format, or a checkpoint; on the CPU, in evaluation mode. Raises UserError if there is none."""
         from weights import checkpoint, loading
 
-        return checkpoint.build(loading.load_checkpoint(name), name)
+        return checkpoint.build(loading.load_checkpoint(name))
 
     def n_parameters(self, positions: bool = True) -> int:
         """Number of parameters; a tied matrix counts once. `positions=False` leaves out the position embedding."""

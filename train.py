@@ -139,7 +139,7 @@ def main(config: Config) -> None:
         expected = checkpoint.tokenizer_of(start).name
         require_same_tokenizer(expected, tokenizer.name, config.data, "prepare the data with the model's tokenizer")
         start["config"] = dataclasses.replace(start["config"], dropout=config.dropout)
-        model = checkpoint.build(start, config.out if resumed else config.init_from)
+        model = checkpoint.build(start)
     else:
         shape = {name: getattr(config, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}
         model = GPT(GPTConfig(**shape, vocab_size=tokenizer.padded_vocab_size, n_tokens=tokenizer.n_tokens))

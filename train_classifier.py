@@ -99,7 +99,7 @@ def main(config: Config) -> None:
 
     processes = Processes.join(config.device)
     resumed = claim_output(config, processes, "classifier")
-    start, path = (resumed, config.out) if resumed else (load_checkpoint(config.model), config.model)
+    start = resumed or load_checkpoint(config.model)
     tokenizer = checkpoint.tokenizer_of(start)
     examples = read_examples(config.input, config.dataset, config.text_column, config.label_column)
     parts = split(examples, config.val_fraction, config.test_fraction, config.seed)
@@ -113,7 +113,7 @@ def main(config: Config) -> None:
     if not resumed:
         start = checkpoint.with_class_head(start, len(labels))
     start["config"] = dataclasses.replace(start["config"], dropout=config.dropout)
-    model = checkpoint.build(start, path)
+    model = checkpoint.build(start)
     freeze(model, config.train_layers)
     block_size = model.config.block_size
     data = {

@@ -101,11 +101,11 @@ def main(config: Config) -> None:
     if kind == "lora" and config.out.resolve() == config.model.resolve():
         raise UserError(f"--out {config.out} is the model that the adapter belongs to: choose another")
     if resumed and kind == "sft":
-        start, path = resumed, config.out
+        start = resumed
     elif resumed:
-        start, path = load_base(resumed, config.out), resumed["lora"]["base"]
+        start = load_base(resumed, config.out)
     else:
-        start, path = checkpoint.grow_vocabulary(load_checkpoint(config.model)), config.model
+        start = checkpoint.grow_vocabulary(load_checkpoint(config.model))
     claim_data(config.data, "sft_meta.json", processes)
     meta = read_sft_meta(config.data)
     tokenizer = checkpoint.tokenizer_of(start)
@@ -114,7 +114,7 @@ def main(config: Config) -> None:
 
     torch.manual_seed(config.seed)
     start["config"] = dataclasses.replace(start["config"], dropout=config.dropout)
-    model = checkpoint.build(start, path)
+    model = checkpoint.build(start)
     metadata: dict[str, Any] = {"kind": kind, "tokenizer": tokenizer.spec, "template": meta["template"]}
     if kind == "lora":
         new: dict[str, Any] = {"rank": config.lora_rank, "alpha": config.lora_alpha, "base": str(config.model)}

@@ -168,7 +168,7 @@ class TextModel:
         torch_dtype = choose_dtype(dtype, torch_device)
         if quantize == "int8" and (torch_device.type != "cpu" or torch_dtype != torch.float32):
             raise UserError("--quantize int8 works on the CPU in float32: add --device cpu --dtype float32")
-        model = checkpoint.build(state, path, torch_device)
+        model = checkpoint.build(state, torch_device)
         if convert_weights:
             model = model.to(torch_dtype)
         if quantize == "int8":

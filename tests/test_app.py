@@ -99,7 +99,7 @@ def test_the_picker_offers_every_checkpoint_except_last_ones_and_shows_its_facts
     facts = dict(line.split(": ") for line in page.sidebar.text[0].value.splitlines())
     assert facts["kind"] == "completes text" and facts["training tokens"] == f"{state['tokens']:,}"
     assert facts["validation loss"] == f"{state['history'][-1]['val_loss']:.4f}"
-    assert facts["parameters"] == f"{checkpoint.build(state, 'x').n_parameters():,}"
+    assert facts["parameters"] == f"{checkpoint.build(state).n_parameters():,}"
     assert facts["written"] == state["created"][:10]
 
 

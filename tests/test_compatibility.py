@@ -31,7 +31,7 @@ SCHEDULE = ["--warmup-steps", "1", "--eval-every", "2", "--save-every", "2", "--
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_language_models_of_an_earlier_version_load(name):
     state = load_checkpoint(SAMPLES / name, verify=True)
-    model = checkpoint.build(state, name)
+    model = checkpoint.build(state)
     tokens = torch.tensor([checkpoint.tokenizer_of(state).encode("the fox")])
     with torch.no_grad():
         logits = model(tokens)

@@ -84,7 +84,7 @@ def test_transformers_gives_the_same_logits_and_tokens(toy, tmp_path, kind):
     state = saved(toy, tmp_path / "x.pt", **KINDS[kind])
     export.main(export.Config(tmp_path / "out", tmp_path / "x.pt"))
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    ours, config = checkpoint.build(state, "x"), state["config"]
+    ours, config = checkpoint.build(state), state["config"]
     tokens = torch.randint(config.n_tokens, (3, 40))
     assert (logits_of(exported, tokens) - logits_of(ours, tokens)).abs().max() < 1e-4
     assert exported.generation_config.suppress_tokens == (
@@ -99,7 +99,7 @@ def test_transformers_gives_the_same_logits_and_tokens(toy, tmp_path, kind):
         state["template"],
         state["tokenizer"] == "gpt2",
     )
-    assert (logits_of(checkpoint.build(again, "x"), tokens) - logits_of(ours, tokens)).abs().max() < 1e-4
+    assert (logits_of(checkpoint.build(again), tokens) - logits_of(ours, tokens)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["base", "without role tokens", "GPT-2's tokens"])
@@ -180,7 +180,7 @@ def test_an_adapter_is_merged(toy, tmp_path):
     export.main(export.Config(tmp_path / "out", adapter))
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     tokens = torch.randint(400, (2, 40))
-    merged, base = (checkpoint.build(load_checkpoint(path), path) for path in (adapter, tmp_path / "toy.pt"))
+    merged, base = (checkpoint.build(load_checkpoint(path)) for path in (adapter, tmp_path / "toy.pt"))
     assert (logits_of(exported, tokens) - logits_of(merged, tokens)).abs().max() < 1e-4
     assert (logits_of(exported, tokens) - logits_of(base, tokens)).abs().max() > 1e-2
 
@@ -228,7 +228,7 @@ def test_precision_and_trimming(toy, tmp_path):
     assert exported.generation_config.suppress_tokens is None
     tokens = torch.randint(n_tokens, (2, 40))
     exact = {name: tensor.bfloat16().float() for name, tensor in state["model"].items()}
-    ours = checkpoint.build({**state, "model": exact}, "x")
+    ours = checkpoint.build({**state, "model": exact})
     assert (logits_of(exported.float(), tokens) - logits_of(ours, tokens)[..., :n_tokens]).abs().max() < 1e-4
 
 

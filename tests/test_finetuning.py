@@ -50,7 +50,7 @@ def sft(**options) -> dict:
 
 def loss_after_the_role_token(state: dict, **changed) -> float:
     """The loss at the first token of each answer to be learnt, in nats."""
-    model = checkpoint.build({**state, "model": {**state["model"], **changed}}, "x")
+    model = checkpoint.build({**state, "model": {**state["model"], **changed}})
     rows = Conversations(Path("data"), "train", 64, 1, 0).in_order()
     return mean_loss(model, (replace(row, counted=row.counted[:1]) for row in rows), 8)
 
@@ -84,15 +84,15 @@ def test_an_adapter_is_saved_alone_and_equals_the_merged_model(here):
     assert sum(len(part["state"]) for part in state) == len(adapter["model"])
     assert Path("checkpoints/pretrained.pt").read_bytes() == base_file
 
-    live = checkpoint.build(checkpoint.grow_vocabulary(load_checkpoint("checkpoints/pretrained.pt")), "x")
+    live = checkpoint.build(checkpoint.grow_vocabulary(load_checkpoint("checkpoints/pretrained.pt")))
     tokenizer = checkpoint.tokenizer_of(adapter)
     add_adapter(live, 4, 8.0, 0.5, tokenizer.user)
     restore_adapter(live, adapter, "x")
     tokens = torch.randint(tokenizer.n_tokens, (3, 64))
     with torch.no_grad():
         expected = live.eval()(tokens)
-        plain = checkpoint.build(load_checkpoint("checkpoints/pretrained.pt"), "x")(tokens)
-        loaded = checkpoint.build(load_checkpoint("checkpoints/sft.pt"), "x")(tokens)
+        plain = checkpoint.build(load_checkpoint("checkpoints/pretrained.pt"))(tokens)
+        loaded = checkpoint.build(load_checkpoint("checkpoints/sft.pt"))(tokens)
     torch.testing.assert_close(loaded, expected, rtol=0, atol=1e-5)
     assert (plain - expected).abs().max() > 0.01
 
@@ -101,7 +101,7 @@ def test_an_adapter_is_saved_alone_and_equals_the_merged_model(here):
     assert merged["kind"] == "sft" and merged["model"].keys() == load_checkpoint("checkpoints/sft.pt")["model"].keys()
     Path("checkpoints/pretrained.pt").unlink()  # not needed any more
     with torch.no_grad():
-        on_its_own = checkpoint.build(merged, "x")(tokens)
+        on_its_own = checkpoint.build(merged)(tokens)
     torch.testing.assert_close(on_its_own, expected, rtol=0, atol=1e-5)
 
 
@@ -140,7 +140,7 @@ def test_a_vocabulary_without_role_tokens_grows_and_no_logit_changes(here):
     assert (grown["config"].n_tokens, grown["config"].vocab_size) == (n + 2, 448)
     tokens = torch.randint(n, (2, 64))
     with torch.no_grad():
-        before, after = (checkpoint.build(state, "x")(tokens) for state in (small, grown))
+        before, after = (checkpoint.build(state)(tokens) for state in (small, grown))
     torch.testing.assert_close(after[..., :n], before, rtol=0, atol=1e-6)
     for lora_rank in (0, 2):
         sft(lora_rank=lora_rank, max_steps=2, overwrite=True)

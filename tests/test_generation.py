@@ -176,7 +176,7 @@ def test_int8_weights_change_the_perplexity_by_less_than_a_hundredth(toy):
             logits = model(ids[:, :-1])
         return math.exp(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item())
 
-    plain, int8 = checkpoint.build(state, "x"), checkpoint.build(state, "x")
+    plain, int8 = checkpoint.build(state), checkpoint.build(state)
     quantize_weights(int8)
     assert perplexity(int8) != perplexity(plain)
     assert perplexity(int8) == pytest.approx(perplexity(plain), rel=0.01)
@@ -367,13 +367,13 @@ def test_a_damaged_checkpoint_costs_one_line_and_runs_nothing(toy, tmp_path):
             damaged = bytearray(rng.randbytes(rng.randrange(3000)))
         path.write_bytes(damaged)
         try:
-            checkpoint.build(load_checkpoint(path, verify=True), path)
+            checkpoint.build(load_checkpoint(path, verify=True))
         except UserError as error:
             assert "\n" not in str(error)
         else:
             assert kind == 1 or bytes(damaged) == good, f"damage {i} went unseen"
         try:
-            checkpoint.build(load_checkpoint(path), path)
+            checkpoint.build(load_checkpoint(path))
         except UserError as error:
             assert "\n" not in str(error)
 

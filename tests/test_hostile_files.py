@@ -124,7 +124,7 @@ def memory():
 def use(path: Path) -> None:
     """Loads a model, computes with it, and shows it, as the scripts do."""
     state = load_checkpoint(path, kinds=KINDS)
-    model = checkpoint.build(state, path)
+    model = checkpoint.build(state)
     checkpoint.describe(state)
     tokenizer = checkpoint.tokenizer_of(state)
     with torch.inference_mode():
@@ -138,7 +138,7 @@ def resume(path: Path, optimizer: str) -> None:
     """Continues a run from a file, by one step."""
     resumed = load_checkpoint(path, kinds=("base",))
     config = TrainerConfig(out=path, optimizer=optimizer, device="cpu", grad_accum_steps=1, batch_size=1)
-    state = TrainingState.create(checkpoint.build(resumed, path), config, Processes.join("cpu"))
+    state = TrainingState.create(checkpoint.build(resumed), config, Processes.join("cpu"))
     restore(state, resumed)
     state.model(torch.ones(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.int64)).backward()
     for each in state.optimizers:

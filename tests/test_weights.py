@@ -39,8 +39,8 @@ def assert_same_logits(reference: GPT2LMHeadModel, state: dict) -> None:
     tokens = torch.randint(50257, (2, 40))
     with torch.no_grad():
         expected = reference(tokens).logits
-        torch.testing.assert_close(checkpoint.build(state, "x")(tokens), expected, rtol=1e-4, atol=1e-5)
-        grown = checkpoint.build(checkpoint.grow_vocabulary(state), "x")(tokens)
+        torch.testing.assert_close(checkpoint.build(state)(tokens), expected, rtol=1e-4, atol=1e-5)
+        grown = checkpoint.build(checkpoint.grow_vocabulary(state))(tokens)
     torch.testing.assert_close(grown[..., :50257], expected, rtol=1e-4, atol=1e-5)
     assert grown.size(-1) == 50304
 
@@ -155,7 +155,7 @@ def test_a_bad_checkpoint_costs_one_line_that_says_why(tmp_path, changes, proble
         changes = {"lora": {**contents["lora"], **changes["lora"]}}
     torch.save({**contents, **changes}, tmp_path / "x.pt")
     with pytest.raises(UserError, match=f"x.pt .*{problem}") as error:
-        checkpoint.build(load_checkpoint(tmp_path / "x.pt"), tmp_path / "x.pt")
+        checkpoint.build(load_checkpoint(tmp_path / "x.pt"))
     assert "\n" not in str(error.value)
 
 

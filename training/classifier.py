@@ -100,7 +100,7 @@ class Classifier:
     def load(cls, path: str | Path, device: str = "auto", dtype: str = "auto") -> Classifier:
         """Loads a checkpoint of train_classifier.py. Raises UserError if there is none, or no such device."""
         state, chosen = load_checkpoint(path, kinds=("classifier",)), choose_device(device)
-        model = checkpoint.build(state, path, chosen)
+        model = checkpoint.build(state, chosen)
         return cls(model, checkpoint.tokenizer_of(state), state["labels"], chosen, choose_dtype(dtype, chosen))
 
     @classmethod

@@ -138,8 +138,8 @@ def _checked(checkpoint: Checkpoint, path: str | Path) -> Checkpoint:
     return {**checkpoint, "model": weights}
 
 
-def build(checkpoint: Checkpoint, path: str | Path, device: torch.device | str = "cpu") -> GPT:
-    """Builds the model of a checkpoint, in evaluation mode; error messages name `path`.
+def build(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> GPT:
+    """Builds the model of a loaded checkpoint, in evaluation mode. Loading has checked that the weights fit the config.
 
     On the CPU, the weights of a checkpoint from a file are pages of that file: they are read at their first use, and
     copied when they are written to.
