@@ -21,7 +21,16 @@ from conftest import ENVIRONMENT, REPOSITORY, command, run_script, succeed
 from scipy.stats import chisquare
 
 from generation.config import SamplingConfig
-from generation.decoding import CompiledDecoder, decode_one, generate, quantize_weights, sample, speed_up_decoding
+from generation.decoding import (
+    PRODUCTS,
+    CompiledDecoder,
+    decode_one,
+    fastest_product,
+    generate,
+    quantize_weights,
+    sample,
+    speed_up_decoding,
+)
 from generation.text_model import TextModel, TextWriter
 from model import GPT, GPTConfig
 from system.errors import UserError
@@ -115,15 +124,26 @@ def test_the_repetition_penalty_equals_transformers(penalty):
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 5, 8, 31, 33])
 @pytest.mark.parametrize("bias", [True, False])
-def test_products_for_few_rows_equal_the_usual_ones(rows, bias):
-    layer = torch.nn.Linear(24, 48, bias=bias)
-    x = torch.randn(rows, 1, 24)
+@pytest.mark.parametrize("shape", [(24, 48), (512, 1024)], ids=["small", "large"])
+def test_products_for_few_rows_equal_the_usual_ones(rows, bias, shape):
+    layer = torch.nn.Linear(*shape, bias=bias)
+    x = torch.randn(rows, 1, shape[0])
     with torch.inference_mode():
         expected = layer(x)
+        for product in PRODUCTS:
+            y = product(x[:, 0], layer.weight) + (layer.bias if bias else 0)
+            torch.testing.assert_close(y, expected[:, 0], rtol=1e-4, atol=1e-5)
         speed_up_decoding(layer)
         assert type(layer) is not torch.nn.Linear
-        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(layer(x.transpose(0, 1)), expected.transpose(0, 1), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer(x.transpose(0, 1)), expected.transpose(0, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_the_fastest_product_is_measured_once():
+    x, weight = torch.randn(3, 512), torch.randn(1024, 512)
+    with torch.inference_mode():
+        chosen = fastest_product(x, weight)
+        assert chosen in PRODUCTS and all(fastest_product(x, weight) is chosen for _ in range(20))
 
 
 def test_samples_of_one_prompt_are_a_batch():
