@@ -73,10 +73,10 @@ class CausalSelfAttention(nn.Module):
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        mask = None
+        mask, is_causal = None, True
         if cache is not None:
             k, v, mask = cache.append(k, v)  # (B, nh, S, hs)
-        is_causal = mask is None and T > 1  # a single query sees every key
+            is_causal = mask is None and T > 1  # a single query sees every key
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
