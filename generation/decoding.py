@@ -268,7 +268,8 @@ def product_in_halves(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def product_in_parts(x: Tensor, weight: Tensor) -> Tensor:
-    """A batched product over parts of 16 outputs, twice as fast as the usual one on both processors for 8 rows."""
+    """A batched product over parts of 16 outputs. For 8 rows it reads the matrices of GPT-2 small 1.0 to 2.4 times as
+    fast as the usual one on an Intel Xeon (Sapphire Rapids)."""
     rows, n = x.shape
     parts = weight.view(-1, 16, n).transpose(1, 2)
     return torch.bmm(x.expand(len(parts), rows, n), parts).transpose(0, 1).reshape(rows, -1)

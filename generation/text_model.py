@@ -182,7 +182,7 @@ class TextModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.model.wpe.weight.device
 
     def check(self, config: SamplingConfig) -> None:

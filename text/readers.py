@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Stream = io.BufferedReader
 """bytes that can be peeked at"""
 Row = tuple[str, Any]
-"""Where a row stands ("a.jsonl, line 17"), and the row: a dict, or in damaged JSON files any other value."""
+"""The place of a row, such as "a.jsonl, line 17", and the row: a dict, or in damaged JSON files any other value."""
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")

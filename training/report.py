@@ -68,11 +68,12 @@ class ProgressBar(Listener):
 
     def __init__(self) -> None:
         self.bar: tqdm | None = None
-        self.start, self.tokens_before, self.peak_flops = 0.0, 0, 0.0
+        self.start, self.tokens_before, self.peak_flops, self.flops_per_token = 0.0, 0, 0.0, 0
 
     def on_start(self, state: TrainingState) -> None:
         self.start, self.tokens_before = time.perf_counter(), state.tokens
         self.peak_flops = (peak_flops(state.processes.device) or 0.0) * state.processes.world_size
+        self.flops_per_token = state.model.flops_per_token()
         self.bar = tqdm(
             total=state.config.max_steps,
             initial=state.step,
@@ -86,7 +87,7 @@ class ProgressBar(Listener):
         rate = (figures.tokens - self.tokens_before) / (time.perf_counter() - self.start)
         text = f"loss {loss:.3f}, lr {figures.learning_rate:.1e}, {rate:,.0f} tokens/s"
         if self.peak_flops:
-            text += f", MFU {rate * state.model.flops_per_token() / self.peak_flops:.0%}"
+            text += f", MFU {rate * self.flops_per_token / self.peak_flops:.0%}"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
 
