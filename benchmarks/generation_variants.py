@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from generation.decoding import CompiledDecoder, generate, quantize_weights, speed_up_decoding
+from generation.cpu_linear import quantize_weights, speed_up_decoding
+from generation.decoding import CompiledDecoder, generate
 from model import GPT, GPTConfig
 
 TEMPERATURE, TOP_K = 0.8, 50
@@ -66,6 +67,7 @@ def build_variants(shape: GPTConfig, device: torch.device) -> list[Variant]:
     torch.manual_seed(0)
     model = GPT(shape).eval().to(device)
     half = copy.deepcopy(model).bfloat16()
+    speed_up_decoding(half)
     variants = [our_variant("no cache, as nanoGPT", model, use_cache=False, max_new_tokens=8)]
     if reference := transformers_variant(model, device):
         variants.append(reference)

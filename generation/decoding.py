@@ -1,14 +1,11 @@
-"""Tokens from a model: the KV cache, the decoding loop, sampling, and faster linear layers for the CPU."""
+"""Tokens from a model: the KV cache, the decoding loop, and sampling."""
 
 from __future__ import annotations
 
-import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -254,93 +251,3 @@ def _likeliest(probabilities: Tensor, mass: float) -> tuple[Tensor, Tensor]:
         if values.sum(dim=-1).min() > mass:
             return values, ids
     return probabilities.sort(dim=-1, descending=True)
-
-
-Product = Callable[[Tensor, Tensor], Tensor]
-"""x (rows, in) and weight (out, in) → `x @ weight.T` (rows, out)."""
-
-
-def product_in_halves(x: Tensor, weight: Tensor) -> Tensor:
-    """A batched product over two halves of the matrix, three times as fast as the usual one on an AMD EPYC (Zen 4) for
-    one row, and half as fast on an Intel Xeon (Sapphire Rapids)."""
-    rows, n = x.shape
-    return torch.bmm(weight.view(2, -1, n), x.t().expand(2, n, rows)).view(-1, rows).t()
-
-
-def product_in_parts(x: Tensor, weight: Tensor) -> Tensor:
-    """A batched product over parts of 16 outputs. For 8 rows it reads the matrices of GPT-2 small 1.0 to 2.4 times as
-    fast as the usual one on an Intel Xeon (Sapphire Rapids)."""
-    rows, n = x.shape
-    parts = weight.view(-1, 16, n).transpose(1, 2)
-    return torch.bmm(x.expand(len(parts), rows, n), parts).transpose(0, 1).reshape(rows, -1)
-
-
-PRODUCTS: tuple[Product, ...] = (nn.functional.linear, product_in_halves, product_in_parts)
-_fastest: dict[tuple[int, ...], Product] = {}
-
-
-def fastest_product(x: Tensor, weight: Tensor) -> Product:
-    """Returns the fastest of `PRODUCTS` on this machine for x (rows, in) and weight (out, in).
-
-    Measures once for each shape, about as long as twelve products take. Another product than the usual one must be at
-    least a fifth faster.
-    """
-    key = (*weight.shape, (len(x) - 1).bit_length(), torch.get_num_threads())  # 1, 2, 3 to 4, 5 to 8, … rows
-    if key not in _fastest:
-        seconds = {product: seconds_of(product, x, weight) for product in PRODUCTS}
-        best = min(PRODUCTS, key=lambda product: seconds[product])
-        _fastest[key] = best if seconds[best] < 0.8 * seconds[PRODUCTS[0]] else PRODUCTS[0]
-    return _fastest[key]
-
-
-def seconds_of(product: Product, x: Tensor, weight: Tensor) -> float:
-    """Returns the shortest of three times that a product takes, after one that is not timed."""
-    product(x, weight)
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        product(x, weight)
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-class FewRowsLinear(nn.Linear):
-    """A linear layer for decoding on the CPU, where the input has few rows and reading the weights takes all the time.
-
-    Computes the same as `nn.Linear`, for large float32 weights by the product that is fastest on this machine.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows, is_large = x.numel() // self.in_features, self.weight.numel() >= 2**18
-        if rows > 32 or not is_large or self.out_features % 16 or x.dtype != torch.float32:
-            return super().forward(x)
-        if torch.compiler.is_compiling():
-            return super().forward(x)
-        flat = x.reshape(rows, self.in_features)
-        product = fastest_product(flat, self.weight)
-        if product is PRODUCTS[0]:
-            return super().forward(x)
-        y = product(flat, self.weight)
-        if self.bias is not None:
-            y = y + self.bias
-        return y.reshape(*x.shape[:-1], -1)
-
-
-def speed_up_decoding(model: nn.Module) -> None:
-    """Turns a model's linear layers, if they are on the CPU, into `FewRowsLinear`."""
-    for module in model.modules():
-        if type(module) is nn.Linear and module.weight.device.type == "cpu":
-            module.__class__ = FewRowsLinear
-
-
-def quantize_weights(model: nn.Module) -> None:
-    """Stores the weights of a model's linear layers as int8 with one scale per output, for the CPU.
-
-    Activations are quantized on the fly. This is PyTorch's dynamic quantization. Its successor torchao (0.18, not
-    compiled) was slower than float32.
-    """
-    from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated in favour of torchao
-        quantize_dynamic(model, {nn.Linear: per_channel_dynamic_qconfig}, inplace=True)

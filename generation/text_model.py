@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from generation.config import SamplingConfig
-from generation.decoding import CompiledDecoder, generate, quantize_weights, speed_up_decoding
+from generation.cpu_linear import quantize_weights, speed_up_decoding
+from generation.decoding import CompiledDecoder, generate
 from model import GPT
 from system.device import autocast, choose_device, choose_dtype
 from system.errors import UserError
@@ -169,12 +170,10 @@ class TextModel:
         if quantize == "int8" and (torch_device.type != "cpu" or torch_dtype != torch.float32):
             raise UserError("--quantize int8 works on the CPU in float32: add --device cpu --dtype float32")
         model = checkpoint.build(state, torch_device)
-        if convert_weights:
-            model = model.to(torch_dtype)
         if quantize == "int8":
             quantize_weights(model)
-        else:
-            speed_up_decoding(model)
+        elif convert_weights:
+            speed_up_decoding(model.to(torch_dtype))
         description = f"{path}: {checkpoint.describe(state)}"
         compiled = CompiledDecoder(model) if compile else None
         tokenizer = checkpoint.tokenizer_of(state)

@@ -37,6 +37,7 @@ from typing import (
 import tyro
 
 from system.errors import UserError, is_out_of_memory, require
+from system.threads import limit_spinning
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -52,6 +53,7 @@ def run(
     An error that the user can correct ends in one line on standard error and exit status 1 (2 for bad usage); Ctrl-C
     ends in status 130.
     """
+    limit_spinning()
     _replace_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -21,16 +21,8 @@ from conftest import ENVIRONMENT, REPOSITORY, command, run_script, succeed
 from scipy.stats import chisquare
 
 from generation.config import SamplingConfig
-from generation.decoding import (
-    PRODUCTS,
-    CompiledDecoder,
-    decode_one,
-    fastest_product,
-    generate,
-    quantize_weights,
-    sample,
-    speed_up_decoding,
-)
+from generation.cpu_linear import PRODUCTS, fastest_product, quantize_weights, speed_up_decoding
+from generation.decoding import CompiledDecoder, decode_one, generate, sample
 from generation.text_model import TextModel, TextWriter
 from model import GPT, GPTConfig
 from system.errors import UserError
@@ -125,25 +117,26 @@ def test_the_repetition_penalty_equals_transformers(penalty):
 @pytest.mark.parametrize("rows", [1, 2, 4, 5, 8, 31, 33])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(24, 48), (512, 1024)], ids=["small", "large"])
-def test_products_for_few_rows_equal_the_usual_ones(rows, bias, shape):
-    layer = torch.nn.Linear(*shape, bias=bias)
-    x = torch.randn(rows, 1, shape[0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_for_few_rows_equal_the_usual_ones(rows, bias, shape, dtype):
+    layer = torch.nn.Linear(*shape, bias=bias, dtype=dtype)
+    x = torch.randn(rows, 1, shape[0], dtype=dtype)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     with torch.inference_mode():
         expected = layer(x)
         for product in PRODUCTS:
-            y = product(x[:, 0], layer.weight) + (layer.bias if bias else 0)
-            torch.testing.assert_close(y, expected[:, 0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(product(x[:, 0], layer.weight, layer.bias), expected[:, 0], **tolerance)
         speed_up_decoding(layer)
         assert type(layer) is not torch.nn.Linear
-        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(layer(x.transpose(0, 1)), expected.transpose(0, 1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer(x), expected, **tolerance)
+        torch.testing.assert_close(layer(x.transpose(0, 1)), expected.transpose(0, 1), **tolerance)
 
 
 def test_the_fastest_product_is_measured_once():
-    x, weight = torch.randn(3, 512), torch.randn(1024, 512)
+    x, weights = torch.randn(3, 512), [torch.randn(1024, 512), torch.randn(1024, 512)]
     with torch.inference_mode():
-        chosen = fastest_product(x, weight)
-        assert chosen in PRODUCTS and all(fastest_product(x, weight) is chosen for _ in range(20))
+        chosen = fastest_product(x, weights)
+        assert chosen in PRODUCTS and all(fastest_product(x, weights) is chosen for _ in range(20))
 
 
 def test_samples_of_one_prompt_are_a_batch():
