@@ -7,12 +7,12 @@ import streamlit as st
 
 from interface.sidebar import pick_checkpoint, pick_sampling
 from system.errors import UserError
-from system.threads import limit_spinning
+from system.threads import GENERATION, limit_spinning
 
 
 def main() -> None:
     """Draws the page: first the sidebar, which needs no model, then the chosen mode."""
-    limit_spinning()
+    limit_spinning(GENERATION)
     st.set_page_config("GPT-2", page_icon="💬", layout="centered")
     for key in ("prompt", "step"):  # Streamlit forgets a widget's value while another mode is shown, unless it is set
         if key in st.session_state:

@@ -8,6 +8,7 @@ from typing import Literal
 from generation.config import SamplingConfig
 from system.cli import run
 from system.errors import UserError, require, require_at_least
+from system.threads import GENERATION, limit_spinning
 
 
 @dataclass(frozen=True)
@@ -99,4 +100,5 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
+    limit_spinning(GENERATION)
     run(main, Config)

@@ -19,12 +19,13 @@ from pathlib import Path
 
 from system.cli import run
 from system.errors import UserError, require_at_least
-from system.threads import spin_count
+from system.threads import GENERATION, TRAINING, spin_count
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BUSY_LOOP = [sys.executable, "-c", "while True: pass"]
-SETTINGS = {"OpenMP's default": None, "this project": str(spin_count())}
-MAX_LOSS_QUIET, MAX_FACTOR_BUSY = 1.05, 2.5
+TASKS = {"train": TRAINING, "generate": GENERATION}
+DEFAULT, OURS = "OpenMP's default", "this project"
+GOALS = {"alone": "goal: at most 1.05", "one busy process": "goal: at most 2.5"}
 
 
 @dataclass(frozen=True)
@@ -41,31 +42,25 @@ class Config:
 def main(config: Config) -> None:
     """Measures every case and prints it beside its goal."""
     cases = {"alone": [], "one busy process": [BUSY_LOOP], "a second training": [worker("train", 10**9)]}
-    print(f"milliseconds per step or token, {os.cpu_count()} cores")
-    for task in ("train", "generate"):
+    print(f"milliseconds per step or token (ratio to OpenMP's default, alone), {os.cpu_count()} cores")
+    for task, microseconds in TASKS.items():
+        environments = {DEFAULT: environment(None), OURS: environment(spin_count(microseconds))}
         times: dict[tuple[str, str], list[float]] = {}
         for _ in range(config.rounds):
             for case, others in cases.items():
-                for setting, spins in SETTINGS.items():
-                    milliseconds = measure(task, config.steps, environment(spins), others)
-                    times.setdefault((case, setting), []).append(milliseconds)
-        medians = {key: statistics.median(values) for key, values in times.items()}
-        print_table(task, medians)
+                for setting, env in environments.items():
+                    times.setdefault((case, setting), []).append(measure(task, config.steps, env, others))
+        print_table(task, {key: statistics.median(values) for key, values in times.items()})
 
 
 def print_table(task: str, medians: dict[tuple[str, str], float]) -> None:
-    """Prints a task's times, each beside its ratio to OpenMP's default on a quiet machine."""
-    default, ours = SETTINGS
-    quiet = medians["alone", default]
+    """Prints the times of a task in every case and with both settings."""
     for case in dict.fromkeys(case for case, _ in medians):
-        limit = {"alone": MAX_LOSS_QUIET, "one busy process": MAX_FACTOR_BUSY}.get(case)
-        goal = f"goal: at most {limit}" if limit else ""
-        by_default, by_ours = medians[case, default], medians[case, ours]
-        print(
-            f"{task:10}{case:20}{default} {by_default:8.1f} ({by_default / quiet:5.2f}){'':4}"
-            f"{ours} {by_ours:8.1f} ({by_ours / quiet:5.2f})  {goal}",
-            flush=True,
-        )
+        cells = []
+        for setting in (DEFAULT, OURS):
+            milliseconds = medians[case, setting]
+            cells.append(f"{setting} {milliseconds:8.1f} ({milliseconds / medians['alone', DEFAULT]:.2f})")
+        print(f"{task:10}{case:20}{'    '.join(cells)}    {GOALS.get(case, '')}", flush=True)
 
 
 def worker(task: str, steps: int) -> list[str]:
@@ -73,10 +68,10 @@ def worker(task: str, steps: int) -> list[str]:
     return [sys.executable, "-m", "benchmarks.busy_worker", task, str(steps)]
 
 
-def environment(spins: str | None) -> dict[str, str]:
-    """Returns the environment with a number of rounds that waiting threads spin; None is OpenMP's default."""
+def environment(spins: int | None) -> dict[str, str]:
+    """Returns the environment in which waiting threads spin for a number of rounds; None is OpenMP's default."""
     others = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
-    return others if spins is None else {**others, "GOMP_SPINCOUNT": spins}
+    return others if spins is None else {**others, "GOMP_SPINCOUNT": str(spins)}
 
 
 def measure(task: str, steps: int, env: dict[str, str], others: list[list[str]]) -> float:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from system.cli import run
 from system.errors import require, require_at_least
+from system.threads import GENERATION, limit_spinning
 
 
 @dataclass(frozen=True)
@@ -84,4 +85,5 @@ def format_table(rows: list[dict]) -> str:
 
 
 if __name__ == "__main__":
+    limit_spinning(GENERATION)  # as generate.py does
     run(main, Config)

@@ -15,8 +15,8 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def product_from_the_left(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The transposed product. In bfloat16 on an Intel Xeon (Sapphire Rapids), it reads the matrices of GPT-2 small 1.2 to
-    1.6 times as fast as the usual one."""
+    """The transposed product. In bfloat16 on an Intel Xeon (Sapphire Rapids), it reads the matrices of GPT-2 small 1.2
+    to 1.6 times as fast as the usual one."""
     if len(x) == 1:
         y = torch.mv(weight, x[0]) if bias is None else torch.addmv(bias, weight, x[0])
         return y[None]
@@ -24,8 +24,8 @@ def product_from_the_left(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
 
 
 def product_in_halves(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A batched product over two halves of the matrix. In float32 for one row, it is three times as fast as the usual one
-    on an AMD EPYC (Zen 4), and half as fast on an Intel Xeon (Sapphire Rapids)."""
+    """A batched product over two halves of the matrix. In float32 for one row, it is three times as fast as the usual
+    one on an AMD EPYC (Zen 4), and half as fast on an Intel Xeon (Sapphire Rapids)."""
     rows, n = x.shape
     halves, columns = weight.view(2, -1, n), x.t().expand(2, n, rows)
     y = torch.bmm(halves, columns) if bias is None else torch.baddbmm(bias.view(2, -1, 1), halves, columns)
@@ -33,8 +33,8 @@ def product_in_halves(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def product_in_parts(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A batched product over parts of 16 outputs. In float32 for 8 rows on an Intel Xeon (Sapphire Rapids), it reads the
-    matrices of GPT-2 small 1.8 times as fast as the usual one."""
+    """A batched product over parts of 16 outputs. In float32 for 8 rows on an Intel Xeon (Sapphire Rapids), it reads
+    the matrices of GPT-2 small 1.8 times as fast as the usual one."""
     rows, n = x.shape
     parts = weight.view(-1, 16, n).transpose(1, 2)
     x = x.expand(len(parts), rows, n)
@@ -106,6 +106,7 @@ def speed_up_decoding(model: nn.Module) -> None:
         if type(module) is nn.Linear and module.weight.device.type == "cpu":
             by_shape[module.weight.shape].append(module.weight)
             module.__class__ = FewRowsLinear
+            assert isinstance(module, FewRowsLinear)
             module.weights_of_this_shape, module.chosen = by_shape[module.weight.shape], {}
 
 
