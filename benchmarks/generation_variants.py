@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from generation.decoding import CompiledDecoder, generate, quantize_weights, speed_up_decoding
+from generation.decoding import CompiledDecoder, generate, one_step_ahead, quantize_weights, speed_up_decoding
 from model import GPT, GPTConfig
 
 TEMPERATURE, TOP_K = 0.8, 50
@@ -112,6 +112,8 @@ def our_variant(
             use_cache=use_cache,
             compiled=compiled,
         )
+        if tokens.is_cuda:
+            steps = one_step_ahead(steps)  # as `TextModel` does
         for ids, _ in steps:
             ids.tolist()  # wait for each token, as a program that streams does
 
