@@ -49,11 +49,10 @@ class AttentionCache(Protocol):
     `generation/decoding.py` implements it.
     """
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Adds k and v (B, nh, T, hs) of new positions.
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Adds the keys k and values v of T new positions (B, nh, T, hs).
 
-        Returns all keys and all values (B, nh, S, hs), and a bool mask (T, S) of the positions that each query sees.
-        The mask is None if a single query sees everything, or if there are no earlier positions.
+        Returns the attention of their queries q to all positions up to their own, (B, nh, T, hs).
         """
         ...
 
@@ -73,12 +72,11 @@ class CausalSelfAttention(nn.Module):
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        mask, is_causal = None, True
         if cache is not None:
-            k, v, mask = cache.append(k, v)  # (B, nh, S, hs)
-            is_causal = mask is None and T > 1  # a single query sees every key
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout)
+            y = cache.attend(q, k, v)  # (B, nh, T, hs)
+        else:
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 

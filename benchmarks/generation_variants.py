@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from generation.cpu_linear import quantize_weights, speed_up_decoding
-from generation.decoding import CompiledDecoder, generate
+from generation.decoding import CompiledDecoder, generate, one_step_ahead
 from model import GPT, GPTConfig
 
 TEMPERATURE, TOP_K = 0.8, 50
@@ -114,6 +114,8 @@ def our_variant(
             use_cache=use_cache,
             compiled=compiled,
         )
+        if tokens.is_cuda:
+            steps = one_step_ahead(steps)  # as `TextModel` does
         for ids, _ in steps:
             ids.tolist()  # wait for each token, as a program that streams does
 

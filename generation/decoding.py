@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import GPT, GPTConfig
+from system.device import to_host
 
 
 @torch.inference_mode()
@@ -65,6 +68,23 @@ def generate(
         yield new[:, 0], logits
 
 
+def one_step_ahead(steps: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields what `generate` yields, with the ids on the host, while the GPU already computes the next step.
+
+    The GPU need not wait for the host: each step takes its token from the GPU's memory. If the caller stops early, one
+    step is wasted.
+    """
+    unread = None
+    for ids, logits in steps:
+        if unread:
+            read_ids, previous_logits = unread
+            yield torch.tensor(read_ids(), dtype=torch.int64), previous_logits
+        unread = to_host(ids), logits
+    if unread:
+        read_ids, previous_logits = unread
+        yield torch.tensor(read_ids(), dtype=torch.int64), previous_logits
+
+
 def prefill(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
     """Reads int64 tokens (B, T) behind what the cache holds; returns the logits (B, n_tokens) of the next token."""
     positions = torch.arange(cache.length, cache.length + tokens.size(1), device=tokens.device)
@@ -78,8 +98,8 @@ def decode_one(model: GPT, token: Tensor, position: Tensor, cache: KVCache) -> T
     as a graph. The caller counts the cache's length.
     """
     n_positions = cache.layers[0].keys.size(2)
-    mask = torch.arange(n_positions, device=position.device) <= position[:, None]  # (1, positions)
-    caches = [CacheSlot(layer, position, mask) for layer in cache.layers]
+    is_used = torch.arange(n_positions, device=position.device) <= position  # (positions,)
+    caches = [CacheSlot(layer, position, is_used) for layer in cache.layers]
     return next_token_logits(model, model.hidden(token, position, caches))
 
 
@@ -94,14 +114,21 @@ class LayerCache:
     def __init__(self, keys: Tensor, values: Tensor):
         self.keys, self.values, self.length = keys, values, 0
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Stores k and v (B, nh, T, hs) behind the past; see `model.AttentionCache`."""
-        past, T = self.length, k.size(2)
-        self.length = end = past + T
-        self.keys[:, :, past:end] = k
-        self.values[:, :, past:end] = v
-        mask = torch.ones(T, end, dtype=torch.bool, device=k.device).tril(past) if past and T > 1 else None
-        return self.keys[:, :, :end], self.values[:, :, :end], mask
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Stores k and v (B, nh, T, hs) behind the past."""
+        past, self.length = self.length, self.length + k.size(2)
+        self.keys[:, :, past : self.length] = k
+        self.values[:, :, past : self.length] = v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Stores k and v (B, nh, T, hs) behind the past, and attends to both; see `model.AttentionCache`."""
+        past, T = self.length, q.size(2)
+        self.append(k, v)
+        k, v = self.keys[:, :, : self.length], self.values[:, :, : self.length]  # (B, nh, past + T, hs)
+        mask = None  # a single query sees every key
+        if past and T > 1:
+            mask = torch.ones(T, self.length, dtype=torch.bool, device=q.device).tril(past)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=past == 0)
 
 
 @dataclass(frozen=True)
@@ -109,14 +136,21 @@ class CacheSlot:
     """One position of a layer's cache, given as a tensor so that no shape depends on it."""
 
     layer: LayerCache
-    position: Tensor
-    mask: Tensor
+    position: Tensor  # int64 (1,)
+    is_used: Tensor  # bool (positions,), true up to `position`
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Stores k and v (B, nh, 1, hs); returns the whole buffers, and a mask of the positions in use."""
-        self.layer.keys.index_copy_(2, self.position, k)
-        self.layer.values.index_copy_(2, self.position, v)
-        return self.layer.keys, self.layer.values, self.mask
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Stores k and v (B, nh, 1, hs) at the position, and attends to all positions up to it.
+
+        Written with sums, from which the compiler makes kernels that read each key and each value once, in their own
+        precision, and add in float32. `F.scaled_dot_product_attention` has fused kernels for many queries only, and
+        computes with float32 copies of half-precision keys and values without them.
+        """
+        keys = self.layer.keys.index_copy_(2, self.position, k)  # (B, nh, positions, hs)
+        values = self.layer.values.index_copy_(2, self.position, v)
+        scores = (q.float() * keys).sum(dim=-1) / math.sqrt(q.size(-1))  # (B, nh, positions)
+        weights = scores.masked_fill(~self.is_used, -math.inf).softmax(dim=-1)
+        return (weights[..., None] * values).sum(dim=2, keepdim=True).to(q.dtype)  # (B, nh, 1, hs)
 
 
 class KVCache:
@@ -149,40 +183,62 @@ class KVCache:
             layer.values = layer.values.repeat_interleave(n, dim=0)
 
 
-class CompiledDecoder:
-    """`decode_one`, compiled, over caches whose addresses never change; on CUDA the step is replayed as a graph.
+@dataclass
+class StaticStep:
+    """What a decoding step of N sequences reads and writes. A CUDA graph repeats the addresses of its capture, so these
+    tensors are filled and never replaced."""
 
-    The first tokens wait for the compiler, and so do the first tokens of another number of rows.
+    cache: KVCache
+    token: Tensor  # int64 (N, 1)
+    position: Tensor  # int64 (1,)
+    graph: torch.cuda.CUDAGraph | None = None
+    logits: Tensor | None = None  # (N, n_tokens), written by the graph
+
+
+class CompiledDecoder:
+    """`decode_one`, compiled. On CUDA one launch replays the whole step as a graph.
+
+    The first tokens wait for the compiler, and so do the first tokens of another number of rows. A graph reads the
+    weights where they lay when it was captured: make a new decoder after moving or converting the model.
     """
 
     def __init__(self, model: GPT):
-        mode = "reduce-overhead" if model.wpe.weight.is_cuda else "default"
         self.model = model
-        self.decode_one = torch.compile(decode_one, mode=mode, fullgraph=True, dynamic=False)
-        self.caches: dict[int, KVCache] = {}
+        # With this option, products with one row become reductions, which fuse with the GELU or the addition that
+        # follows. They read a matrix at the full bandwidth only if their block sizes are tuned.
+        options: dict[str, Any] = {"coordinate_descent_tuning": True} if model.wpe.weight.is_cuda else {}
+        self.decode_one = torch.compile(decode_one, fullgraph=True, dynamic=False, options=options)
+        self.static_steps: dict[int, StaticStep] = {}
 
     def take_over(self, cache: KVCache) -> KVCache:
-        """Copies a cache into the permanent one for its number of rows, and returns that one."""
-        n = len(cache.layers[0].keys)
-        if n not in self.caches:
-            self.caches[n] = KVCache(self.model.config, n, self.model.wte.weight)
-            for layer in self.caches[n].layers:
-                layer.keys.zero_()  # attention multiplies masked values by 0, so they must be finite
-                layer.values.zero_()
-                torch._dynamo.mark_static_address(layer.keys)
-                torch._dynamo.mark_static_address(layer.values)
-        self.caches[n].clear()
-        for mine, other in zip(self.caches[n].layers, cache.layers, strict=True):
+        """Copies a cache into the static one for its number of rows, and returns that one."""
+        n, weight = len(cache.layers[0].keys), self.model.wte.weight
+        if n not in self.static_steps:
+            token = torch.zeros(n, 1, dtype=torch.int64, device=weight.device)
+            self.static_steps[n] = StaticStep(KVCache(self.model.config, n, weight), token, token.new_zeros(1))
+            for layer in self.static_steps[n].cache.layers:
+                layer.values.zero_()  # attention multiplies unused values by 0, so they must be finite
+        static = self.static_steps[n].cache
+        static.clear()
+        for mine, other in zip(static.layers, cache.layers, strict=True):
             mine.append(other.keys[:, :, : other.length], other.values[:, :, : other.length])
-        return self.caches[n]
+        return static
 
     def step(self, token: Tensor, cache: KVCache) -> Tensor:
-        """Reads one token a row, int64 (B, 1); returns the logits (B, n_tokens) of the next."""
-        torch.compiler.cudagraph_mark_step_begin()  # the next replay overwrites the output of this one
-        position = torch.full((1,), cache.length, device=token.device)
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels are made for many queries
-            logits = self.decode_one(self.model, token, position, cache).clone()
+        """Reads one token a row, int64 (N, 1), behind a cache that `take_over` returned; returns the logits
+        (N, n_tokens) of the next."""
+        static = self.static_steps[len(token)]
+        static.token.copy_(token)
+        static.position.fill_(cache.length)
         cache.advance()
+        if static.graph and static.logits is not None:
+            static.graph.replay()
+            return static.logits.clone()  # the next replay overwrites them
+        logits = self.decode_one(self.model, static.token, static.position, cache)
+        if token.is_cuda:  # after the call above, which compiled and tuned: both are forbidden during a capture
+            static.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(static.graph):  # records the kernels without running them
+                static.logits = self.decode_one(self.model, static.token, static.position, cache)
         return logits
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from generation.config import SamplingConfig
 from generation.cpu_linear import quantize_weights, speed_up_decoding
-from generation.decoding import CompiledDecoder, generate
+from generation.decoding import CompiledDecoder, generate, one_step_ahead
 from model import GPT
 from system.device import autocast, choose_device, choose_dtype
 from system.errors import UserError
@@ -294,6 +294,8 @@ class TextModel:
             generator=generator,
             compiled=self.compiled,
         )
+        if self.device.type == "cuda":  # on other devices this would only delay the first token
+            generated = one_step_ahead(generated)
         ended, is_first = [False] * n, True
         while not all(ended):
             with self._autocast():  # for one step at a time: between two steps the caller computes
@@ -342,7 +344,7 @@ class TextModel:
             Token(i, logprob, tuple(zip(candidates, candidate_logprobs, strict=True)), entropy)
             for i, logprob, candidates, candidate_logprobs, entropy in zip(
                 ids.tolist(),
-                logprobs.gather(-1, ids[:, None])[:, 0].tolist(),
+                logprobs.gather(-1, ids.to(logits.device)[:, None])[:, 0].tolist(),
                 top.indices.tolist(),
                 top.values.tolist(),
                 entropies.tolist(),

@@ -110,7 +110,7 @@ def to_host(values: torch.Tensor) -> Callable[[], list[float]]:
     """
     if values.device.type != "cuda":
         return values.tolist
-    host = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
+    host = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
     event = torch.cuda.Event()
     event.record()
 

@@ -22,7 +22,7 @@ from scipy.stats import chisquare
 
 from generation.config import SamplingConfig
 from generation.cpu_linear import PRODUCTS, fastest_product, quantize_weights, speed_up_decoding
-from generation.decoding import CompiledDecoder, decode_one, generate, sample
+from generation.decoding import CompiledDecoder, KVCache, decode_one, generate, one_step_ahead, prefill, sample
 from generation.text_model import TextModel, TextWriter
 from model import GPT, GPTConfig
 from system.errors import UserError
@@ -154,19 +154,55 @@ def test_samples_of_one_prompt_are_a_batch():
     assert torch.equal(drawn, tokens(num_samples=3, generator=torch.Generator().manual_seed(5)))
 
 
-def test_decoding_over_a_static_cache_equals_decoding_over_a_growing_one():
+@pytest.mark.parametrize(
+    "how", [{"temperature": 0}, {"top_k": 50, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.1}], ids=str
+)
+def test_decoding_over_a_static_cache_equals_decoding_over_a_growing_one(how):
     model = varied()
     static = CompiledDecoder(model)
     static.decode_one = decode_one  # the function itself, not compiled
 
     def written(prompt, num_samples, compiled=None):
-        steps = generate(model, prompt, 90, temperature=0, num_samples=num_samples, compiled=compiled)
+        generator = torch.Generator().manual_seed(2)
+        steps = generate(model, prompt, 90, num_samples=num_samples, compiled=compiled, generator=generator, **how)
         return torch.stack([ids for ids, _ in steps], dim=1)
 
     for num_samples in (1, 3, 1):
         for prompt in (torch.randint(300, (1, 9)), torch.randint(300, (1, 1))):
             growing = written(prompt, num_samples)
             assert torch.equal(growing, written(prompt, num_samples, static)) and growing.unique().numel() > 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_compiled_step_has_the_logits_of_the_usual_one(dtype):
+    model = varied(n_layer=1).to(dtype)
+    prompt, token = torch.randint(300, (2, 40)), torch.randint(300, (2, 1))
+    with torch.inference_mode():
+        usual = KVCache(model.config, 2, model.wte.weight)
+        prefill(model, prompt, usual)
+        decoder = CompiledDecoder(model)
+        static = decoder.take_over(usual)
+        for _ in range(3):
+            expected, found = prefill(model, token, usual), decoder.step(token, static)
+            assert found.dtype == dtype and static.length == usual.length
+            tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+            torch.testing.assert_close(found.float(), expected.float(), rtol=tolerance, atol=tolerance * 10)
+
+
+def test_a_gpu_would_compute_the_next_step_while_the_caller_reads_a_token():
+    begun = []
+
+    def steps():
+        for step, (ids, logits) in enumerate(generate(model, prompt, 12, temperature=0)):
+            begun.append(step)
+            yield ids, logits
+
+    model, prompt = varied(), torch.randint(300, (2, 9))
+    usual = list(generate(model, prompt, 12, temperature=0))
+    for n, (ids, logits) in enumerate(one_step_ahead(steps())):
+        assert begun[-1] == min(n + 1, 11)
+        assert torch.equal(ids, usual[n][0]) and torch.equal(logits, usual[n][1])
+    assert n == 11
 
 
 def test_logits_come_with_the_tokens():

@@ -130,12 +130,13 @@ def test_fifty_kills_leave_a_checkpoint_that_resumes(toy):
     assert while_writing >= 15 and step > 25
 
 
-def test_compiled_decoding_writes_the_same_and_compiles_once(toy, monkeypatch):
+@pytest.mark.parametrize("how", [["--greedy"], ["--seed", "1", "--top-k", "50", "--top-p", "0.9"]], ids=" ".join)
+def test_compiled_decoding_writes_the_same_and_compiles_once(toy, monkeypatch, how):
     monkeypatch.setitem(ENVIRONMENT, "TORCH_LOGS", "recompiles,graph_breaks")
-    arguments = ["--model", "checkpoints/toy.pt", "--prompt", "What is", "--max-new-tokens", "150", "--greedy"]
+    arguments = ["--model", "checkpoints/toy.pt", "--prompt", "What is", "--max-new-tokens", "150", *how]
     results = [
-        run_script(toy, "generate.py", *arguments, "--device", "cpu", "--compile", how, timeout=600)
-        for how in ("off", "on")
+        run_script(toy, "generate.py", *arguments, "--device", "cpu", "--compile", mode, timeout=600)
+        for mode in ("off", "on")
     ]
     assert all(result.returncode == 0 for result in results), results[1].stderr[-2000:]
     assert results[0].stdout == results[1].stdout
