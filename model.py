@@ -203,7 +203,7 @@ class GPT(nn.Module):
             return self.lm_head(self.hidden(tokens))
         network: Callable[..., Tensor] = self.hidden
         loss_function: ChunkLoss = chunk_loss
-        if self.training and self.compiled:
+        if self.compiled:
             network, loss_function = self.compiled
         x, y = network(tokens).flatten(0, 1), targets.flatten()  # (B * T, C), (B * T,)
         if counted is not None:

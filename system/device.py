@@ -108,14 +108,35 @@ def to_host(values: torch.Tensor) -> Callable[[], list[float]]:
 
     The wait does not include work that was queued on the GPU after this call.
     """
-    if values.device.type != "cuda":
-        return values.tolist
-    host = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
+    host, wait = copy_to_host(values), queued_work(values.device)
+
+    def read() -> list[float]:
+        wait()
+        return host.tolist()
+
+    return read
+
+
+def copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a copy of a tensor on the host. Work that comes later on the tensor does not change the copy.
+
+    On CUDA this only queues the copy: before reading it, wait with `queued_work`.
+    """
+    on_cuda = tensor.device.type == "cuda"
+    # PyTorch keeps pinned memory that is freed, and reuses it for the next copies.
+    host = torch.empty_like(tensor, device="cpu", pin_memory=on_cuda)
+    return host.copy_(tensor, non_blocking=on_cuda)
+
+
+def queued_work(device: torch.device) -> Callable[[], None]:
+    """Returns a function that waits, in any thread, for the work queued on a device so far, and not for later work."""
+    if device.type != "cuda":
+        return lambda: None
     event = torch.cuda.Event()
     event.record()
 
-    def wait() -> list[float]:
-        event.synchronize()
-        return host.tolist()
+    def wait() -> None:
+        with torch.cuda.device(device):  # otherwise a new thread opens a context on the first GPU
+            event.synchronize()
 
     return wait

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from model import GPT
-from system.device import choose_dtype, uses_compile
+from system.device import choose_dtype, copy_to_host, uses_compile
 from system.errors import UserError
 from training.config import TrainerConfig
 from training.distributed import Processes
@@ -39,13 +39,16 @@ class Sharding:
             fully_shard(part, mesh=mesh)
 
     def whole(self, state: Any) -> Any:
-        """Returns nested dicts and lists with whole tensors on the CPU of rank 0. Other ranks get None for them."""
+        """Returns a copy of nested dicts and lists with whole tensors, on the host of rank 0; see `copy_to_host`.
 
-        def gather(tensor: DTensor) -> Tensor | None:
-            full = tensor.full_tensor()
-            return full.cpu() if dist.get_rank() == 0 else None
+        Other ranks get None for each tensor.
+        """
 
-        return tree_map_only(DTensor, gather, state)
+        def gather(tensor: Tensor) -> Tensor | None:
+            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            return copy_to_host(full) if dist.get_rank() == 0 else None
+
+        return tree_map_only(Tensor, gather, state)
 
     def whole_norm(self, norm: Tensor) -> Tensor:
         """Returns the gradient norm over all slices, on every rank."""

@@ -17,7 +17,7 @@ from system.cli import catch_stop_signals
 from system.device import autocast, fast_attention, to_host
 from system.errors import UserError
 from training.distributed import local_gradients, replicate
-from training.evaluation import bits_per_byte, mean_loss
+from training.evaluation import bits_per_byte, compile_evaluation, mean_loss
 from training.loader import Batch, Epochs, Prefetcher, StepBatch, Windows, micro_batches, step_seed
 from training.memory import fewest_micro_batches
 from training.optim import learning_rate_at
@@ -40,6 +40,7 @@ class Trainer:
         self.load_batch(0)  # unusable data fails before anything is written
         if state.is_compiled and not state.sharding:
             state.model.compile_training()
+        self.compiled_evaluation = compile_evaluation(state.model) if state.model.compiled else None
         self.forward = state.model if state.sharding else replicate(state.model, state.processes)
         if state.config.grad_accum_steps == "auto" and state.processes.device.type != "cpu":
             state.n_micro_batches = fewest_micro_batches(state, train_data.largest_batch(), self.forward_backward)
@@ -51,8 +52,8 @@ class Trainer:
         """
         state, config, self.listeners = self.state, self.config, listeners
         with (
-            contextlib.ExitStack() as at_exit,
             catch_stop_signals() as stop_signals,
+            contextlib.ExitStack() as at_exit,
             Prefetcher(self.load_batch, state.step) as batches,
         ):
             for listener in self.listeners:
@@ -167,11 +168,9 @@ class Trainer:
         state, config = self.state, self.config
         loss, grad_norm = figures.read()
         if not math.isfinite(loss) or not (math.isfinite(grad_norm) or state.scaler.is_enabled()):
-            last = config.last_path
-            kept = f"{last} holds the last good state" if last.exists() else "no step was saved yet"
             raise UserError(
-                f"the loss is not finite at step {figures.step} (loss {loss}, gradient norm {grad_norm}); {kept}: "
-                "try a lower --learning-rate, or --dtype float32"
+                f"the loss is not finite at step {figures.step} (loss {loss}, gradient norm {grad_norm}); the last "
+                f"save, if any, is in {config.last_path}: try a lower --learning-rate, or --dtype float32"
             )
         state.recent_losses.append(loss)
         for listener in self.listeners:
@@ -199,6 +198,7 @@ class Trainer:
             max(state.processes.world_size, config.batch_size // state.n_micro_batches),  # as in training
             state.dtype,
             state.processes,
+            self.compiled_evaluation,
         )
         entry = {"step": state.step, "val_loss": loss}
         if self.val_data.bytes_per_token:
