@@ -176,6 +176,8 @@ class GPT(nn.Module):
         assert self.config.block_size >= T, f"{T} tokens do not fit into a context of {self.config.block_size}"
         position_embedding = self.wpe.weight[:T] if positions is None else self.wpe(positions)  # (T, C)
         x = self.wte(tokens) + position_embedding  # (B, T, C)
+        if compute_dtype(x) == torch.bfloat16:
+            x = x.bfloat16()  # otherwise autocast keeps the residual stream in float32, twice the memory traffic
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.h):
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -199,14 +201,10 @@ class GPT(nn.Module):
         """
         if targets is None:
             return self.lm_head(self.hidden(tokens))
-        network: Callable[..., Tensor] = self.hidden
-        loss_function: ChunkLoss = chunk_loss
-        if self.training and self.compiled:
-            network, loss_function = self.compiled
+        network, loss_function = self.compiled or (self.hidden, chunk_loss)
         x, y = network(tokens).flatten(0, 1), targets.flatten()  # (B * T, C), (B * T,)
         if counted is not None:
             x, y = x[counted], y[counted]
-            loss_function = chunk_loss  # the number of positions changes with every batch, and would recompile
         if weights is not None:  # a classifier's: its few logits need no chunks
             return (F.cross_entropy(self.lm_head(x).float(), y, reduction="none") * weights).sum()
         return linear_cross_entropy(x, self.lm_head.weight, y, loss_function=loss_function)
@@ -220,8 +218,14 @@ class GPT(nn.Module):
         self.compiled = torch.compile(self.hidden), torch.compile(chunk_loss)
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Returns the dtype in which matrix products of x are computed: that of autocast if it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def chunk_loss(x: Tensor, head: Tensor, y: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Returns the summed cross-entropy of the logits `x @ head.T`: x (n, C), head (V, C), int64 y (n, 1).
+    """Returns the cross-entropy (n, 1) of each row of the logits `x @ head.T`: x (n, C), head (V, C), int64 y (n, 1).
 
     With `needs_grad` also the gradient of the logits, which is softmax minus one-hot, in two parts in x's dtype: the
     softmax (n, V), and the values (n, 1) that replace it at y.
@@ -229,13 +233,13 @@ def chunk_loss(x: Tensor, head: Tensor, y: Tensor, needs_grad: bool) -> tuple[Te
     logits = (x @ head.t()).float()  # (n, V)
     highest, at_target = logits.amax(dim=-1, keepdim=True), logits.gather(-1, y)  # (n, 1)
     normalizer = logits.sub_(highest).exp_().sum(dim=-1, keepdim=True)  # (n, 1)
-    loss = (normalizer.log() + highest - at_target).sum()
+    losses = normalizer.log() + highest - at_target
     if not needs_grad:
-        return loss, None, None
+        return losses, None, None
     # Subtract the 1 in float32: in bfloat16, 0.999 - 1 would be 0.
     grad_at_target = (at_target - highest).exp() / normalizer - 1
     softmax = logits.div_(normalizer)  # `logits` holds exp(logits - highest) by now
-    return loss, softmax.to(x.dtype), grad_at_target.to(x.dtype)
+    return losses, softmax.to(x.dtype), grad_at_target.to(x.dtype)
 
 
 def linear_cross_entropy(
@@ -249,29 +253,21 @@ def linear_cross_entropy(
 
     hidden (N, C), weight (V, C), int64 targets (N,). All logits at once would be the largest tensor of a training step.
     Here they exist for `chunk_size` positions at a time, and each chunk forms its gradient in the same pass, so the
-    product with the head is computed once. `loss_function` is `chunk_loss` or its compiled version.
+    product with the head is computed once. `loss_function` is `chunk_loss` or its compiled version, which gets whole
+    chunks only, so that it never recompiles: rows of zeros pad the last one.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    needs_grad = torch.is_grad_enabled()  # asked here, since it is off inside an autograd function
-    return _LinearCrossEntropy.apply(
-        hidden,
-        weight,
-        targets,
-        max(1, min(chunk_size or default_chunk_size(hidden), len(hidden))),
-        loss_function,
-        needs_grad and hidden.requires_grad,
-        needs_grad and weight.requires_grad,
-    )
+    hidden, chunk_size = hidden.to(compute_dtype(hidden)), chunk_size or default_chunk_size(hidden)
+    is_training = torch.is_grad_enabled()  # asked here, since it is off inside an autograd function
+    return _LinearCrossEntropy.apply(hidden, weight, targets, chunk_size, loss_function, is_training)
 
 
 def default_chunk_size(hidden: Tensor) -> int:
     """Positions for which logits exist at a time."""
     if hidden.device.type == "cpu":
         return 512  # logits stay in the caches
-    if hidden.is_cuda and hidden.dtype != torch.float16:
+    if hidden.is_cuda and compute_dtype(hidden) != torch.float16 and len(hidden) >= 32768:
         return 8192  # every chunk reads and writes the whole gradient of the head
-    return 2048  # in float16 the gradient of the head would overflow in sums over more positions
+    return 2048  # less padding; and in float16 the gradient of the head would overflow in sums over more positions
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -285,26 +281,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         chunk_size: int,
         loss_function: ChunkLoss,
-        hidden_needs_grad: bool,
-        weight_needs_grad: bool,
+        is_training: bool,
     ) -> Tensor:
+        hidden_needs_grad, weight_needs_grad = (is_training and needed for needed in ctx.needs_input_grad[:2])
         head = weight.to(hidden.dtype)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if hidden_needs_grad else None
-        grad_weight = torch.zeros_like(weight) if weight_needs_grad else None
+        grad_dtype = torch.promote_types(weight.dtype, torch.float32)  # for the sum over chunks
+        grad_weight = torch.zeros_like(weight, dtype=grad_dtype) if weight_needs_grad else None
         for i in range(0, len(hidden), chunk_size):
             x, y = hidden[i : i + chunk_size], targets[i : i + chunk_size, None]
-            if len(x) < chunk_size:
-                loss_function = chunk_loss  # the compiled one would recompile for a shorter last chunk
-            part, grad_logits, grad_at_target = loss_function(x, head, y, hidden_needs_grad or weight_needs_grad)
-            loss += part
+            n = len(x)
+            if n < chunk_size and loss_function is not chunk_loss:
+                x, y = F.pad(x, (0, 0, 0, chunk_size - n)), F.pad(y, (0, 0, 0, chunk_size - n))
+            losses, grad_logits, grad_at_target = loss_function(x, head, y, hidden_needs_grad or weight_needs_grad)
+            loss += losses[:n].sum()
             if grad_logits is not None and grad_at_target is not None:
                 grad_logits.scatter_(-1, y, grad_at_target)
                 if grad_hidden is not None:
-                    grad_hidden[i : i + chunk_size] = grad_logits @ head
-                if grad_weight is not None and grad_weight.dtype == x.dtype:
+                    grad_hidden[i : i + n] = grad_logits[:n] @ head
+                if grad_weight is not None and x.is_cuda:  # adds in float32; the rows of padding add 0
+                    torch.addmm(grad_weight, grad_logits.t(), x, out_dtype=grad_dtype, out=grad_weight)
+                elif grad_weight is not None and grad_dtype == x.dtype:
                     grad_weight.addmm_(grad_logits.t(), x)
-                elif grad_weight is not None:  # the sum over chunks stays in float32
+                elif grad_weight is not None:
                     grad_weight += grad_logits.t() @ x
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
@@ -315,4 +315,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
         [grad_loss] = grad_outputs
         grad_hidden = None if grad_hidden is None else grad_hidden * grad_loss
         grad_weight = None if grad_weight is None else grad_weight.mul_(grad_loss)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None

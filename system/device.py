@@ -31,6 +31,7 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)  # the default device for streams and events
         torch.set_float32_matmul_precision("high")
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length: see `fast_attention`
     return device
 
 
@@ -62,9 +63,10 @@ def peak_flops(device: torch.device) -> float | None:
 def fast_attention(on: bool = True) -> contextlib.AbstractContextManager:
     """Returns the context in which attention prefers cuDNN's kernel, the fastest on Hopper, to Flash attention.
 
-    With `on` false, and on older GPUs and other devices, the context changes nothing.
+    Only for fixed shapes without dropout: cuDNN plans for tens of milliseconds for each new shape, once per thread.
+    With `on` false, on other GPUs than Hopper and on other devices, the context changes nothing.
     """
-    if not (on and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9):
+    if not (on and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9):
         return contextlib.nullcontext()
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     return sdpa_kernel(order, set_priority=True)
@@ -108,14 +110,35 @@ def to_host(values: torch.Tensor) -> Callable[[], list[float]]:
 
     The wait does not include work that was queued on the GPU after this call.
     """
-    if values.device.type != "cuda":
-        return values.tolist
-    host = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+    host, wait = copy_to_host(values), queued_work(values.device)
+
+    def read() -> list[float]:
+        wait()
+        return host.tolist()
+
+    return read
+
+
+def copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a copy of a tensor on the host. Work that comes later on the tensor does not change the copy.
+
+    On CUDA this only queues the copy: before reading it, wait with `queued_work`.
+    """
+    on_cuda = tensor.device.type == "cuda"
+    # PyTorch keeps pinned memory that is freed, and reuses it for the next copies.
+    host = torch.empty_like(tensor, device="cpu", pin_memory=on_cuda)
+    return host.copy_(tensor, non_blocking=on_cuda)
+
+
+def queued_work(device: torch.device) -> Callable[[], None]:
+    """Returns a function that waits, in any thread, for the work queued on a device so far, and not for later work."""
+    if device.type != "cuda":
+        return lambda: None
     event = torch.cuda.Event()
     event.record()
 
-    def wait() -> list[float]:
-        event.synchronize()
-        return host.tolist()
+    def wait() -> None:
+        with torch.cuda.device(device):  # otherwise a new thread opens a context on the first GPU
+            event.synchronize()
 
     return wait

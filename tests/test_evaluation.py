@@ -13,10 +13,17 @@ import pytest
 import torch
 from conftest import command, hub_environment, run_script, succeed
 from hub_server import HubHandler
+from torch._dynamo.testing import CompileCounter
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from model import GPT, GPTConfig
 from text import tokenizer as tokenizers
-from training.loader import strided
+from training.config import TrainerConfig
+from training.distributed import Processes
+from training.evaluation import mean_loss
+from training.loader import Windows, strided
+from training.state import TrainingState
+from training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +139,27 @@ def test_the_evaluator_is_the_trainers(toy):
     ):
         result = run_script(toy, *arguments, *more)
         assert result.returncode == status and message in result.stderr.splitlines()[-1], result.stderr
+
+
+def test_a_compiled_evaluation_gives_the_same_loss_and_compiles_once_whatever_the_last_batch(toy, monkeypatch):
+    counter = CompileCounter()  # in place of inductor, which takes long
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    shape = GPTConfig(block_size=32, vocab_size=448, n_tokens=448, n_layer=1, n_head=2, n_embd=32, dropout=0.1)
+    config = TrainerConfig(device="cpu", batch_size=4, compile="on")
+    data = Windows([toy / "data/toy/val.bin"], 32, 4, 0)
+    trainer = Trainer(TrainingState.create(GPT(shape), config, Processes()), data, data)
+    model, compiled = trainer.state.model, trainer.compiled_evaluation
+    rows = list(data.in_order())
+    assert len(rows) > 8 and rows[-1].tokens.size(1) < 32
+    for some in (rows[:8], rows[:10], rows):  # full batches; a smaller last batch; a shorter last window
+        frames = counter.frame_count
+        loss = mean_loss(model, iter(some), 4, compiled=compiled)
+        assert counter.frame_count == (2 if frames == 0 else frames)  # the network, and the loss of a chunk
+        assert loss == pytest.approx(mean_loss(model, iter(some), 4), rel=1e-5)
+        assert model.training and counter.frame_count == 2
+    for _ in range(2):
+        batch = trainer.load_batch(0)
+        trainer.forward_backward(batch.micro_batches, batch.total_weight)
+        mean_loss(model, iter(rows), 4, compiled=compiled)
+        assert counter.frame_count == 4  # training compiled its own two

@@ -45,7 +45,7 @@ def shard() -> None:
     torch.manual_seed(0)
     model = GPT(SHAPE)
     n, before = model.n_parameters(), {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    sharding = Sharding(model, processes, compiled=False)
+    sharding = Sharding(model, processes, torch.float32, compiled=False)
     assert sum(p.to_local().numel() for p in model.parameters()) == n / 2 == model.n_parameters() / 2
     whole = sharding.whole(model.state_dict())
     assert all(

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
+from system.background import Background
 from system.cli import command_line, plain
+from system.device import copy_to_host, queued_work
 from system.errors import UserError, require
 from system.files import remove_temporaries
 from system.locks import hold, locked, reading
@@ -17,7 +20,7 @@ from system.untrusted import is_integer, is_number
 from training.config import TrainerConfig
 from training.distributed import Processes
 from training.optim import Muon
-from training.state import Listener, StopReason, TrainingState
+from training.state import Listener, StepFigures, StopReason, TrainingState
 from weights import checkpoint
 from weights.loading import load_checkpoint
 from weights.validation import is_plain_tensor, is_progress
@@ -64,15 +67,25 @@ def _lock_output(config: TrainerConfig) -> None:
 
 
 class Checkpointer(Listener):
-    """Writes a run's weights to `--out`, its resume file and its snapshots. Needed on every rank."""
+    """Writes a run's weights to `--out`, its resume file and its snapshots. Needed on every rank.
 
-    def __init__(self, metadata: dict[str, Any]):
+    Training waits only while tensors are copied. `background` writes the files, in the order of the calls: before the
+    resume file of a step, `--out` is complete. A file that cannot be written raises UserError at the next step, or at
+    the end.
+    """
+
+    def __init__(self, metadata: dict[str, Any], background: Background):
         """`metadata` is stored in each file: kind, tokenizer, template and the like."""
-        self.metadata = metadata
+        self.metadata, self.background = metadata, background
+        self.last_write = -1
+        """the step of the files that were written last"""
 
     def on_start(self, state: TrainingState) -> None:
         if state.step == 0 and state.processes.rank == 0:
             state.config.last_path.unlink(missing_ok=True)  # of an older run that nobody should resume by mistake
+
+    def on_step(self, state: TrainingState, figures: StepFigures, loss: float) -> None:
+        self.background.check()
 
     def on_evaluation(self, state: TrainingState, entry: dict[str, Any], is_best: bool) -> None:
         if is_best or state.config.keep == "last":
@@ -92,12 +105,21 @@ class Checkpointer(Listener):
             recent_losses=state.recent_losses,
         )
 
+    def close(self) -> None:
+        self.background.close()  # before `on_end`, so what that says of files is true
+
     def on_end(self, state: TrainingState, reason: StopReason) -> None:
         if reason is StopReason.INTERRUPTED and state.processes.rank == 0:
             print(f"continue with:\n  {command_line('--resume', drop=('--overwrite',))}")
 
     def write(self, state: TrainingState, path: Path, **more: Any) -> None:
-        """Writes the weights, the progress and `more` to a file, atomically."""
+        """Copies the weights, the progress and `more`; the background thread writes them to a file, atomically.
+
+        Waits first until the files of earlier steps are written, so that memory never holds more than one save.
+        """
+        if self.last_write != state.step:
+            self.background.wait()
+            self.last_write = state.step
         packed = checkpoint.pack(
             state.model,
             **self.metadata,
@@ -109,9 +131,18 @@ class Checkpointer(Listener):
             **more,
         )
         if state.sharding:
-            packed = state.sharding.whole(packed)
-        if state.processes.rank == 0:
-            checkpoint.save(path, packed)
+            copied = state.sharding.whole(packed)  # all ranks take part
+        elif state.processes.rank == 0:
+            copied = tree_map_only(torch.Tensor, copy_to_host, packed)
+        if state.processes.rank > 0:
+            return
+        wait_for_copies = queued_work(state.processes.device)
+
+        def write_file() -> None:
+            wait_for_copies()
+            checkpoint.save(path, copied)
+
+        self.background.start(write_file)
 
 
 def restore(state: TrainingState, resumed: dict[str, Any]) -> None:

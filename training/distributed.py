@@ -107,7 +107,9 @@ def _environment_number(name: str, default: int) -> int:
 
 def replicate(model: nn.Module, processes: Processes) -> nn.Module:
     """Returns the module to call in training: the model itself, or DDP around it, which averages gradients."""
-    return DistributedDataParallel(model) if processes.world_size > 1 else model
+    if processes.world_size == 1:
+        return model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)  # no second copy of the gradients
 
 
 def local_gradients(module: nn.Module, on: bool) -> contextlib.AbstractContextManager[None]:

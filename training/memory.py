@@ -19,9 +19,11 @@ ForwardBackward = Callable[[list[Batch], float, bool], Any]
 def fewest_micro_batches(state: TrainingState, rows: list[Batch], forward_backward: ForwardBackward) -> int:
     """Returns the fewest micro-batches into which a batch must be split, the same on every process.
 
-    `rows` is the batch that needs the most memory. Raises UserError if even single sequences do not fit.
+    `rows` is the batch that needs the most memory. Raises UserError if even single sequences do not fit. The whole
+    batch is tried compiled, as it will run if it fits. Parts of it are tried uncompiled, which needs somewhat more
+    memory and saves a compilation for each size.
     """
-    n, device = 1, state.processes.device
+    n, device, compiled = 1, state.processes.device, state.model.compiled
     while state.processes.any(not fits(state, rows, n, forward_backward)):
         if n * state.processes.world_size >= len(rows):
             raise UserError(
@@ -29,8 +31,11 @@ def fewest_micro_batches(state: TrainingState, rows: list[Batch], forward_backwa
                 "smaller model"
             )
         n = min(2 * n, len(rows))
-        torch.compiler.reset()  # otherwise the new batch size recompiles with dynamic shapes
+        state.model.compiled = None
         free_memory(device)
+    if n > 1 and compiled:
+        torch.compiler.reset()  # otherwise the new batch size recompiles with dynamic shapes
+        state.model.compiled = compiled
     free_memory(device)
     return n
 

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from system.background import Background
 from system.files import atomic_write
 from training.report import before_and_after
 from training.run_log import read_log
@@ -19,13 +20,18 @@ if TYPE_CHECKING:
 Entries = list[dict[str, Any]]
 
 os.environ["MPLBACKEND"] = "agg"  # plots are files; an unknown backend in the environment would be an error
+warnings.filterwarnings("ignore", "Glyph .* missing")  # the font lacks many scripts
 
 
 class LossPlot(Listener):
-    """Draws the log whenever the run is saved."""
+    """Draws the log whenever the run is saved, in the background."""
+
+    def __init__(self, background: Background):
+        self.background = background
 
     def on_save(self, state: TrainingState) -> None:
-        draw_losses(state.config.log_path, state.config.plot_path())
+        log_path, plot_path = state.config.log_path, state.config.plot_path()
+        self.background.start(lambda: draw_losses(log_path, plot_path))
 
 
 def draw_losses(log_path: Path, plot_path: Path) -> None:
@@ -106,6 +112,5 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Writes a figure as a PNG, atomically."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    with warnings.catch_warnings(), atomic_write(path) as file:
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # the font lacks many scripts
+    with atomic_write(path) as file:
         FigureCanvasAgg(figure).print_png(file)

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from model import GPT
+from system.background import Background
 from training.checkpointing import Checkpointer, restore
 from training.config import TrainerConfig
 from training.distributed import Processes
@@ -45,7 +46,8 @@ def train(
     if resumed:
         restore(state, resumed)
     trainer = Trainer(state, train_data, val_data)
-    checkpointer = Checkpointer(metadata)
+    background = Background()
+    checkpointer = Checkpointer(metadata, background)
     if processes.rank > 0:
         return trainer.run([checkpointer])
     log = RunLog()
@@ -59,6 +61,6 @@ def train(
         Summary(log, is_text=metadata["kind"] != "classifier", bytes_per_token=val_data.bytes_per_token),
         samples,
         checkpointer,
-        LossPlot(),
+        LossPlot(background),
     ]
     return trainer.run([listener for listener in listeners if listener])

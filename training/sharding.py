@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
-from model import GPT
-from system.device import choose_dtype, uses_compile
+from model import GPT, chunk_loss
+from system.device import choose_dtype, copy_to_host, uses_compile
 from system.errors import UserError
 from training.config import TrainerConfig
 from training.distributed import Processes
@@ -30,22 +30,29 @@ class Sharding:
     the optimizer state by name: files would have a second format.
     """
 
-    def __init__(self, model: GPT, processes: Processes, compiled: bool):
-        """Leaves every process a slice of each parameter. A layer is whole only while it computes."""
+    def __init__(self, model: GPT, processes: Processes, dtype: torch.dtype, compiled: bool):
+        """Leaves every process a slice of each parameter. A layer is whole only while it computes, then in `dtype`;
+        gradients are added over processes in float32."""
         mesh = init_device_mesh(processes.device.type, (processes.world_size,))
+        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         for part in (*model.h, model):
             if compiled and part is not model:
                 part.compile()
-            fully_shard(part, mesh=mesh)
+            fully_shard(part, mesh=mesh, mp_policy=precision)
+        if compiled:
+            model.compiled = model.hidden, torch.compile(chunk_loss)
 
     def whole(self, state: Any) -> Any:
-        """Returns nested dicts and lists with whole tensors on the CPU of rank 0. Other ranks get None for them."""
+        """Returns a copy of nested dicts and lists with whole tensors, on the host of rank 0; see `copy_to_host`.
 
-        def gather(tensor: DTensor) -> Tensor | None:
-            full = tensor.full_tensor()
-            return full.cpu() if dist.get_rank() == 0 else None
+        Other ranks get None for each tensor.
+        """
 
-        return tree_map_only(DTensor, gather, state)
+        def gather(tensor: Tensor) -> Tensor | None:
+            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            return copy_to_host(full) if dist.get_rank() == 0 else None
+
+        return tree_map_only(Tensor, gather, state)
 
     def whole_norm(self, norm: Tensor) -> Tensor:
         """Returns the gradient norm over all slices, on every rank."""
@@ -73,4 +80,4 @@ def shard(model: GPT, config: TrainerConfig, processes: Processes) -> Sharding:
     is_possible = config.grad_accum_steps != "auto" and config.optimizer == "adamw"
     if processes.world_size == 1 or dtype == torch.float16 or not is_possible:
         raise UserError("--fsdp needs torchrun, a number of --grad-accum-steps, AdamW, and bfloat16 or float32")
-    return Sharding(model, processes, uses_compile(config.compile, processes.device))
+    return Sharding(model, processes, dtype, uses_compile(config.compile, processes.device))

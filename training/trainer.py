@@ -7,6 +7,7 @@ checkpoints are listeners (`state.Listener`): they hear what happens, and are no
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 from collections.abc import Sequence
 
@@ -17,7 +18,7 @@ from system.cli import catch_stop_signals
 from system.device import autocast, fast_attention, to_host
 from system.errors import UserError
 from training.distributed import local_gradients, replicate
-from training.evaluation import bits_per_byte, mean_loss
+from training.evaluation import bits_per_byte, compile_evaluation, mean_loss
 from training.loader import Batch, Epochs, Prefetcher, StepBatch, Windows, micro_batches, step_seed
 from training.memory import fewest_micro_batches
 from training.optim import learning_rate_at
@@ -40,6 +41,8 @@ class Trainer:
         self.load_batch(0)  # unusable data fails before anything is written
         if state.is_compiled and not state.sharding:
             state.model.compile_training()
+        is_whole = state.model.compiled and not state.sharding
+        self.compiled_evaluation = compile_evaluation(state.model) if is_whole else None
         self.forward = state.model if state.sharding else replicate(state.model, state.processes)
         if state.config.grad_accum_steps == "auto" and state.processes.device.type != "cpu":
             state.n_micro_batches = fewest_micro_batches(state, train_data.largest_batch(), self.forward_backward)
@@ -51,8 +54,8 @@ class Trainer:
         """
         state, config, self.listeners = self.state, self.config, listeners
         with (
-            contextlib.ExitStack() as at_exit,
             catch_stop_signals() as stop_signals,
+            contextlib.ExitStack() as at_exit,
             Prefetcher(self.load_batch, state.step) as batches,
         ):
             for listener in self.listeners:
@@ -60,6 +63,7 @@ class Trainer:
                 listener.on_start(state)
             stop = self.evaluate() if state.step == 0 else None
             unread = None  # what the last step measured, as long as the GPU may still compute it
+            first_step = state.step
             while stop is None and state.step < config.max_steps:
                 batch = batches.get(state.step)
                 learning_rate = learning_rate_at(state.step, config)
@@ -69,6 +73,8 @@ class Trainer:
                 state.processes.sum_in_place(loss)
 
                 stop = self.check(unread)  # the previous step, so that the host need not wait for this one
+                if state.step == first_step:
+                    gc.freeze()  # garbage collection need not look again at what exists by now
                 state.step += 1
                 state.tokens += batch.n_tokens
                 unread = StepFigures(state.step, state.tokens, learning_rate, to_host(torch.stack([loss, grad_norm])))
@@ -130,7 +136,8 @@ class Trainer:
             if state.is_compiled and batch.counted is not None:  # padded batches differ in size and length
                 torch._dynamo.maybe_mark_dynamic(batch.tokens, [0, 1])
             is_exchanged = exchange and i == len(batches) - 1
-            with local_gradients(self.forward, on=not is_exchanged), fast_attention():
+            has_fixed_shapes = batch.counted is None and state.model.config.dropout == 0
+            with local_gradients(self.forward, on=not is_exchanged), fast_attention(has_fixed_shapes):
                 with autocast(device, state.dtype):
                     loss = self.forward(batch.tokens, batch.targets, batch.counted, batch.weights)
                 loss = loss / (total_weight or 1)  # 0 if nothing counts
@@ -167,11 +174,9 @@ class Trainer:
         state, config = self.state, self.config
         loss, grad_norm = figures.read()
         if not math.isfinite(loss) or not (math.isfinite(grad_norm) or state.scaler.is_enabled()):
-            last = config.last_path
-            kept = f"{last} holds the last good state" if last.exists() else "no step was saved yet"
             raise UserError(
-                f"the loss is not finite at step {figures.step} (loss {loss}, gradient norm {grad_norm}); {kept}: "
-                "try a lower --learning-rate, or --dtype float32"
+                f"the loss is not finite at step {figures.step} (loss {loss}, gradient norm {grad_norm}); the last "
+                f"save, if any, is in {config.last_path}: try a lower --learning-rate, or --dtype float32"
             )
         state.recent_losses.append(loss)
         for listener in self.listeners:
@@ -199,6 +204,7 @@ class Trainer:
             max(state.processes.world_size, config.batch_size // state.n_micro_batches),  # as in training
             state.dtype,
             state.processes,
+            self.compiled_evaluation,
         )
         entry = {"step": state.step, "val_loss": loss}
         if self.val_data.bytes_per_token:
