@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -17,8 +14,7 @@ class Background:
     """
 
     def __init__(self) -> None:
-        self.executor = ThreadPoolExecutor(max_workers=1, initializer=self._remember_thread)
-        self.thread_id = 0
+        self.executor = ThreadPoolExecutor(max_workers=1)
         self.last_job: Future[None] | None = None
         self.failure: BaseException | None = None
 
@@ -40,20 +36,12 @@ class Background:
     def close(self) -> None:
         """Waits until all jobs are done, and ends the thread. Raises if a job has failed.
 
-        If a KeyboardInterrupt is being handled, or comes during the wait, it also ends the job that is being done.
+        A KeyboardInterrupt during the wait ends it after the job that is being done.
         """
         try:
-            if isinstance(sys.exception(), KeyboardInterrupt):
-                raise KeyboardInterrupt
             self.wait()
-        except KeyboardInterrupt:
-            self._interrupt()
-            raise
         finally:
-            self.executor.shutdown()
-
-    def _remember_thread(self) -> None:
-        self.thread_id = threading.get_ident()
+            self.executor.shutdown(cancel_futures=True)
 
     def _do(self, job: Callable[[], object]) -> None:
         if self.failure is None:
@@ -61,10 +49,3 @@ class Background:
                 job()
             except BaseException as error:
                 self.failure = error
-
-    def _interrupt(self) -> None:
-        """Raises KeyboardInterrupt in the job that is being done, as Ctrl-C does in the main thread."""
-        self.failure = self.failure or KeyboardInterrupt()  # no job is started any more
-        if self.last_job and not self.last_job.done():
-            error = ctypes.py_object(KeyboardInterrupt)
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread_id), error)

@@ -134,6 +134,25 @@ def test_fifty_kills_leave_a_checkpoint_that_resumes(toy, part):
     assert while_writing >= 3 and step > 5
 
 
+def test_training_goes_on_while_a_large_checkpoint_is_written(toy):
+    process = subprocess.Popen(
+        command(
+            "train.py", "--data", "data/toy", "--out", "checkpoints/large.pt", "--n-layer", "4", "--n-head", "4",
+            "--n-embd", "640", "--block-size", "16", "--batch-size", "1", "--device", "cpu", "--max-steps", "60",
+            "--save-every", "20", "--eval-tokens", "64", "--log-every", "1",
+        ),
+        cwd=toy, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8",
+    )  # fmt: skip
+    steps_while_writing = set()
+    while process.poll() is None:
+        if list((toy / "checkpoints").glob(".large.last.pt.*.tmp")):
+            steps_while_writing.update(entry["step"] for entry in read_log(toy / "checkpoints/large.jsonl")[-1:])
+        time.sleep(0.005)
+    assert process.returncode == 0, process.stderr.read()[-2000:]
+    assert len(steps_while_writing & {*range(21, 40), *range(41, 60)}) >= 2
+    assert (toy / "checkpoints/large.last.pt").stat().st_size > 200_000_000
+
+
 @pytest.mark.parametrize("how", [["--greedy"], ["--seed", "1", "--top-k", "50", "--top-p", "0.9"]], ids=" ".join)
 def test_compiled_decoding_writes_the_same_and_compiles_once(toy, monkeypatch, how):
     monkeypatch.setitem(ENVIRONMENT, "TORCH_LOGS", "recompiles,graph_breaks")

@@ -106,7 +106,7 @@ class Checkpointer(Listener):
         )
 
     def close(self) -> None:
-        self.background.close()  # before `on_end`, so what that says of files is true
+        self.background.close()  # comes before `on_end`, which says where the files are
 
     def on_end(self, state: TrainingState, reason: StopReason) -> None:
         if reason is StopReason.INTERRUPTED and state.processes.rank == 0:
@@ -115,7 +115,7 @@ class Checkpointer(Listener):
     def write(self, state: TrainingState, path: Path, **more: Any) -> None:
         """Copies the weights, the progress and `more`; the background thread writes them to a file, atomically.
 
-        Waits first until the files of earlier steps are written, so that memory never holds more than one save.
+        Waits first until the files of earlier steps are written: memory holds the copies of one step only.
         """
         if self.last_write != state.step:
             self.background.wait()

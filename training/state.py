@@ -139,4 +139,4 @@ class Listener:
         """When the loop has ended."""
 
     def close(self) -> None:
-        """However the run ends, by an error too."""
+        """However the run ends, by an error too; before `on_end`."""
