@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-ChunkLoss = Callable[[Tensor, Tensor, Tensor, bool], "tuple[Tensor, Tensor | None, Tensor | None]"]
+ChunkLoss = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor]]
 """The type of `chunk_loss` and of its compiled version."""
 
 
@@ -224,22 +224,24 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def chunk_loss(x: Tensor, head: Tensor, y: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def chunk_loss(x: Tensor, head: Tensor, y: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the cross-entropy (n, 1) of each row of the logits `x @ head.T`: x (n, C), head (V, C), int64 y (n, 1).
 
     With `needs_grad` also the gradient of the logits, which is softmax minus one-hot, in two parts in x's dtype: the
     softmax (n, V), and the values (n, 1) that replace it at y.
     """
-    logits = (x @ head.t()).float()  # (n, V)
-    highest, at_target = logits.amax(dim=-1, keepdim=True), logits.gather(-1, y)  # (n, 1)
-    normalizer = logits.sub_(highest).exp_().sum(dim=-1, keepdim=True)  # (n, 1)
-    losses = normalizer.log() + highest - at_target
-    if not needs_grad:
-        return losses, None, None
-    # Subtract the 1 in float32: in bfloat16, 0.999 - 1 would be 0.
-    grad_at_target = (at_target - highest).exp() / normalizer - 1
-    softmax = logits.div_(normalizer)  # `logits` holds exp(logits - highest) by now
-    return losses, softmax.to(x.dtype), grad_at_target.to(x.dtype)
+    logits = x @ head.t()  # (n, V)
+    losses, grads_at_target, rows = [], [], len(x)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        rows = max(1, 2**19 // len(head))  # few rows at a time, which stay in the caches
+    for block, target in zip(logits.split(rows), y.split(rows), strict=True):
+        log_probabilities = F.log_softmax(block.float(), dim=-1)  # (rows, V)
+        losses.append(-log_probabilities.gather(-1, target))
+        if needs_grad:
+            probabilities = log_probabilities.exp_()
+            grads_at_target.append(probabilities.gather(-1, target) - 1)  # in float32: in bfloat16, 0.999 - 1 is 0
+            block.copy_(probabilities)  # `logits` becomes the softmax
+    return torch.cat(losses), logits, torch.cat(grads_at_target or losses).to(x.dtype)
 
 
 def linear_cross_entropy(
@@ -296,7 +298,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 x, y = F.pad(x, (0, 0, 0, chunk_size - n)), F.pad(y, (0, 0, 0, chunk_size - n))
             losses, grad_logits, grad_at_target = loss_function(x, head, y, hidden_needs_grad or weight_needs_grad)
             loss += losses[:n].sum()
-            if grad_logits is not None and grad_at_target is not None:
+            if hidden_needs_grad or weight_needs_grad:
                 grad_logits.scatter_(-1, y, grad_at_target)
                 if grad_hidden is not None:
                     grad_hidden[i : i + n] = grad_logits[:n] @ head

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from model import GPT
 from system.background import Background
+from system.device import multiplies_faster_in_bfloat16
 from training.checkpointing import Checkpointer, restore
 from training.config import TrainerConfig
 from training.distributed import Processes
@@ -42,6 +44,8 @@ def train(
     UserError for data that cannot be used, and for a loss that is not finite. On the CPU a resumed run equals an
     uninterrupted one bit for bit.
     """
+    if config.dtype == "auto" and processes.device.type == "cpu" and not sharding:
+        config = dataclasses.replace(config, dtype=cpu_precision(model, processes, resumed))
     state = TrainingState.create(model, config, processes, sharding)
     if resumed:
         restore(state, resumed)
@@ -64,3 +68,18 @@ def train(
         LossPlot(background),
     ]
     return trainer.run([listener for listener in listeners if listener])
+
+
+def cpu_precision(model: GPT, processes: Processes, resumed: dict[str, Any] | None) -> Literal["float32", "bfloat16"]:
+    """Returns the precision of the run to resume, or for a new run bfloat16 if it is faster on every process.
+
+    A run of a version that did not choose was in float32.
+    """
+    if resumed:
+        return "bfloat16" if resumed.get("train_config", {}).get("dtype") == "bfloat16" else "float32"
+    is_slower = processes.any(not multiplies_faster_in_bfloat16(model.config.n_embd))
+    if not is_slower and processes.rank == 0:
+        print(
+            "training in bfloat16, in which this processor multiplies matrices faster (--dtype float32 for the other)"
+        )
+    return "float32" if is_slower else "bfloat16"
