@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from tyro.conf import UseAppendAction
-
+from system.cli import REPEATABLE
 from system.errors import require, require_at_least
 
 
@@ -30,7 +30,7 @@ class SamplingConfig:
     """above 1, tokens that already occurred become less likely"""
     greedy: bool = False
     """always choose the likeliest token, the same as --temperature 0"""
-    stop: UseAppendAction[tuple[str, ...]] = ()
+    stop: Annotated[tuple[str, ...], REPEATABLE] = ()
     """end the text before this string; may be given several times"""
     seed: int | None = None
     """seed of the random choices; the same seed gives the same text on the same device"""

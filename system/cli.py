@@ -34,8 +34,6 @@ from typing import (
     get_type_hints,
 )
 
-import tyro
-
 from system.errors import UserError, is_out_of_memory, require
 from system.threads import limit_spinning
 
@@ -43,6 +41,8 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Config = TypeVar("Config", bound="DataclassInstance")
+REPEATABLE = "repeatable"
+"""Marks a tuple whose flag may be given several times: `stop: Annotated[tuple[str, ...], REPEATABLE]`."""
 
 
 def run(
@@ -98,13 +98,15 @@ def _require_current_folder() -> None:
 
 
 def parse(config_class: type[Config], arguments: list[str], presets: Mapping[str, Config] | None = None) -> Config:
-    """Parses flags into a config dataclass. `--preset NAME` chooses the defaults; other flags override them.
+    """Parses flags into a config dataclass with tyro. `--preset NAME` chooses the defaults; other flags override them.
 
     `--help` shows a field under the heading of the class that declares it first: a config class that inherits from
     small dataclasses has a heading for each of them, with the first line of that class's docstring.
 
     Raises UserError (status 2) for bad usage; exits with status 0 after `--help`.
     """
+    import tyro  # only here and below, so that training works where it is not installed
+
     preset = presets[_preset_name(arguments, presets)] if presets else None
     read_flags = functools.partial(
         _parse_in_wide_terminal,
@@ -127,6 +129,8 @@ def parse(config_class: type[Config], arguments: list[str], presets: Mapping[str
 
 def _parse_in_wide_terminal(*arguments: Any, **options: Any) -> Any:
     """Calls `tyro.cli`, which draws frames and never ends in a terminal of one column; below 40 columns it gets 80."""
+    import tyro
+
     before = os.environ.get("COLUMNS")
     if shutil.get_terminal_size().columns < 40:
         os.environ["COLUMNS"] = "80"
@@ -197,12 +201,17 @@ def _preset_name(arguments: list[str], presets: Mapping[str, Any]) -> str:
 
 def _flags(config_class: type[DataclassInstance], preset: DataclassInstance | None) -> type:
     """Returns a dataclass of dataclasses with the fields of a config class, one for each heading of `--help`."""
+    import tyro
+
     hints, help_texts = get_type_hints(config_class, include_extras=True), _help_texts(config_class)
     groups: dict[type, list[tuple[str, Any, Any]]] = {cls: [] for cls in config_class.__mro__}
     for field in dataclasses.fields(config_class):
         default = getattr(preset, field.name) if preset else _default(field)
         text = tyro.conf.arg(help=help_texts.get(field.name), metavar=_metavar(hints[field.name]))
-        item = (field.name, Annotated[hints[field.name], text], dataclasses.field(default=default, kw_only=True))
+        hint = hints[field.name]
+        if REPEATABLE in getattr(hint, "__metadata__", ()):
+            hint = tyro.conf.UseAppendAction[hint]
+        item = (field.name, Annotated[hint, text], dataclasses.field(default=default, kw_only=True))
         groups[_first_class_with(field.name, config_class)].append(item)
     return dataclasses.make_dataclass(
         "Flags",
