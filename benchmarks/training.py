@@ -15,8 +15,10 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from system.cli import run
 from system.errors import UserError, require_at_least
@@ -35,7 +37,8 @@ class Variant:
     fused_loss: bool = False
     fused_adamw: bool = False
     compile: bool = False
-    fast_attention: bool = False
+    attention: Literal["flash", "cudnn"] = "flash"
+    """on CUDA"""
     keep_memory: bool = False
 
 
@@ -47,12 +50,12 @@ CPU_VARIANTS = [
     Variant("+ bf16, if it has it", dtype="bfloat16", fused_loss=True, fused_adamw=True, keep_memory=True),
 ]
 CUDA_VARIANTS = [
-    Variant("plain, bf16", dtype="bfloat16"),
+    Variant("plain, bf16, Flash attention", dtype="bfloat16"),
     Variant("+ compile", dtype="bfloat16", compile=True),
     Variant("+ fused AdamW", dtype="bfloat16", compile=True, fused_adamw=True),
     Variant("+ fused head and loss", dtype="bfloat16", compile=True, fused_adamw=True, fused_loss=True),
     Variant(
-        "+ cuDNN attention", dtype="bfloat16", compile=True, fused_adamw=True, fused_loss=True, fast_attention=True
+        "+ cuDNN's attention", dtype="bfloat16", compile=True, fused_adamw=True, fused_loss=True, attention="cudnn"
     ),
 ]
 
@@ -87,8 +90,8 @@ class Config:
     """sequences per step; by default 8 on the CPU, otherwise 32"""
     vocab_size: int = 50304
     """rows of the embedding"""
-    steps: int = 6
-    """measured steps per round, after two warm-up steps"""
+    steps: int = 3
+    """steps between two synchronizations; each row takes two steps to warm up, and three times as many that are timed"""
     rounds: int = 3
     """measurements of each row"""
     json: Path | None = None
@@ -119,17 +122,20 @@ def main(config: Config) -> None:
 
 
 def measure(setup: Setup, variant: Variant) -> dict[str, float | None]:
-    """Measures one row in a process of its own, so that its peak memory and its allocator are its own.
+    """Measures one row in a process of its own, so that its peak memory and its allocator are its own. So is its folder
+    of compiled kernels, which keep the attention that was chosen when they were traced.
 
     Returns what `training_worker.measure` returns. Raises UserError if the process fails.
     """
     task = json.dumps({"setup": dataclasses.asdict(setup), "variant": dataclasses.asdict(variant)})
-    result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.training_worker", task],
-        capture_output=True,
-        encoding="utf-8",
-        cwd=REPOSITORY,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        result = subprocess.run(
+            [sys.executable, "-m", "benchmarks.training_worker", task],
+            capture_output=True,
+            encoding="utf-8",
+            cwd=REPOSITORY,
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder},
+        )
     if result.returncode:
         last_line = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(f"the row {variant.name!r} failed: {last_line}")
@@ -148,13 +154,13 @@ def print_table(rows: list[dict], setup: Setup) -> None:
         f"{setup.n_layer} layers × {setup.n_embd}, vocabulary {setup.vocab_size:,}, "
         f"{setup.batch_size} × {setup.block_size} tokens a step, {setup.device}, {os.cpu_count()} cores"
     )
-    print(f"{'':24}{'ms/step':>10}{'tokens/s':>11}{'speed':>8}{'MFU':>8}{'of matmul':>11}{'peak MB':>10}{'memory':>8}")
+    print(f"{'':30}{'ms/step':>10}{'tokens/s':>11}{'speed':>8}{'MFU':>8}{'of matmul':>11}{'peak MB':>10}{'memory':>8}")
     first = rows[0]
     for row in rows:
         flops = row["flops_per_token"] * row["tokens_per_second"]
         mfu = f"{flops / row['peak_flops']:.0%}" if row.get("peak_flops") else "-"
         print(
-            f"{row['name']:24}{1e3 * row['seconds']:>10,.1f}{row['tokens_per_second']:>11,.0f}"
+            f"{row['name']:30}{1e3 * row['seconds']:>10,.1f}{row['tokens_per_second']:>11,.0f}"
             f"{first['seconds'] / row['seconds']:>7.2f}x{mfu:>8}{flops / row['matmul_flops']:>11.0%}"
             f"{row['peak_bytes'] / 1e6:>10,.0f}{row['peak_bytes'] / first['peak_bytes']:>7.2f}x"
         )

@@ -59,7 +59,7 @@ def measure(setup: Setup, variant: Variant) -> dict[str, float | None]:
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    with fast_attention(variant.fast_attention):
+    with fast_attention(variant.attention == "cudnn"):
         seconds, loss = time_steps(step, setup.steps, device)
     return {
         "seconds": seconds,
@@ -93,28 +93,30 @@ def build_forward(model: GPT, variant: Variant) -> Callable[[Tensor, Tensor], tu
 
 
 def time_steps(step: Callable[[], Tensor], steps: int, device: torch.device) -> tuple[float, float]:
-    """Runs the warm-up steps, then `steps` more; returns the median seconds of these and the last loss."""
-    seconds = []
-    for i in range(WARMUP_STEPS + steps):
-        torch._dynamo.config.error_on_recompile = i >= WARMUP_STEPS
-        started = time.perf_counter()
+    """Runs the warm-up steps, then three rounds of `steps`, and waits for the GPU once a round.
+
+    Returns the median seconds of a step, and the last loss.
+    """
+    for _ in range(WARMUP_STEPS):
         loss = step()
+    torch._dynamo.config.error_on_recompile = True
+    rounds = []
+    for _ in range(3):
         synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[WARMUP_STEPS:]), loss.item()
+        started = time.perf_counter()
+        for _ in range(steps):
+            loss = step()
+        synchronize(device)
+        rounds.append((time.perf_counter() - started) / steps)
+    return statistics.median(rounds), loss.item()
 
 
 def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
     """Returns the FLOP/s of a large matrix product, the practical limit of the machine."""
     n = 8192 if device.type == "cuda" else 1536
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(8):
-        started = time.perf_counter()
-        torch.mm(a, b)
-        synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return 2 * n**3 / min(seconds)
+    seconds, _ = time_steps(lambda: torch.mm(a, b)[0, 0], 4, device)
+    return 2 * n**3 / seconds
 
 
 def synchronize(device: torch.device) -> None:

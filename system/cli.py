@@ -203,6 +203,7 @@ def _flags(config_class: type[DataclassInstance], preset: DataclassInstance | No
     """Returns a dataclass of dataclasses with the fields of a config class, one for each heading of `--help`."""
     import tyro
 
+    append_action: Any = tyro.conf.UseAppendAction
     hints, help_texts = get_type_hints(config_class, include_extras=True), _help_texts(config_class)
     groups: dict[type, list[tuple[str, Any, Any]]] = {cls: [] for cls in config_class.__mro__}
     for field in dataclasses.fields(config_class):
@@ -210,7 +211,7 @@ def _flags(config_class: type[DataclassInstance], preset: DataclassInstance | No
         text = tyro.conf.arg(help=help_texts.get(field.name), metavar=_metavar(hints[field.name]))
         hint = hints[field.name]
         if REPEATABLE in getattr(hint, "__metadata__", ()):
-            hint = tyro.conf.UseAppendAction[hint]
+            hint = append_action[hint]
         item = (field.name, Annotated[hint, text], dataclasses.field(default=default, kw_only=True))
         groups[_first_class_with(field.name, config_class)].append(item)
     return dataclasses.make_dataclass(

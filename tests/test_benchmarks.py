@@ -5,7 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
 from conftest import ENVIRONMENT, REPOSITORY
+
+from benchmarks import gpu
 
 
 def benchmark(name: str, *arguments: object) -> str:
@@ -36,3 +40,33 @@ def test_the_benchmark_of_generation_measures_every_variant_with_every_prompt(tm
 def test_the_methods_of_the_preparation_benchmark_write_the_same_number_of_tokens():
     stdout = benchmark("preparation", "--megabytes", 1, "--rounds", 1, "--workers", 2)
     assert all(f"\n{method:14}" in stdout for method in ("datasets.map", "pool", "ours"))
+
+
+def test_every_case_for_the_gpu_runs_on_the_cpu_and_computes_the_right_thing(tmp_path: Path):
+    stdout = benchmark("gpu", "--device", "cpu", "--out", tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert [record["case"] for record in records] == list(gpu.SECONDS) and sum(gpu.SECONDS.values()) <= 540
+    assert not [record for record in records if "error" in record]
+    figures = {f"{r['case']}.{name}": value for r in records for name, value in r["figures"].items()}
+    for figure, (low, high) in gpu.GOALS.items():
+        if figure not in ("correctness.attention_error", "train.speed_with_saves"):  # only CUDA has two kernels
+            assert low <= figures[figure] <= high, figure
+    assert figures["sft.tokens_per_s"] > 0 and figures["step.ms_matmul"] > 0
+    report = (tmp_path / "gpu.md").read_text()
+    assert report in stdout and "| correctness.gradient_cosine |" in report
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the cases run")
+def test_a_case_for_the_gpu_that_fails_does_not_end_the_others(tmp_path: Path):
+    benchmark("gpu", "--device", "cuda", "--only", "loss", "step", "--out", tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert [record["case"] for record in records] == ["loss", "step"]
+    assert all("no device 'cuda'" in record["error"] for record in records)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_busy_machine_measures_every_case():
+    stdout = benchmark("busy", "--rounds", 1, "--steps", 2)
+    rows = [line.split() for line in stdout.splitlines()[1:]]
+    assert [row[0] for row in rows] == ["train"] * 3 + ["generate"] * 3
+    assert stdout.count("goal: at most") == 4
