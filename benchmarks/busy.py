@@ -32,7 +32,7 @@ GOALS = {"alone": "goal: at most 1.05", "one busy process": "goal: at most 2.5"}
 class Config:
     rounds: int = 3
     """measurements of each case"""
-    steps: int = 100
+    steps: int = 50
     """training steps, or tokens generated, per measurement"""
 
     def __post_init__(self) -> None:

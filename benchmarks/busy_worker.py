@@ -15,7 +15,7 @@ import torch
 from generation.cpu_linear import speed_up_decoding
 from generation.decoding import generate
 from model import GPT, GPTConfig
-from system.device import keep_memory
+from system.device import autocast, keep_memory, multiplies_faster_in_bfloat16
 from training.optim import build_optimizers
 
 WARMUP_STEPS = 10
@@ -24,13 +24,17 @@ BATCH_SIZE = 16
 
 
 def training() -> Iterator[None]:
-    """Takes one optimizer step after the other."""
+    """Takes one optimizer step after the other, as `train.py --preset demo` does."""
     keep_memory()
+    cpu = torch.device("cpu")
+    dtype = torch.bfloat16 if multiplies_faster_in_bfloat16(DEMO.n_embd) else torch.float32
     model = GPT(DEMO).train()
     optimizers = build_optimizers(model, "muon", 1e-2, 0.99, 0.1)
     while True:
         tokens, targets = torch.randint(DEMO.n_tokens, (2, BATCH_SIZE, DEMO.block_size))
-        (model(tokens, targets) / tokens.numel()).backward()
+        with autocast(cpu, dtype):
+            loss = model(tokens, targets) / tokens.numel()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
