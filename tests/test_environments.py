@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, command
+from conftest import ENVIRONMENT, REPOSITORY, command
 
 from system.errors import UserError
+from system.threads import GENERATION, TRAINING, spin_count
 from training.distributed import Processes
 
 C_LOCALE = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "TERM": "dumb"}
@@ -66,6 +67,24 @@ def test_wrong_variables_of_torchrun_get_one_line(monkeypatch, variables, messag
 def test_a_script_reports_wrong_variables_of_torchrun(tmp_path):
     result = run_in({"RANK": "x"}, tmp_path, "train.py --device cpu")
     assert the_error(result).startswith("error: RANK=x in the environment is not a whole number")
+
+
+@pytest.mark.parametrize("script", ["train.py", "generate.py"])
+@pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
+def test_waiting_threads_sleep_soon_unless_the_user_has_chosen(tmp_path, script, chosen):
+    """The variable is there when torch is imported, which is when OpenMP reads it."""
+    finder = "class Finder:\n def find_spec(self, name, path, target=None):\n  if name == 'torch': report()\n"
+    report = "import os, sys\ndef report():\n print(os.environ.get('GOMP_SPINCOUNT')); os._exit(0)\n"
+    run = f"sys.meta_path.insert(0, Finder())\nsys.argv = [{script!r}]\nimport runpy\n"
+    program = f"{report}{finder}{run}runpy.run_path({str(REPOSITORY / script)!r}, run_name='__main__')"
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "GOMP_SPINCOUNT"} | chosen
+    result = subprocess.run(
+        [sys.executable, "-u", "-c", program], cwd=tmp_path, env={**environment, "PYTHONPATH": str(REPOSITORY)},
+        stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", timeout=60,
+    )  # fmt: skip
+    microseconds = TRAINING if script == "train.py" else GENERATION
+    default = None if "OMP_WAIT_POLICY" in chosen else str(spin_count(microseconds))
+    assert result.stdout.strip() == str(chosen.get("GOMP_SPINCOUNT", default)), result.stderr
 
 
 def test_a_run_does_not_depend_on_the_environment(toy, tmp_path):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from generation.decoding import KVCache, generate, sample
-from model import GPT, GPTConfig, linear_cross_entropy
+from model import GPT, GPTConfig, chunk_loss, linear_cross_entropy
 
 
 def small(**changes) -> GPT:
@@ -89,16 +89,23 @@ def test_residual_projections_start_smaller():
     assert model.h[3].mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
+def whole_chunks_only(x, head, y, needs_grad):
+    """Stands where the compiled loss stands, which compiles anew for every number of rows."""
+    assert len(x) in (7, 64, 1000)
+    return chunk_loss(x, head, y, needs_grad)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("chunk", [7, 64, 1000])
-def test_fused_loss_equals_plain_in_value_and_gradient(masked, chunk):
+@pytest.mark.parametrize("loss_function", [chunk_loss, whole_chunks_only])
+def test_fused_loss_equals_plain_in_value_and_gradient(masked, chunk, loss_function):
     torch.manual_seed(0)
     hidden = torch.randn(64, 16, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(50, 16, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(50, (64,))
     kept = torch.randperm(64)[:40].sort().values if masked else torch.arange(64)
 
-    fused = linear_cross_entropy(hidden[kept], weight, targets[kept], chunk) / len(kept)
+    fused = linear_cross_entropy(hidden[kept], weight, targets[kept], chunk, loss_function) / len(kept)
     plain = F.cross_entropy((hidden @ weight.t())[kept], targets[kept])
     torch.testing.assert_close(fused.double(), plain, atol=1e-6, rtol=1e-6)
     for ours, theirs in zip(
@@ -129,6 +136,17 @@ def test_what_is_nearly_certain_still_has_a_gradient_in_half_precision(dtype):
         for loss in (lambda x, weight: linear_cross_entropy(x, weight, targets), plain)
     )
     assert ours < 1.1 * theirs < 0.1
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", "bfloat16"), ("float16", "float32")])
+def test_autocast_has_a_residual_stream_in_bfloat16_but_not_in_float16(dtype, expected):
+    """Half of the memory traffic; float16 could overflow."""
+    model, seen = small(), []
+    for block in model.h:
+        block.register_forward_hook(lambda block, inputs, output: seen.extend([inputs[0].dtype, output.dtype]))
+    with torch.autocast("cpu", getattr(torch, dtype)):
+        model(torch.zeros(1, 4, dtype=torch.int64))
+    assert set(seen) == {getattr(torch, expected)}
 
 
 @pytest.mark.parametrize("masked", [False, True])

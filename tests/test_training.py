@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import timeit
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from conftest import ENVIRONMENT, REPOSITORY, TOY_SHAPE, command, log, run_scrip
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from model import GPT, GPTConfig
+from system.device import multiplies_faster_in_bfloat16
 from training.config import TrainerConfig
 from training.distributed import Processes
 from training.loader import Windows
@@ -76,6 +78,31 @@ def uninterrupted(toy):
     """The run that the interrupted ones have to equal."""
     succeed(toy, "train.py", "--out", "checkpoints/whole.pt", *RUN)
     return toy / "checkpoints/whole.pt"
+
+
+def test_a_resumed_run_keeps_its_precision(toy):
+    """`--dtype auto` does not measure again: the rest of a run in bfloat16 is in bfloat16, bit for bit."""
+    arguments = ["--data", "data/toy", *TOY_SHAPE, "--max-steps", "8", "--log-every", "2"]
+    succeed(toy, "train.py", *arguments, "--out", "checkpoints/half.pt", "--dtype", "bfloat16")
+    interrupted = [*arguments, "--out", "checkpoints/half_too.pt"]
+    succeed(toy, "train.py", *interrupted, "--dtype", "bfloat16", "--target-loss", "100")
+    assert load(toy / "checkpoints/half_too.last.pt")["step"] < 8
+    succeed(toy, "train.py", *interrupted, "--resume")
+    whole, resumed = (load(toy / f"checkpoints/{name}.last.pt") for name in ("half", "half_too"))
+    assert whole["train_config"]["dtype"] == resumed["train_config"]["dtype"] == "bfloat16"
+    assert_equal(resumed["model"], whole["model"])
+
+
+def test_the_cpu_trains_in_the_precision_that_it_is_fast_in():
+    assert not multiplies_faster_in_bfloat16(64)  # too small to matter
+    x, weight = torch.randn(1024, 256), torch.randn(1024, 256)
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = x.to(dtype), weight.to(dtype)
+        seconds[dtype] = min(timeit.repeat(lambda a=a, b=b: a @ b.t(), number=3, repeat=3))
+    ratio = seconds[torch.float32] / seconds[torch.bfloat16]
+    if not 1.2 < ratio < 1.9:  # too near to the limit to say
+        assert multiplies_faster_in_bfloat16(256) == (ratio > 1.5)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
