@@ -99,7 +99,7 @@ class Hardware:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """precision of the forward pass; auto takes bfloat16 if the GPU has it, float32 on the CPU"""
+    """precision of the forward pass; auto takes bfloat16 if the GPU has it, or if the CPU is faster in it"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto compiles on CUDA"""
     grad_checkpointing: bool = False
