@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
+import train as train_script
 from generation.decoding import CompiledDecoder, generate, one_step_ahead
 from model import GPT, GPTConfig, linear_cross_entropy
 from system.device import autocast, choose_device, peak_memory
@@ -320,10 +321,8 @@ def train(scale: Scale) -> Figures:
 
 def run_train(scale: Scale, resume: bool) -> None:
     """Calls `main` of `train.py`, which parses no flags then."""
-    import train as script
-
     names = ("block_size", "n_layer", "n_head", "n_embd")
-    config = script.Config(
+    config = train_script.Config(
         **{name: getattr(scale.shape, name) for name in names},
         data=scale.folder,
         out=scale.folder / "a.pt",
@@ -337,7 +336,7 @@ def run_train(scale: Scale, resume: bool) -> None:
         save_every=60,
         eval_tokens=16 * scale.shape.block_size,
     )
-    script.main(config)
+    train_script.main(config)
 
 
 def write_data(folder: Path) -> None:

@@ -173,6 +173,9 @@ def test_decoding_over_a_static_cache_equals_decoding_over_a_growing_one(how):
             assert torch.equal(growing, written(prompt, num_samples, static)) and growing.unique().numel() > 20
 
 
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="there PyTorch's compiler writes C++ with errors"
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_compiled_step_has_the_logits_of_the_usual_one(dtype):
     model = varied(n_layer=1).to(dtype)
