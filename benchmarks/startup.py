@@ -33,28 +33,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Writes a model, measures, and prints both times beside their goals."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = write_model(Path(folder))
-        generate = [
-            str(REPOSITORY / "generate.py"),
-            "--model",
-            str(path),
-            "--prompt",
-            "Return a",
-            "--max-new-tokens",
-            "1",
-        ]
-        rounds = [(seconds(generate), seconds(["-c", "import torch"])) for _ in range(config.rounds)]
-    first_token, import_torch = map(statistics.median, zip(*rounds, strict=True))
-    beyond = statistics.median(a - b for a, b in rounds)
-    print(f"first token       {first_token:.2f} s   goal: at most {MAX_SECONDS} s")
-    print(f"import torch      {import_torch:.2f} s")
-    print(f"beyond the import {beyond:.2f} s   goal: at most {MAX_BEYOND_TORCH} s")
-
-
-def write_model(folder: Path) -> Path:
-    """Writes a checkpoint of the demo's shape, with random weights and a BPE of bytes and pairs of bytes."""
+    """Writes a model with random weights, measures, and prints both times beside their goals."""
     from model import GPT, GPTConfig
     from text.tokenizer import Tokenizer, to_json
     from weights import checkpoint
@@ -62,9 +41,17 @@ def write_model(folder: Path) -> Path:
     tokens = [bytes(token) for n in (1, 2) for token in itertools.product(range(256), repeat=n)][:2045]
     spec = to_json(Tokenizer({token: i for i, token in enumerate(tokens)}, "pairs of bytes"), 2048)
     shape = GPTConfig(block_size=128, vocab_size=2048, n_tokens=2048, n_layer=4, n_head=2, n_embd=128)
-    path = folder / "demo.pt"
-    checkpoint.save(path, checkpoint.pack(GPT(shape), kind="base", tokenizer=spec, template=None))
-    return path
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "demo.pt"
+        checkpoint.save(path, checkpoint.pack(GPT(shape), kind="base", tokenizer=spec, template=None))
+        flags = ["--model", str(path), "--prompt", "Return a", "--max-new-tokens", "1"]
+        generate = [str(REPOSITORY / "generate.py"), *flags]
+        rounds = [(seconds(generate), seconds(["-c", "import torch"])) for _ in range(config.rounds)]
+    first_token, import_torch = map(statistics.median, zip(*rounds, strict=True))
+    beyond = statistics.median(a - b for a, b in rounds)
+    print(f"first token       {first_token:.2f} s   goal: at most {MAX_SECONDS} s")
+    print(f"import torch      {import_torch:.2f} s")
+    print(f"beyond the import {beyond:.2f} s   goal: at most {MAX_BEYOND_TORCH} s")
 
 
 def seconds(arguments: list[str]) -> float:
