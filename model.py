@@ -184,7 +184,7 @@ class GPT(nn.Module):
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x, caches[i] if caches else None)
-        return self.ln_f(x)
+        return self.ln_f(x).to(x.dtype)  # on CUDA, autocast computes a LayerNorm in float32
 
     def forward(
         self,

@@ -166,6 +166,17 @@ def test_model_gradients_equal_those_of_the_plain_loss(masked):
         torch.testing.assert_close(ours, plain, atol=1e-6, rtol=1e-4)
 
 
+def test_the_gradient_of_a_head_in_half_precision_is_summed_in_float32():
+    """In bfloat16, a sum over 512 chunks would lose most of them."""
+    torch.manual_seed(0)
+    hidden, targets = torch.ones(512, 8).bfloat16(), torch.randint(16, (512,))
+    weight = torch.zeros(16, 8).bfloat16().requires_grad_()
+    linear_cross_entropy(hidden, weight, targets, chunk_size=1).backward()
+    expected = 512 / 16 - targets.bincount(minlength=16)[:, None].expand(16, 8)
+    assert weight.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(weight.grad.float(), expected.float(), atol=0.1, rtol=2**-8)
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     model, tokens = small(), torch.randint(100, (2, 32))
     model(tokens, tokens).backward()

@@ -1,5 +1,6 @@
 """What takes minutes: the demo as its user sees it, the compiled model, large corpora, many kills."""
 
+import copy
 import json
 import os
 import random
@@ -12,6 +13,9 @@ import torch
 from conftest import ENVIRONMENT, REPOSITORY, TOY_SHAPE, command, run_script
 
 from demo import PROMPTS
+from model import GPT, GPTConfig
+from system.device import autocast
+from training.optim import Muon
 from training.run_log import read_log
 from weights import checkpoint
 from weights.loading import load_checkpoint
@@ -49,6 +53,52 @@ def test_the_compiled_model_trains_like_the_eager_one_and_compiles_once(toy, mon
         assert "Recompiling" not in result.stderr, result.stderr[-5000:]
         assert "Graph break" not in result.stderr
     assert losses[0] == pytest.approx(losses[1], abs=1e-2 if script == "train.py" else 1e-3)  # other dropout draws
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_loss_serves_every_number_of_counted_positions_without_recompiling(dtype, monkeypatch):
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    eager = GPT(GPTConfig(block_size=64, vocab_size=448, n_tokens=448, n_layer=2, n_head=2, n_embd=32)).train()
+    compiled = copy.deepcopy(eager)
+    compiled.compile_training()
+    # Micro-batches as in fine-tuning: rows, their padded length, and the positions that count. On the CPU a chunk has
+    # 512 positions.
+    for i, (B, T, n) in enumerate([(16, 64, 700), (9, 64, 41), (30, 64, 1920), (2, 64, 1), (5, 64, 0), (17, 64, 513)]):
+        monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", i > 0)
+        tokens, targets = torch.randint(448, (2, B, T))
+        counted = torch.randperm(B * T)[:n].sort().values
+        losses = []
+        for model in (eager, compiled):
+            model.zero_grad()
+            torch._dynamo.maybe_mark_dynamic(tokens, [0, 1])
+            with autocast(torch.device("cpu"), dtype):
+                loss = model(tokens, targets, counted)
+            loss.backward()
+            losses.append(loss.item())
+        tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+        assert losses[0] == pytest.approx(losses[1], rel=tolerance)
+        for ours, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
+            assert (ours.grad - theirs.grad).norm() <= tolerance * theirs.grad.norm()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the network, and the loss
+
+
+def test_compiled_muon_takes_the_steps_of_the_eager_one():
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    shapes = [(64, 32), (64, 32), (32, 64), (48, 48)]
+    eager = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    compiled = [torch.nn.Parameter(p.detach().clone()) for p in eager]
+    optimizers = Muon(eager, lr=0.02), Muon(compiled, lr=0.02, compiled=True)
+    for _ in range(3):
+        for p, q in zip(eager, compiled, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(q, p, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["a gigabyte", "a line", "a row"])

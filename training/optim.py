@@ -15,11 +15,11 @@ from training.config import TrainerConfig
 
 
 def build_optimizers(
-    model: GPT, name: str, learning_rate: float, beta2: float, weight_decay: float
+    model: GPT, name: str, learning_rate: float, beta2: float, weight_decay: float, compiled: bool = False
 ) -> list[torch.optim.Optimizer]:
     """Returns [AdamW], or if `name` is "muon" [Muon for the matrices inside the blocks, AdamW for the rest].
 
-    Matrices and embeddings decay; biases and LayerNorms do not. AdamW's beta1 is 0.9.
+    Matrices and embeddings decay; biases and LayerNorms do not. AdamW's beta1 is 0.9. `compiled` compiles Muon.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     for_muon = [p for p in model.h.parameters() if p.requires_grad and p.dim() == 2] if name == "muon" else []
@@ -30,7 +30,7 @@ def build_optimizers(
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2), fused=rest[0].device.type != "mps")
-    return [Muon(for_muon, learning_rate, weight_decay), adamw] if for_muon else [adamw]
+    return [Muon(for_muon, learning_rate, weight_decay, compiled=compiled), adamw] if for_muon else [adamw]
 
 
 def learning_rate_at(step: int, config: TrainerConfig) -> float:
@@ -46,16 +46,21 @@ class Muon(torch.optim.Optimizer):
     """Momentum orthogonalized by Newton–Schulz (Jordan et al. 2024), with steps as large as AdamW's (Liu et al. 2025).
 
     Computes the update of `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`. Two differences make it fast everywhere:
-    it orthogonalizes all matrices of one shape as one batch, on CUDA compiled, and on the CPU it computes in float32,
-    since bfloat16 is slow on most CPUs.
+    it orthogonalizes all matrices of one shape as one batch, and on the CPU it computes in float32, since bfloat16 is
+    slow on most CPUs.
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.1, momentum: float = 0.95
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        compiled: bool = False,
     ) -> None:
+        """`compiled` compiles the orthogonalization, once for each shape."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        on_cuda = self.param_groups[0]["params"][0].is_cuda
-        self.orthogonalize = torch.compile(orthogonalize, dynamic=False) if on_cuda else orthogonalize
+        self.orthogonalize = torch.compile(orthogonalize, dynamic=False) if compiled else orthogonalize
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
