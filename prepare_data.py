@@ -79,7 +79,10 @@ def main(config: Config) -> None:
     if config.inspect:
         print(report(*count_tokens(config.inspect), config.inspect))
         return
-    claim_folder(config.out, "meta.json", "train*.bin", config.overwrite)
+    written = ["train*.bin", "val*.bin", "meta.json"]
+    if config.vocab_size or config.tokenizer:
+        written.append("tokenizer.json")
+    claim_folder(config.out, "meta.json", written, config.overwrite)
     corpus = open_corpus(config.dataset, config.input, config.text_column, config.config, config.split, config.revision)
     if config.vocab_size:
         pieces = corpus.pieces(config.val_fraction, config.seed)

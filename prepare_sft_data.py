@@ -52,7 +52,7 @@ def main(config: Config) -> None:
     from text.token_files import read_meta
     from text.tokenizer import gpt2, load_tokenizer, tokenizer_of_data
 
-    claim_folder(config.out, "sft_meta.json", "sft_train.bin", config.overwrite)
+    claim_folder(config.out, "sft_meta.json", ["sft_*.bin", "sft_meta.json"], config.overwrite)
     if config.tokenizer:
         tokenizer = load_tokenizer(config.tokenizer)
     elif (config.out / "meta.json").exists():

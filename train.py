@@ -120,7 +120,7 @@ def main(config: Config) -> None:
     from weights.loading import load_checkpoint
 
     processes = Processes.join(config.device)
-    resumed = claim_output(config, processes, "base")
+    resumed = claim_output(config, processes, "base", inputs=(config.data, Path(config.init_from)))
     if is_text(config.data):
         folder = Path("data") / config.data.stem
         if processes.world_size > 1:

@@ -98,7 +98,8 @@ def main(config: Config) -> None:
     from weights.loading import load_checkpoint
 
     processes = Processes.join(config.device)
-    resumed = claim_output(config, processes, "classifier")
+    inputs = (config.model, *([config.input] if config.input else ()))
+    resumed = claim_output(config, processes, "classifier", inputs=inputs)
     start = resumed or load_checkpoint(config.model)
     tokenizer = checkpoint.tokenizer_of(start)
     examples = read_examples(config.input, config.dataset, config.text_column, config.label_column)

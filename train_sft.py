@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from system.cli import run
-from system.errors import UserError, require, require_at_least
+from system.errors import require, require_at_least
 from system.locks import releases_locks
 from training.config import TrainerConfig
 
@@ -97,9 +97,7 @@ def main(config: Config) -> None:
 
     kind = "lora" if config.lora_rank else "sft"
     processes = Processes.join(config.device)
-    resumed = claim_output(config, processes, kind)
-    if kind == "lora" and config.out.resolve() == config.model.resolve():
-        raise UserError(f"--out {config.out} is the model that the adapter belongs to: choose another")
+    resumed = claim_output(config, processes, kind, inputs=(config.model,))
     if resumed and kind == "sft":
         start = resumed
     elif resumed:

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -96,15 +96,16 @@ def _listed_files(meta: Path) -> set[str]:
         return set()
 
 
-def claim_folder(folder: Path, meta: str, files: str, overwrite: bool) -> None:
-    """Raises UserError if a folder holds files that match the glob `files`, unless `overwrite` is set.
+def claim_folder(folder: Path, meta: str, files: Iterable[str], overwrite: bool) -> None:
+    """Raises UserError if a folder holds files that match one of the globs `files`, unless `overwrite` is set.
 
     Also raises UserError if another process writes or reads the files that `meta` lists. This check comes early, before
     a long preparation; `atomic_folder` locks them.
     """
     with writing(folder, meta):
         pass
-    if not overwrite and (taken := next(folder.glob(files), None)):
+    taken = next((path for pattern in files for path in sorted(folder.glob(pattern))), None)
+    if taken and not overwrite:
         raise UserError(f"{taken} exists: add --overwrite to replace the data there, or choose another --out")
 
 

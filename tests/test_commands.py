@@ -225,8 +225,11 @@ BAD_INPUT = [  # exit status, a part of the message, the command
     (1, "data/toy/train.bin exists: add --overwrite", "prepare_data.py --input text --out data/toy"),
     (1, "sft_train.bin exists: add --overwrite", "prepare_sft_data.py --dataset pydocs-qa --out data/toy"),
     (1, "data/toy/train.bin exists: add --overwrite", "train.py --data toy.txt --out NEW"),
-    (1, "t.jsonl exists: add", "CLASSIFIER --input t.jsonl --out t.pt"),
-    (1, "the adapter belongs to", "SFT --lora-rank 2 --out checkpoints/toy.pt --overwrite"),
+    (1, "the run would write to t.jsonl, which it reads", "CLASSIFIER --input t.jsonl --out t.pt --overwrite"),
+    (1, "the run would write to toy.jsonl, which it reads", "train.py --data toy.jsonl --out toy.pt --overwrite"),
+    (1, "the run would write to checkpoints/toy.pt, which it reads", "SFT --out checkpoints/toy.pt --overwrite"),
+    (1, "val.bin exists: add --overwrite", "prepare_data.py --input text --out bad/others"),
+    (1, "tokenizer.json exists: add", "prepare_data.py --input text --vocab-size 300 --out bad/exported"),
     (2, "below 2^63", "TRAIN --seed 99999999999999999999"),
     (2, "--beta2 must be", "TRAIN --beta2 1.5"),
     (2, "--context belongs to --instruction", "GENERATE --prompt x --context y"),
@@ -323,6 +326,8 @@ BAD_FILES = {
     "role.jsonl": json.dumps({"messages": [TURN, {"role": "tool", "content": "y"}]}).encode(),
     "labels.tsv": b"ham\tsee you\nspam\twin\nham\tbye\nspam\tfree\nham\thome\nspam\tnow\nrare\tx\n",
     "one_label.tsv": b"ham\tsee you\nham\tbye\n",
+    "others/val.bin": b"somebody's",
+    "exported/tokenizer.json": b"somebody's",
     "latin1.txt": "naïve".encode("latin-1"),
     "one.jsonl": json.dumps({"messages": [TURN, {"role": "assistant", "content": "y"}]}).encode(),
 }
@@ -332,7 +337,7 @@ BAD_FILES = {
 def bad(toy):
     """Adds damaged and foreign files to the toy's folder."""
     folder = toy / "bad"
-    for name in ("empty", "meta", "types"):
+    for name in ("empty", "meta", "types", "others", "exported"):
         (folder / name).mkdir(parents=True)
     for name, content in BAD_FILES.items():
         (folder / name).write_bytes(content)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,24 @@ from weights.loading import load_checkpoint
 from weights.validation import is_plain_tensor, is_progress
 
 
-def claim_output(config: TrainerConfig, processes: Processes, *kinds: str) -> dict[str, Any] | None:
+def claim_output(
+    config: TrainerConfig, processes: Processes, *kinds: str, inputs: Iterable[Path] = ()
+) -> dict[str, Any] | None:
     """Locks the output until `main` ends. Needed on every rank, first of all.
 
     Returns the loaded state to resume from, which must be of one of the `kinds`, or None for a new run. Raises
-    UserError if another process writes the output, if a run would overwrite another unasked, or if there is nothing to
-    resume.
+    UserError if another process writes the output, if a run would overwrite another unasked or one of its `inputs`, or
+    if there is nothing to resume.
     """
+    for path in inputs:
+        if any(_is_same_file(path, out) for out in (config.out, config.last_path, config.log_path, config.plot_path())):
+            raise UserError(f"the run would write to {path}, which it reads: choose another --out")
     processes.on_first(lambda: _lock_output(config))
     return load_checkpoint(config.last_path, verify=True, kinds=kinds) if config.resume else None
+
+
+def _is_same_file(a: Path, b: Path) -> bool:
+    return a.resolve() == b.resolve() or (a.exists() and b.exists() and a.samefile(b))
 
 
 def claim_data(folder: Path, meta: str, processes: Processes) -> None:
