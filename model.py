@@ -286,7 +286,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         is_training: bool,
     ) -> Tensor:
         hidden_needs_grad, weight_needs_grad = (is_training and needed for needed in ctx.needs_input_grad[:2])
-        head = weight.to(hidden.dtype)
+        head, hidden = weight.to(hidden.dtype), hidden.detach()  # a chunk that required a gradient would recompile
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if hidden_needs_grad else None
         grad_dtype = torch.promote_types(weight.dtype, torch.float32)  # for the sum over chunks
