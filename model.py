@@ -176,8 +176,8 @@ class GPT(nn.Module):
         assert self.config.block_size >= T, f"{T} tokens do not fit into a context of {self.config.block_size}"
         position_embedding = self.wpe.weight[:T] if positions is None else self.wpe(positions)  # (T, C)
         x = self.wte(tokens) + position_embedding  # (B, T, C)
-        if compute_dtype(x) == torch.bfloat16:
-            x = x.bfloat16()  # otherwise autocast keeps the residual stream in float32, twice the memory traffic
+        if x.is_cuda and compute_dtype(x) == torch.bfloat16:  # half of the memory traffic of autocast's own float32
+            x = x.bfloat16()  # not on the CPU, whose LayerNorm would sum its gradients in bfloat16
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.h):
             if self.gradient_checkpointing and torch.is_grad_enabled():

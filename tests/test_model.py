@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from generation.decoding import KVCache, generate, sample
 from model import GPT, GPTConfig, chunk_loss, linear_cross_entropy
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
 
 def small(**changes) -> GPT:
     torch.manual_seed(0)
@@ -138,15 +140,21 @@ def test_what_is_nearly_certain_still_has_a_gradient_in_half_precision(dtype):
     assert ours < 1.1 * theirs < 0.1
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", "bfloat16"), ("float16", "float32")])
-def test_autocast_has_a_residual_stream_in_bfloat16_but_not_in_float16(dtype, expected):
-    """Half of the memory traffic; float16 could overflow."""
-    model, seen = small(), []
-    for block in model.h:
-        block.register_forward_hook(lambda block, inputs, output: seen.extend([inputs[0].dtype, output.dtype]))
-    with torch.autocast("cpu", getattr(torch, dtype)):
-        model(torch.zeros(1, 4, dtype=torch.int64))
-    assert set(seen) == {getattr(torch, expected)}
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_gradient_under_autocast_is_near_that_in_float32(device, dtype):
+    """On CUDA the residual stream is bfloat16. In float16 it could overflow; on the CPU, sums would be inexact."""
+    model, seen = small().to(device), []
+    tokens = torch.randint(100, (32, 32), device=device)
+    model(tokens, tokens).backward()
+    exact = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.h[1].register_forward_hook(lambda block, inputs, output: seen.extend([inputs[0].dtype, output.dtype]))
+    with torch.autocast(device, dtype):
+        model(tokens, tokens).backward()
+    assert set(seen) == {torch.bfloat16 if (device, dtype) == ("cuda", torch.bfloat16) else torch.float32}
+    for p, gradient in zip(model.parameters(), exact, strict=True):
+        assert (p.grad - gradient).norm() < 0.03 * gradient.norm()
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -76,7 +76,7 @@ def test_the_compiled_loss_serves_every_number_of_counted_positions_without_reco
                 loss = model(tokens, targets, counted)
                 loss.backward()
             losses.append(loss.item())
-        tolerance = 1e-4 if dtype == torch.float32 else 5e-2  # the compiler rounds to bfloat16 in other places
+        tolerance = 1e-4 if dtype == torch.float32 else 2e-2
         assert losses[0] == pytest.approx(losses[1], rel=tolerance)
         for ours, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
             assert (ours.grad - theirs.grad).norm() <= tolerance * theirs.grad.norm()
