@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-TRAINING, GENERATION = 180, 400
+TRAINING, GENERATION = 200, 400
 """Microseconds to spin. Generation has longer pauses between parallel loops."""
 
 
