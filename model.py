@@ -39,6 +39,14 @@ class GPTConfig:
     """biases in the linear layers and LayerNorms, as in GPT-2"""
     tie_weights: bool = True
     """the head shares the matrix of the token embedding, as in GPT-2"""
+    rotary: bool = False
+    """rotary positions (Su et al. 2021) instead of GPT-2's learned ones"""
+    qk_norm: bool = False
+    """queries and keys of one length (Henry et al. 2020)"""
+    value_embeddings: bool = False
+    """each layer adds an embedding of the token to its values (Zhou et al. 2024)"""
+    squared_relu: bool = False
+    """relu(x)² instead of the GELU (So et al. 2021)"""
     n_classes: int = 0
     """outputs of a classification head; 0 for a language model, whose head covers the vocabulary"""
 
@@ -62,16 +70,25 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head, self.dropout, self.qk_norm = config.n_head, config.dropout, config.qk_norm
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.wve = nn.Embedding(config.vocab_size, config.n_embd) if config.value_embeddings else None
 
-    def forward(self, x: Tensor, cache: AttentionCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, tokens: Tensor, rotation: Tensor | None = None, cache: AttentionCache | None = None
+    ) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
+        if self.wve is not None:
+            v = v + self.wve(tokens).to(v.dtype)
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        if self.qk_norm:
+            q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
         if cache is not None:
             y = cache.attend(q, k, v)  # (B, nh, T, hs)
         else:
@@ -81,17 +98,35 @@ class CausalSelfAttention(nn.Module):
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
+def rotary_angles(positions: Tensor, head_size: int) -> Tensor:
+    """Returns the cosines and sines, float32 (2, T, hs / 2), by which `rotate` turns heads at positions, int64 (T,)."""
+    frequencies = 10000 ** (-torch.arange(0, head_size, 2, device=positions.device) / head_size)  # (hs / 2,)
+    angles = positions[:, None] * frequencies  # (T, hs / 2)
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turns each pair of numbers in x (B, nh, T, hs) by an angle that grows with the position.
+
+    The product of a query and a key then depends on their distance alone.
+    """
+    a, b = x.chunk(2, dim=-1)  # (B, nh, T, hs / 2)
+    cos, sin = rotation
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+
+
 class MLP(nn.Module):
     """Two linear layers with GPT-2's tanh approximation of the GELU (Hendrycks & Gimpel 2016) between them."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.dropout = config.dropout
+        self.dropout, self.squared_relu = config.dropout, config.squared_relu
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
+        x = self.c_fc(x)  # (B, T, 4C)
+        x = F.relu(x).square() if self.squared_relu else F.gelu(x, approximate="tanh")
         return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
@@ -105,8 +140,10 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: AttentionCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(
+        self, x: Tensor, tokens: Tensor, rotation: Tensor | None = None, cache: AttentionCache | None = None
+    ) -> Tensor:
+        x = x + self.attn(self.ln_1(x), tokens, rotation, cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -122,7 +159,7 @@ class GPT(nn.Module):
         self.gradient_checkpointing = False
         self.compiled: tuple[Callable[..., Tensor], ChunkLoss] | None = None  # see `compile_training`
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wpe = None if config.rotary else nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
         self.lm_head = nn.Linear(config.n_embd, config.n_classes or config.vocab_size, bias=False)
@@ -152,17 +189,19 @@ class GPT(nn.Module):
 
         return checkpoint.build(loading.load_checkpoint(name))
 
-    def n_parameters(self, positions: bool = True) -> int:
-        """Number of parameters; a tied matrix counts once. `positions=False` leaves out the position embedding."""
-        return sum(p.numel() for p in self.parameters()) - (0 if positions else self.wpe.weight.numel())
+    def n_parameters(self) -> int:
+        """Number of parameters; a tied matrix counts once."""
+        return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self) -> int:
         """Floating-point operations per token of one training step (PaLM, Chowdhery et al. 2022, appendix B).
 
-        Frozen parameters need no weight gradient, so they cost 4 operations instead of 6.
+        Looking up an embedding costs none. Frozen parameters need no weight gradient: 4 operations instead of 6.
         """
-        c, frozen = self.config, sum(p.numel() for p in self.parameters() if not p.requires_grad)
-        return 6 * self.n_parameters(positions=False) - 2 * frozen + 12 * c.n_layer * c.n_embd * c.block_size
+        embeddings = {p for module in self.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+        embeddings -= set(self.lm_head.parameters())  # the head multiplies with a tied embedding
+        operations = sum((6 if p.requires_grad else 4) * p.numel() for p in self.parameters() if p not in embeddings)
+        return operations + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
 
     def hidden(
         self, tokens: Tensor, positions: Tensor | None = None, caches: Sequence[AttentionCache] | None = None
@@ -174,16 +213,20 @@ class GPT(nn.Module):
         """
         T = tokens.size(1)
         assert self.config.block_size >= T, f"{T} tokens do not fit into a context of {self.config.block_size}"
-        position_embedding = self.wpe.weight[:T] if positions is None else self.wpe(positions)  # (T, C)
-        x = self.wte(tokens) + position_embedding  # (B, T, C)
+        x, rotation = self.wte(tokens), None  # (B, T, C)
+        if self.wpe is None:
+            positions = torch.arange(T, device=x.device) if positions is None else positions
+            rotation = rotary_angles(positions, self.config.n_embd // self.config.n_head)
+        else:
+            x = x + (self.wpe.weight[:T] if positions is None else self.wpe(positions))
         if x.is_cuda and compute_dtype(x) == torch.bfloat16:  # half of the memory traffic of autocast's own float32
             x = x.bfloat16()  # not on the CPU, whose LayerNorm would sum its gradients in bfloat16
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.h):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, tokens, rotation, use_reentrant=False)
             else:
-                x = block(x, caches[i] if caches else None)
+                x = block(x, tokens, rotation, caches[i] if caches else None)
         return self.ln_f(x).to(x.dtype)  # on CUDA, autocast computes a LayerNorm in float32
 
     def forward(

@@ -26,18 +26,30 @@ class Model:
     """attention heads per layer"""
     n_embd: int = 768
     """width of the residual stream"""
+    dropout: float = 0.0
+    """probability that training drops an activation"""
+    bias: bool = True
+    """biases in the linear layers and LayerNorms"""
+    tie_weights: bool = True
+    """the head shares the matrix of the token embedding"""
+    rotary: bool = False
+    """rotary positions instead of learned ones"""
+    qk_norm: bool = False
+    """queries and keys of one length"""
+    value_embeddings: bool = False
+    """each layer adds an embedding of the token to its values"""
+    squared_relu: bool = False
+    """relu(x)² instead of the GELU"""
 
 
 @dataclass(frozen=True)
 class Config(Model, TrainerConfig):
     preset: str = "gpt2"
-    """gpt2, gpt2-medium, gpt2-large, gpt2-xl, shakespeare or demo: the defaults of all other flags"""
+    """gpt2, gpt2-medium, gpt2-large, gpt2-xl, modern, shakespeare or demo: the defaults of all other flags"""
     data: Path = Path("data")
     """folder written by prepare_data.py; or a text file, shakespeare, war-and-peace or pydocs, prepared first"""
     init_from: str = "scratch"
     """start from random weights (scratch), a checkpoint, gpt2 or another model of the Hugging Face Hub"""
-    dropout: float = 0.0
-    """probability that training drops an activation"""
     vocab_size: int | None = None
     """if --data is prepared first: train a BPE of this many tokens on it; by default GPT-2's tokenizer"""
     sample_prompt: str = ""
@@ -55,18 +67,35 @@ class Config(Model, TrainerConfig):
             self.n_embd >= self.n_head and self.n_embd % self.n_head == 0,
             f"--n-embd {self.n_embd} must be a multiple of --n-head {self.n_head}",
         )
+        require(
+            not self.rotary or self.n_embd // self.n_head % 2 == 0,
+            f"--rotary needs heads of an even width, not {self.n_embd // self.n_head}",
+        )
         require(0 <= self.dropout < 1, "--dropout must be at least 0 and below 1")
         require(not (self.fsdp and self.sample_prompt), "--sample-prompt does not work with --fsdp")
 
 
-SMALL = Config(  # trains on a CPU in minutes
+MODERN = Config(  # what years after GPT-2 have taught; benchmarks/recipe.py measures each part
+    preset="modern",
+    bias=False,
+    tie_weights=False,
+    rotary=True,
+    qk_norm=True,
+    value_embeddings=True,
+    squared_relu=True,
+    optimizer="muon",
+    learning_rate=3e-3,
+    min_lr=0.0,
+    cooldown=0.6,
+    embedding_lr_scale=10.0,
+)
+SMALL = dataclasses.replace(  # trains on a CPU in minutes
+    MODERN,
     n_layer=4,
     n_head=2,
     n_embd=128,
-    optimizer="muon",
     compile="off",
     learning_rate=1e-2,
-    min_lr=0.0,
     warmup_steps=50,
     beta2=0.99,
 )
@@ -75,6 +104,7 @@ PRESETS = {
     "gpt2-medium": Config(preset="gpt2-medium", n_layer=24, n_head=16, n_embd=1024, learning_rate=3e-4, min_lr=3e-5),
     "gpt2-large": Config(preset="gpt2-large", n_layer=36, n_head=20, n_embd=1280, learning_rate=2.5e-4, min_lr=2.5e-5),
     "gpt2-xl": Config(preset="gpt2-xl", n_layer=48, n_head=25, n_embd=1600, learning_rate=2e-4, min_lr=2e-5),
+    "modern": MODERN,
     "shakespeare": dataclasses.replace(
         SMALL,
         preset="shakespeare",
@@ -141,7 +171,7 @@ def main(config: Config) -> None:
         start["config"] = dataclasses.replace(start["config"], dropout=config.dropout)
         model = checkpoint.build(start)
     else:
-        shape = {name: getattr(config, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}
+        shape = {field.name: getattr(config, field.name) for field in dataclasses.fields(Model)}
         model = GPT(GPTConfig(**shape, vocab_size=tokenizer.padded_vocab_size, n_tokens=tokenizer.n_tokens))
     train_data, val_data = (
         Windows.from_folder(config.data, meta, split, model.config, config.batch_size, config.seed)

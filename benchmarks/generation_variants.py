@@ -121,7 +121,7 @@ def our_variant(
 
     variant = Variant(name, generate_text, batch_size, max_new_tokens)
     if is_compiled:
-        variant.generate(torch.zeros(1, 8, dtype=torch.int64, device=model.wpe.weight.device), 8)  # compiles
+        variant.generate(torch.zeros(1, 8, dtype=torch.int64, device=model.wte.weight.device), 8)  # compiles
     return variant
 
 

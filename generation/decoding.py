@@ -206,7 +206,7 @@ class CompiledDecoder:
         self.model = model
         # With this option, products with one row become reductions, which fuse with the GELU or the addition that
         # follows. They read a matrix at the full bandwidth only if their block sizes are tuned.
-        options: dict[str, Any] = {"coordinate_descent_tuning": True} if model.wpe.weight.is_cuda else {}
+        options: dict[str, Any] = {"coordinate_descent_tuning": True} if model.ln_f.weight.is_cuda else {}
         self.decode_one = torch.compile(decode_one, fullgraph=True, dynamic=False, options=options)
         self.static_steps: dict[int, StaticStep] = {}
 

@@ -182,7 +182,7 @@ class TextModel:
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
-        return self.model.wpe.weight.device
+        return self.model.ln_f.weight.device
 
     def check(self, config: SamplingConfig) -> None:
         """Raises UserError if a sampling config does not fit the model."""
@@ -329,7 +329,7 @@ class TextModel:
         return tokens
 
     def _autocast(self) -> contextlib.AbstractContextManager:
-        if self.model.wpe.weight.dtype == self.dtype:
+        if self.model.ln_f.weight.dtype == self.dtype:
             return contextlib.nullcontext()
         return autocast(self.device, self.dtype)
 

@@ -53,9 +53,13 @@ class Optimization:
     learning_rate: float = 6e-4
     """peak learning rate"""
     min_lr: float = 6e-5
-    """learning rate at the last step, reached along a cosine"""
+    """learning rate at the last step"""
     warmup_steps: int = 2_000
     """steps over which the learning rate rises from 0"""
+    cooldown: float = 0.0
+    """the learning rate falls in a straight line over this share of the steps, the last ones; 0 for a cosine over all"""
+    embedding_lr_scale: float = 1.0
+    """the embeddings' learning rate, as a multiple of the others'"""
     weight_decay: float = 0.1
     """decoupled weight decay, on matrices only"""
     beta2: float = 0.95
@@ -115,9 +119,10 @@ class TrainerConfig(Output, Optimization, Logging, Hardware):
     def __post_init__(self) -> None:
         require(self.out.suffix == ".pt", f"--out {self.out} must end in .pt")
         require_at_least(1, self, "max_steps", "batch_size", "eval_every", "save_every", "log_every", "eval_tokens")
-        require_at_least(0, self, "learning_rate", "min_lr", "warmup_steps", "weight_decay", "grad_clip")
+        require_at_least(0, self, "learning_rate", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "embedding_lr_scale")
         require_at_least(0, self, "snapshot_every", "patience", "target_loss", "seed")
         require(self.seed < 2**63, "--seed must be below 2^63")
+        require(0 <= self.cooldown <= 1, "--cooldown must be a share of the steps, from 0 to 1")
         require(0 <= self.beta2 < 1, "--beta2 must be at least 0 and below 1")
         require(self.grad_accum_steps == "auto" or self.grad_accum_steps >= 1, "--grad-accum-steps must be at least 1")
         require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")

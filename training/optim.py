@@ -15,31 +15,55 @@ from training.config import TrainerConfig
 
 
 def build_optimizers(
-    model: GPT, name: str, learning_rate: float, beta2: float, weight_decay: float, compiled: bool = False
+    model: GPT,
+    name: str,
+    learning_rate: float,
+    beta2: float,
+    weight_decay: float,
+    embedding_lr_scale: float = 1.0,
+    compiled: bool = False,
 ) -> list[torch.optim.Optimizer]:
     """Returns [AdamW], or if `name` is "muon" [Muon for the matrices inside the blocks, AdamW for the rest].
 
     Matrices and embeddings decay; biases and LayerNorms do not. AdamW's beta1 is 0.9. `compiled` compiles Muon.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    for_muon = [p for p in model.h.parameters() if p.requires_grad and p.dim() == 2] if name == "muon" else []
-    ids_for_muon = {id(p) for p in for_muon}
-    rest = [p for p in trained if id(p) not in ids_for_muon]
+    embeddings = {p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    in_blocks = {p for p in model.h.parameters() if p.dim() == 2} - embeddings
+    for_muon = [p for p in trained if p in in_blocks] if name == "muon" else []
+    scaled = [p for p in trained if p in embeddings] if embedding_lr_scale != 1 else []
+    rest = set(trained).difference(for_muon, scaled)
     groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if p in rest and p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p in rest and p.dim() < 2], "weight_decay": 0.0},
     ]
-    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2), fused=rest[0].device.type != "mps")
+    if scaled:
+        groups.append({"params": scaled, "weight_decay": weight_decay, "lr_scale": embedding_lr_scale})
+    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2), fused=trained[0].device.type != "mps")
     return [Muon(for_muon, learning_rate, weight_decay, compiled=compiled), adamw] if for_muon else [adamw]
 
 
 def learning_rate_at(step: int, config: TrainerConfig) -> float:
-    """Linear warm-up to `learning_rate`, then a cosine down to `min_lr` at `max_steps` (GPT-3, Brown et al. 2020)."""
+    """Returns the learning rate of a step: a linear warm-up to `learning_rate`, then the way down to `min_lr`.
+
+    The way is a cosine over all remaining steps (GPT-3, Brown et al. 2020); or with `cooldown` a straight line over the
+    last steps, and a constant rate before them (Hägele et al. 2024).
+    """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
-    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return config.min_lr + cosine * (config.learning_rate - config.min_lr)
+    if config.cooldown:
+        left = min(1.0, (config.max_steps - step) / (config.cooldown * config.max_steps))
+    else:
+        progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+        left = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.min_lr + left * (config.learning_rate - config.min_lr)
+
+
+def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], learning_rate: float) -> None:
+    """Sets the learning rate of every group of parameters, in proportion to the group's `lr_scale`."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
 
 class Muon(torch.optim.Optimizer):

@@ -201,6 +201,7 @@ def parameter_table(model: GPT) -> str:
         "LoRA": ("lora_", "role_rows"),
         "token embedding": ("wte",),
         "position embedding": ("wpe",),
+        "value embeddings": (".wve.",),
         f"attention, {model.config.n_layer} layers": (".attn.",),
         f"MLP, {model.config.n_layer} layers": (".mlp.",),
         "LayerNorms": ("ln_",),

@@ -86,6 +86,7 @@ class TrainingState:
                 config.learning_rate,
                 config.beta2,
                 config.weight_decay,
+                config.embedding_lr_scale,
                 compiled=uses_compile(config.compile, device),
             ),
             torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),

@@ -21,7 +21,7 @@ from training.distributed import local_gradients, replicate
 from training.evaluation import bits_per_byte, compile_evaluation, mean_loss
 from training.loader import Batch, Epochs, Prefetcher, StepBatch, Windows, micro_batches, step_seed
 from training.memory import fewest_micro_batches
-from training.optim import learning_rate_at
+from training.optim import learning_rate_at, set_learning_rate
 from training.state import Listener, StepFigures, StopReason, TrainingState
 
 
@@ -149,9 +149,8 @@ class Trainer:
     def update_weights(self, learning_rate: float) -> Tensor:
         """Clips the gradients, takes an optimizer step and clears them; returns the gradient norm before clipping."""
         state = self.state
+        set_learning_rate(state.optimizers, learning_rate)
         for optimizer in state.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
             state.scaler.unscale_(optimizer)
         with_gradient = [p for p in state.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(with_gradient, self.config.grad_clip or math.inf)

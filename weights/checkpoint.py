@@ -263,5 +263,9 @@ def _not_a_checkpoint(path: str | Path, error: Exception) -> UserError:
 
 def _vocabulary_matrices(checkpoint: Checkpoint) -> list[str]:
     """Returns the names of the stored matrices that have one row for each token."""
-    has_own_head = "lm_head.weight" in checkpoint["model"] and not checkpoint["config"].n_classes
-    return ["wte.weight", "lm_head.weight"] if has_own_head else ["wte.weight"]
+    is_class_head = checkpoint["config"].n_classes > 0
+    return [
+        name
+        for name in checkpoint["model"]
+        if name.endswith(("wte.weight", "wve.weight")) or (name == "lm_head.weight" and not is_class_head)
+    ]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 KINDS = ("base", "sft", "classifier", "lora")
 TEMPLATES = (None, "chat", "alpaca")
+SWITCHES = ("bias", "tie_weights", "rotary", "qk_norm", "value_embeddings", "squared_relu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _MAX_SIZE = 2**31 - 1
@@ -63,7 +64,11 @@ def require_valid(checkpoint: Mapping[str, Any], path: str | Path) -> None:
 def weight_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     """Returns the names and shapes of the tensors that a GPT of this config has, without a tied head."""
     C = config.n_embd
-    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (config.vocab_size, C), "wpe.weight": (config.block_size, C)}
+    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (config.vocab_size, C)}
+    if not config.rotary:
+        shapes["wpe.weight"] = (config.block_size, C)
+    if config.value_embeddings:
+        shapes |= {f"h.{i}.attn.wve.weight": (config.vocab_size, C) for i in range(config.n_layer)}
     norms = [f"h.{i}.{name}" for i in range(config.n_layer) for name in ("ln_1", "ln_2")] + ["ln_f"]
     shapes |= {f"{name}.weight": (C,) for name in norms}
     shapes |= {f"{name}.weight": shape for name, shape in _linear_shapes(config).items()}
@@ -115,7 +120,7 @@ def _require_config(config: GPTConfig, path: str | Path) -> None:
         _require(
             is_integer(value, low, high), path, f"its {name} is {brief(value)}, not an integer from {low} to {high:,}"
         )
-    for name in ("bias", "tie_weights"):
+    for name in SWITCHES:
         value = getattr(config, name)
         _require(isinstance(value, bool), path, f"its {name} is {brief(value)}, neither True nor False")
     dropout = config.dropout
@@ -128,6 +133,11 @@ def _require_config(config: GPTConfig, path: str | Path) -> None:
         config.n_embd % config.n_head == 0,
         path,
         f"its n_embd {config.n_embd:,} is not a multiple of its n_head {config.n_head:,}",
+    )
+    _require(
+        not config.rotary or config.n_embd // config.n_head % 2 == 0,
+        path,
+        f"its heads are {config.n_embd // config.n_head:,} wide, which rotary positions cannot halve",
     )
     _require(
         config.n_tokens <= config.vocab_size,
