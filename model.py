@@ -90,12 +90,21 @@ class CausalSelfAttention(nn.Module):
         if self.qk_norm:
             q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
         if cache is not None:
-            y = cache.attend(q, k, v)  # (B, nh, T, hs)
+            y = cache.attend(q.to(v.dtype), k.to(v.dtype), v)  # (B, nh, T, hs)
         else:
             dropout = self.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+            y = causal_attention(q, k, v, dropout)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
         return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Returns the attention of q (B, nh, T, hs) to the keys k and values v of this position and earlier ones."""
+    if q.device.type == "cpu" and q.size(2) <= 256 and compute_dtype(v) == torch.bfloat16:
+        with torch.autocast("cpu", enabled=False):  # in bfloat16, the backward pass takes up to six times as long
+            y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True, dropout_p=dropout)
+            return y.to(v.dtype)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
 
 
 def rotary_angles(positions: Tensor, head_size: int) -> Tensor:
@@ -112,7 +121,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """
     a, b = x.chunk(2, dim=-1)  # (B, nh, T, hs / 2)
     cos, sin = rotation
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
 class MLP(nn.Module):

@@ -119,7 +119,9 @@ class TrainerConfig(Output, Optimization, Logging, Hardware):
     def __post_init__(self) -> None:
         require(self.out.suffix == ".pt", f"--out {self.out} must end in .pt")
         require_at_least(1, self, "max_steps", "batch_size", "eval_every", "save_every", "log_every", "eval_tokens")
-        require_at_least(0, self, "learning_rate", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "embedding_lr_scale")
+        require_at_least(
+            0, self, "learning_rate", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "embedding_lr_scale"
+        )
         require_at_least(0, self, "snapshot_every", "patience", "target_loss", "seed")
         require(self.seed < 2**63, "--seed must be below 2^63")
         require(0 <= self.cooldown <= 1, "--cooldown must be a share of the steps, from 0 to 1")

@@ -21,11 +21,13 @@ def build_optimizers(
     beta2: float,
     weight_decay: float,
     embedding_lr_scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
     compiled: bool = False,
 ) -> list[torch.optim.Optimizer]:
     """Returns [AdamW], or if `name` is "muon" [Muon for the matrices inside the blocks, AdamW for the rest].
 
-    Matrices and embeddings decay; biases and LayerNorms do not. AdamW's beta1 is 0.9. `compiled` compiles Muon.
+    Matrices and embeddings decay; biases and LayerNorms do not. AdamW's beta1 is 0.9. Muon
+    orthogonalizes in `dtype`; `compiled` compiles it.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     embeddings = {p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
@@ -40,7 +42,9 @@ def build_optimizers(
     if scaled:
         groups.append({"params": scaled, "weight_decay": weight_decay, "lr_scale": embedding_lr_scale})
     adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2), fused=trained[0].device.type != "mps")
-    return [Muon(for_muon, learning_rate, weight_decay, compiled=compiled), adamw] if for_muon else [adamw]
+    if not for_muon:
+        return [adamw]
+    return [Muon(for_muon, learning_rate, weight_decay, dtype=dtype, compiled=compiled), adamw]
 
 
 def learning_rate_at(step: int, config: TrainerConfig) -> float:
@@ -70,8 +74,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum orthogonalized by Newton–Schulz (Jordan et al. 2024), with steps as large as AdamW's (Liu et al. 2025).
 
     Computes the update of `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`. Two differences make it fast everywhere:
-    it orthogonalizes all matrices of one shape as one batch, and on the CPU it computes in float32, since bfloat16 is
-    slow on most CPUs.
+    it orthogonalizes all matrices of one shape as one batch, and in any precision, since bfloat16 is slow on many CPUs.
     """
 
     def __init__(
@@ -80,10 +83,12 @@ class Muon(torch.optim.Optimizer):
         lr: float,
         weight_decay: float = 0.1,
         momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
         compiled: bool = False,
     ) -> None:
-        """`compiled` compiles the orthogonalization, once for each shape."""
+        """Orthogonalizes in `dtype`. `compiled` compiles that, once for each shape."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = dtype
         self.orthogonalize = torch.compile(orthogonalize, dynamic=False) if compiled else orthogonalize
 
     @torch.no_grad()
@@ -102,17 +107,16 @@ class Muon(torch.optim.Optimizer):
                 momenta = [self.state[p]["momentum"] for p in params]
                 torch._foreach_lerp_(momenta, list(gradients), 1 - group["momentum"])
                 nesterov = gradients.lerp_(torch.stack(momenta), group["momentum"])
-                updates = self.orthogonalize(nesterov).to(params[0].dtype)
+                updates = self.orthogonalize(nesterov.to(self.dtype)).to(params[0].dtype)
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, list(updates), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """Returns matrices (n, rows, columns) whose singular values are near 1, by Newton–Schulz steps of degree 5."""
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
-    if x.size(1) > x.size(2):
-        return orthogonalize(x.transpose(1, 2), steps).transpose(1, 2)
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    if matrices.size(1) > matrices.size(2):
+        return orthogonalize(matrices.transpose(1, 2), steps).transpose(1, 2)
+    x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.transpose(1, 2)  # (n, rows, rows)
         # x = 3.4445 x + (-4.7750 gram + 2.0315 gram²) x, with the coefficients of Jordan et al.

@@ -87,6 +87,7 @@ class TrainingState:
                 config.beta2,
                 config.weight_decay,
                 config.embedding_lr_scale,
+                torch.bfloat16 if device.type == "cuda" else dtype,
                 compiled=uses_compile(config.compile, device),
             ),
             torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
