@@ -232,17 +232,6 @@ def test_precision_and_trimming(toy, tmp_path):
     assert (logits_of(exported.float(), tokens) - logits_of(ours, tokens)[..., :n_tokens]).abs().max() < 1e-4
 
 
-def test_a_config_field_that_transformers_cannot_express_is_refused_by_name(toy, tmp_path):
-    state = saved(toy, tmp_path / "x.pt")
-    later = dataclasses.make_dataclass("Later", [("rotary", bool, False)], bases=(GPTConfig,), frozen=True)
-    fields = dataclasses.asdict(state["config"])
-    with pytest.raises(UserError, match="^cannot export the model: .* no setting for rotary=True; use .*") as error:
-        huggingface.write_folder({**state, "config": later(**fields, rotary=True)}, tmp_path / "out")
-    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
-    huggingface.write_folder({**state, "config": later(**fields)}, tmp_path / "out")  # its default changes nothing
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-
-
 def test_the_fields_that_an_export_expresses_exist():
     assert {field.name for field in dataclasses.fields(GPTConfig)} >= huggingface.EXPORTED_FIELDS
 

@@ -57,7 +57,7 @@ class Optimization:
     warmup_steps: int = 2_000
     """steps over which the learning rate rises from 0"""
     cooldown: float = 0.0
-    """the learning rate falls in a straight line over this share of the steps, the last ones; 0 for a cosine over all"""
+    """share of the steps, at the end, over which the learning rate falls linearly; 0 for a cosine over all steps"""
     embedding_lr_scale: float = 1.0
     """the embeddings' learning rate, as a multiple of the others'"""
     weight_decay: float = 0.1
