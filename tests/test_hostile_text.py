@@ -95,7 +95,7 @@ def test_hostile_rows_cost_one_line_and_little_memory(tmp_path, name):
         ("a.jsonl.gz", '{"text": "', "line 1 is longer than 100,000 bytes"),
         ("a.json.gz", '[{"text": "', "after record 0: the next one is longer than 100,000 characters"),
         ("b.json.gz", "[ ", "after record 0: the next one is longer than 100,000 characters"),
-        ("a.csv.gz", 'text\n"', "line 20002: the row is longer than 100,000 characters"),
+        ("a.csv.gz", 'text\n"', "line 20001: the row is longer than 100,000 characters"),
         ("b.csv.gz", "", "line 1: the row is longer than 100,000 characters"),
         ("a.tsv.gz", "text\n", "line 2: the row is longer than 100,000 characters"),
     ],
