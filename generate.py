@@ -24,7 +24,7 @@ class Config(SamplingConfig):
     context: str = ""
     """text that the instruction refers to"""
     num_samples: int = 1
-    """number of completions, generated as one batch"""
+    """number of completions, generated as one batch, or in batches that fit into the memory"""
     logprobs: int | None = None
     """print each token with its probability and this many of the likeliest candidates"""
     json: bool = False

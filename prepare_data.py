@@ -66,6 +66,7 @@ class Config:
         )
         require(not (self.vocab_size and self.tokenizer), "--vocab-size and --tokenizer exclude each other")
         require_at_least(1, self, "max_tokens", "shard_tokens", "workers")
+        require(self.workers is None or self.workers <= 1024, "--workers must be at most 1024")
 
 
 def main(config: Config) -> None:

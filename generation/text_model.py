@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import dataclasses
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -254,7 +255,10 @@ class TextModel:
         top_logprobs: int | None = None,
         strip: bool = False,
     ) -> list[Sample]:
-        """Continues token ids `n` times, as one batch. The other parameters are those of `stream`."""
+        """Continues token ids `n` times, as one batch. The other parameters are those of `stream`.
+
+        The batch must fit into memory: see `samples_in_batches`.
+        """
         samples = [Sample(n_prompt=len(ids)) for _ in range(n)]
         writers = [TextWriter(self.tokenizer, config.stop, strip) for _ in range(n)]
         for step in self.steps(ids, config, n, top_logprobs):
@@ -266,6 +270,31 @@ class TextModel:
         for sample, writer in zip(samples, writers, strict=True):
             sample.text += writer.finish()
         return samples
+
+    def samples_in_batches(
+        self, ids: list[int], config: SamplingConfig, n: int, top_logprobs: int | None = None, strip: bool = False
+    ) -> Iterator[Sample]:
+        """Yields `n` samples, as `samples` does, in batches whose memory is bounded.
+
+        With a seed, each batch draws from another one, so the batch size is the same in each run on a device.
+        """
+        batch_size = self.samples_that_fit(len(ids), config, top_logprobs)
+        for start in range(0, n, batch_size):
+            if config.seed is not None and start > 0:
+                config = dataclasses.replace(config, seed=(config.seed + 1) % 2**63)
+            yield from self.samples(ids, config, min(batch_size, n - start), top_logprobs, strip)
+
+    def samples_that_fit(self, n_prompt: int, config: SamplingConfig, top_logprobs: int | None) -> int:
+        """Returns how many samples to generate as one batch: into half of a GPU, or into 1 GiB."""
+        shape, weight = self.model.config, self.model.wte.weight
+        positions = min(shape.block_size, n_prompt + config.max_new_tokens)
+        cache = 2 * shape.n_layer * shape.n_embd * positions * weight.element_size()
+        logits = 32 * self.tokenizer.n_tokens  # with the copies that sampling makes, up to eight in float32
+        tokens = 100 * config.max_new_tokens * (1 + (top_logprobs or 0))  # as Python's objects
+        budget = 2**30
+        if self.device.type == "cuda":
+            budget = torch.cuda.get_device_properties(self.device).total_memory // 2
+        return max(1, budget // (cache + logits + tokens))
 
     def steps(
         self, ids: list[int], config: SamplingConfig, n: int = 1, top_logprobs: int | None = None

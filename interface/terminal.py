@@ -18,8 +18,10 @@ from prompt_toolkit.key_binding import KeyBindings
 
 from generation.config import SamplingConfig
 from generation.text_model import Chat, Sample, TextModel
+from system.cli import SafeTerminal
 from system.errors import UserError
 from system.files import atomic_write, read_utf8, read_utf8_lines
+from system.untrusted import MAX_JSON_BYTES, printable, read_json
 from text.conversations import read_file
 from text.readers import Notes
 from text.templates import Message
@@ -64,10 +66,10 @@ def write(
     context = text_model.model.config.block_size
     if len(ids) > context:
         print_note(f"the prompt has {len(ids):,} tokens: the model sees the last {context:,}, its context")
-    start = time.perf_counter()
+    start, n_tokens, is_stopped = time.perf_counter(), 0, False
     if as_json or top_logprobs or num_samples > 1:
-        samples = text_model.samples(ids, config, num_samples, top_logprobs, strip)
-        for i, sample in enumerate(samples):
+        for i, sample in enumerate(text_model.samples_in_batches(ids, config, num_samples, top_logprobs, strip)):
+            n_tokens, is_stopped = n_tokens + len(sample.tokens), is_stopped or sample.finish_reason == "stop"
             if as_json:
                 fields = sample_fields(text_model.tokenizer, prompt, sample, with_logprobs=top_logprobs is not None)
                 print(json.dumps(fields, ensure_ascii=False))
@@ -78,28 +80,35 @@ def write(
             for line in token_lines(text_model.tokenizer, sample):
                 print(line)
     else:
-        samples = [Sample()]
-        print_stream(text_model.stream(ids, config, samples[0], strip=strip), before=prompt)
-    seconds, n_tokens = time.perf_counter() - start, sum(len(sample.tokens) for sample in samples)
+        sample = Sample()
+        print_stream(text_model.stream(ids, config, sample, strip=strip), before=prompt)
+        n_tokens, is_stopped = len(sample.tokens), sample.finish_reason == "stop"
+    seconds = time.perf_counter() - start
     print_note(f"{n_tokens:,} tokens, {n_tokens / seconds:,.1f} tokens/s, prompt of {len(ids):,} tokens")
-    if config.stop and not any(sample.finish_reason == "stop" for sample in samples):
+    if config.stop and not is_stopped:
         print_note("the stop text did not come")
 
 
-def print_stream(pieces: Iterable[str], before: str = "", after: str = "") -> None:
-    """Prints pieces of text as they come, between two other texts, and a newline at the end."""
+def print_stream(pieces: Iterable[str], before: str = "") -> None:
+    """Prints pieces of text as they come, behind another text, and a newline at the end."""
     sys.stdout.write(before)
     try:
         for piece in pieces:
             sys.stdout.write(piece)
             sys.stdout.flush()
     finally:
-        print(after, flush=True)
+        print(flush=True)
+
+
+def print_code(code: str) -> None:
+    """Changes the colour of what follows, if standard output is a terminal."""
+    if isinstance(sys.stdout, SafeTerminal):
+        sys.stdout.write_codes(code)
 
 
 def print_note(text: str) -> None:
     """Prints a remark of the program, which is not the model's text, to standard error."""
-    print(text, file=sys.stderr)
+    print(printable(text), file=sys.stderr)
 
 
 def sample_fields(tokenizer: Tokenizer, prompt: str, sample: Sample, with_logprobs: bool) -> dict[str, object]:
@@ -131,8 +140,8 @@ def token_lines(tokenizer: Tokenizer, sample: Sample) -> Iterator[str]:
 
 
 def read_standard_input() -> str:
-    """Reads all of standard input, without a newline at its end. Raises UserError if it is not UTF-8."""
-    return read_utf8().removesuffix("\n")
+    """Reads all of standard input, without a newline at its end. Raises UserError if it is not UTF-8, or is huge."""
+    return read_utf8(max_bytes=MAX_JSON_BYTES).removesuffix("\n")
 
 
 class LineReader:
@@ -213,12 +222,14 @@ def chat(text_model: TextModel, config: SamplingConfig) -> None:
 
 def answer(conversation: Chat, message: str) -> None:
     """Streams the answer to a message. Ctrl-C stops it, and the conversation keeps the text so far."""
-    before, after = (CYAN, RESET) if sys.stdout.isatty() else ("", "")
     pieces = conversation.reply(message)
+    print_code(CYAN)
     try:
-        print_stream(pieces, before, after)
+        print_stream(pieces)
     except KeyboardInterrupt:
         pieces.close()
+    finally:
+        print_code(RESET)
 
 
 def obey(conversation: Chat, command: str, argument: str) -> str:
@@ -231,7 +242,7 @@ def obey(conversation: Chat, command: str, argument: str) -> str:
     if command == "undo":
         message = conversation.undo()
         return "the conversation is empty" if message is None else f"taken back: {message}"
-    if command in ("save", "load") and not argument:
+    if command in ("save", "load") and (not argument or "\0" in argument):
         raise UserError(f"/{command} needs a file name")
     if command == "save":
         save_conversation(Path(argument), conversation.messages)
@@ -255,13 +266,12 @@ def save_conversation(path: Path, messages: list[Message]) -> None:
 
 def holds_beginning(path: Path, messages: list[Message]) -> bool:
     """Whether a file holds the first of these messages and nothing else; an empty file does."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    if not text.strip():
-        return True
-    try:
-        saved = json.loads(text)
-    except ValueError:
+    if not path.is_file():  # a device or a pipe, which has no end
         return False
+    try:
+        saved = read_json(path)
+    except ValueError:
+        return path.stat().st_size == 0
     return any(saved == {"messages": messages[:n]} for n in range(len(messages) + 1))
 
 

@@ -36,6 +36,7 @@ from typing import (
 
 from system.errors import UserError, is_out_of_memory, require
 from system.threads import limit_spinning
+from system.untrusted import MAX_INTEGER, printable
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -61,7 +62,9 @@ def run(
     config = None
     try:
         config = parse(config_class, sys.argv[1:], presets)
-        print(f"{os.path.basename(sys.argv[0])}: {describe(config)}", file=sys.stderr)
+        print(printable(f"{os.path.basename(sys.argv[0])}: {describe(config)}"), file=sys.stderr)
+        if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.isatty():
+            sys.stdout = SafeTerminal(sys.stdout.detach(), sys.stdout.encoding, "replace", line_buffering=True)
         _require_current_folder()
         main(config)
         sys.stdout.flush()
@@ -80,6 +83,19 @@ def run(
         if not is_out_of_memory(error):
             raise
         _exit(f"out of memory: try a {getattr(config, 'memory_savers', '')}smaller model", 1)
+
+
+class SafeTerminal(io.TextIOWrapper):
+    """Standard output that is a terminal: what a model or a file says reaches it without control characters."""
+
+    def write(self, text: str, /) -> int:
+        """Writes text after `printable`."""
+        return super().write(printable(text))
+
+    def write_codes(self, codes: str) -> None:
+        """Writes the program's own control characters, such as a colour, at once."""
+        super().write(codes)
+        self.flush()
 
 
 def _replace_closed_streams() -> None:
@@ -124,7 +140,11 @@ def parse(config_class: type[Config], arguments: list[str], presets: Mapping[str
             read_flags()  # prints the help again, for the terminal, and exits
         message = _explain(_first_paragraph(complaint.getvalue()), config_class)
         raise UserError(f"{message} (see --help)", status=2) from None
-    return config_class(**{name: value for group in vars(groups).values() for name, value in vars(group).items()})
+    values = {name: value for group in vars(groups).values() for name, value in vars(group).items()}
+    for name, value in values.items():
+        if isinstance(value, int) and abs(value) > MAX_INTEGER:
+            raise UserError(f"--{name.replace('_', '-')} must be below 2^63", status=2)
+    return config_class(**values)
 
 
 def _parse_in_wide_terminal(*arguments: Any, **options: Any) -> Any:
@@ -289,6 +309,8 @@ def _explain(complaint: str, config_class: type[DataclassInstance]) -> str:
         return _explain_unknown(found[1], hints)
     if found := re.match(r"Missing from .*?: (--\S+)", complaint):
         return f"{found[1]} is required"
+    if found := re.match(r"Error parsing (--\S+): Exceeds the limit", complaint):
+        return f"{found[1]} must be below 2^63"
     if found := re.match(rf"Error parsing (--\S+): .*?{quoted}", complaint):
         flag, value = found.groups()
     elif found := re.match(rf"invalid choice {quoted} for argument '(--\S+?)'", complaint):
@@ -298,6 +320,8 @@ def _explain(complaint: str, config_class: type[DataclassInstance]) -> str:
     else:
         return complaint
     wanted = _describe_type(hints[flag.removeprefix("--").replace("-", "_")])
+    if value and len(value) > 60:
+        value = f"{value[:60]}…{value[-1]}"
     return f"{flag} takes {wanted}, not {value}" if value else f"{flag} needs a value: {wanted}"
 
 
@@ -333,5 +357,5 @@ def _quoted(value: object) -> str:
 
 
 def _exit(message: str, status: int) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(printable(f"error: {' '.join(message.split())}"), file=sys.stderr)
     sys.exit(status)

@@ -18,6 +18,9 @@ from system.errors import UserError
 from system.locks import writing
 from system.untrusted import is_file_name, read_json
 
+MAX_LINE = 2**24
+"""Longest line of text to classify or to answer, in bytes."""
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
@@ -31,7 +34,9 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     remove_temporaries(path.parent, glob.escape(path.name), seconds=3600)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        # In JSON, a backslash escape stands for what UTF-8 cannot encode: a part of a file name that is not UTF-8.
+        encoding, errors = (None, None) if "b" in mode else ("utf-8", "backslashreplace")
+        with open(temporary, mode, encoding=encoding, errors=errors) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -124,11 +129,14 @@ def read_utf8(path: str | Path | None = None, max_bytes: int | None = None) -> s
 def read_utf8_lines(path: str | Path | None = None) -> Iterator[str]:
     """Yields the lines of a file, or without `path` those of standard input, without their line breaks.
 
-    Raises UserError if the file cannot be read, or for a line that is not UTF-8.
+    Raises UserError if the file cannot be read, or for a line that is not UTF-8 or longer than `MAX_LINE` bytes.
     """
     with _open_binary(path) as file:
-        for number, line in enumerate(file, 1):
-            yield _decode(line, f"{_name(path)}, line {number}").rstrip("\r\n")
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
+            where = f"{_name(path)}, line {number}"
+            if len(line) > MAX_LINE:
+                raise UserError(f"{where} is longer than {MAX_LINE:,} bytes: split it")
+            yield _decode(line, where).rstrip("\r\n")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,18 @@ def brief(value: object) -> str:
     if isinstance(value, str):
         return ascii(value) if len(value) <= 40 else f"{ascii(value[:40])}…"
     return f"a huge {type(value).__name__}" if isinstance(value, int) else f"a {type(value).__name__}"
+
+
+def printable(text: str) -> str:
+    """Returns a text for a terminal: line breaks and tabs stay; other control characters become escapes like `\\x1b`.
+
+    So do characters that change the direction of the text, and lone surrogates, which stand for the bytes of a file
+    name that is not UTF-8. A raw control character could clear the screen, or fake a line that the program never wrote.
+    """
+    return _UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+_UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def parse_json(text: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -11,6 +12,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from system.errors import UserError
+from system.untrusted import brief
 from text import pydocs
 from text.corpora import draw_held_out
 from text.readers import Notes, Row, hub_rows, load_hub, opened, records
@@ -18,7 +20,10 @@ from text.templates import Message
 
 Conversation = list[Message]
 
+COLUMNS = ["messages", "instruction", "input", "output"]
+
 _INSTEAD = "--dataset pydocs-qa and --input FILE work"
+_REPEATED = "conversations that repeat another one were dropped"
 
 
 class Unusable(Exception):
@@ -33,7 +38,7 @@ def open_conversations(
     `notes` counts what is left out. Raises UserError if there are fewer than two conversations.
     """
     if path is None and dataset == "oasst1":
-        return islice(load_oasst1(val_fraction, seed, notes), max_conversations)
+        return _first(load_oasst1(val_fraction, seed, notes), max_conversations, val_fraction)
     if path:
         found = read_file(path, notes)
     elif dataset == "pydocs-qa":
@@ -51,6 +56,19 @@ def open_conversations(
         joined = join_exchanges([conversation for name, conversation in split if name == "train"], seed)
         split += [("train", conversation) for conversation in joined]
     return split
+
+
+def _first(
+    conversations: Iterable[tuple[str, Conversation]], n: int | None, val_fraction: float
+) -> Iterator[tuple[str, Conversation]]:
+    """Yields at most `n` conversations, `val_fraction` of them, but at least one, from the split "val"."""
+    n_val = None if n is None else max(1, round(n * val_fraction))
+    left = {"train": n if n is None or n_val is None else n - n_val, "val": n_val}
+    for split, conversation in conversations:
+        room = left[split]
+        if room is None or room > 0:
+            left[split] = None if room is None else room - 1
+            yield split, conversation
 
 
 def join_exchanges(exchanges: list[Conversation], seed: int) -> list[Conversation]:
@@ -87,7 +105,7 @@ def read_file(path: Path, notes: Notes) -> Iterator[Conversation]:
     anything that is not a conversation.
     """
     with opened(path) as (_, stream):
-        yield from usable(records(path, stream), notes)
+        yield from usable(records(path, stream, COLUMNS), notes)
 
 
 def from_hub(name: str, notes: Notes) -> Iterator[Conversation]:
@@ -99,9 +117,11 @@ def from_hub(name: str, notes: Notes) -> Iterator[Conversation]:
 def usable(rows: Iterable[Row], notes: Notes) -> Iterator[Conversation]:
     """Yields the conversations that can be trained on, from rows with their places; `notes` counts the others.
 
-    A row has `messages`, as OpenAI and the Hub write them, or Alpaca's `instruction`, `input` and `output`. Raises
-    UserError, naming the place, for any other row.
+    A row has `messages`, as OpenAI and the Hub write them, or Alpaca's `instruction`, `input` and `output`. A
+    conversation that repeats another one is dropped: it might be in both splits. Raises UserError, naming the place,
+    for any other row.
     """
+    seen: set[bytes] = set()
     for where, row in rows:
         if isinstance(row, dict) and "instruction" in row:
             question = {"role": "user", "content": row["instruction"], "input": row.get("input") or ""}
@@ -111,13 +131,24 @@ def usable(rows: Iterable[Row], notes: Notes) -> Iterator[Conversation]:
         else:
             raise UserError(f"{where}: expected an object with `messages`, or with `instruction` and `output`")
         try:
-            yield check_messages(messages, where, notes)
+            conversation = check_messages(messages, where, notes)
+            if not _is_new(conversation, seen):
+                raise Unusable(_REPEATED)
+            yield conversation
         except Unusable as reason:
             notes.add(str(reason), where)
 
 
+def _is_new(conversation: Conversation, seen: set[bytes]) -> bool:
+    """Whether a conversation is not among those that were `seen`; adds its hash to them."""
+    key = hashlib.sha256(json.dumps(conversation, sort_keys=True).encode()).digest()
+    is_new = key not in seen
+    seen.add(key)
+    return is_new
+
+
 def load_oasst1(val_fraction: float, seed: int, notes: Notes) -> Iterator[tuple[str, Conversation]]:
-    """Returns OpenAssistant's English conversations with the Hub's own split; if it has none, split by message tree."""
+    """Yields OpenAssistant's English conversations with the Hub's own split; if it has none, split by message tree."""
     name = "OpenAssistant/oasst1"
     rows, _ = load_hub(name, _INSTEAD)
     trees = oasst1_trees(hub_rows(name, rows["train"]), notes)
@@ -127,7 +158,13 @@ def load_oasst1(val_fraction: float, seed: int, notes: Notes) -> Iterator[tuple[
         split_trees = chain((("train", tree) for tree in trees), (("val", tree) for tree in val_trees))
     else:
         split_trees = draw_held_out(trees, val_fraction, seed)
-    return ((split, conversation) for split, tree in split_trees for conversation in tree)
+    seen: set[bytes] = set()
+    for split, tree in split_trees:
+        for conversation in tree:
+            if _is_new(conversation, seen):
+                yield split, conversation
+            else:
+                notes.add(_REPEATED, name)
 
 
 def oasst1_trees(rows: Iterable[Row], notes: Notes) -> Iterator[list[Conversation]]:
@@ -177,14 +214,19 @@ def check_messages(messages: object, where: str, notes: Notes) -> Conversation:
     """Returns a conversation in which user and assistant alternate, from a user's turn to an assistant's.
 
     The template has no role for a system message: the text of a leading one is put before the first user's text. A last
-    user's turn without an answer is dropped; `notes` counts it. Raises Unusable if a conversation cannot be brought
-    into this form, and UserError, naming `where`, if `messages` are not a list of messages.
+    user's turn without an answer is dropped. `notes` counts it, and characters that are not Unicode. Raises Unusable if
+    a conversation cannot be brought into this form, and UserError, naming `where`, if `messages` are not a list of
+    messages.
     """
-    turns = [{**turn, "content": (turn["content"] or "").strip()} for turn in _require_messages(messages, where)]
+    turns = [
+        {"role": turn["role"]}
+        | {key: notes.clean(turn[key] or "", where).strip() for key in ("content", "input") if key in turn}
+        for turn in _require_messages(messages, where)
+    ]
     roles = [turn["role"] for turn in turns]
     for role in roles:
         if role not in ("system", "user", "assistant"):
-            raise Unusable(f"conversations with a role like {role!r} (not system, user or assistant) were dropped")
+            raise Unusable(f"conversations with a role like {brief(role)} (not system, user or assistant) were dropped")
     system = ""
     if roles[:1] == ["system"]:
         system = turns[0]["content"] + "\n\n"

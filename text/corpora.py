@@ -240,11 +240,15 @@ def open_corpus(
 def find_files(patterns: Iterable[str]) -> list[Path]:
     """Returns the files that the patterns (files, folders, globs) match: each once, sorted.
 
+    A pattern that is the name of a file or a folder is no glob.
+
     Raises UserError if something that a pattern matches is neither a file nor a folder with files of text.
     """
     found: set[Path] = set()
     for pattern in patterns:
-        for path in map(Path, glob.glob(os.path.expanduser(pattern), recursive=True) or [pattern]):
+        name = os.path.expanduser(pattern)
+        matches = [name] if os.path.exists(name) else glob.glob(name, recursive=True)  # "a[1].txt" may be a file
+        for path in map(Path, matches or [pattern]):
             files = _text_files(path)
             if not files:
                 suffixes = " ".join((*TEXTS, *TABLES))

@@ -96,7 +96,7 @@ def write_conversations(
 
     Each conversation comes with its split. One that is longer than `block_size` tokens loses its oldest exchanges;
     `notes` counts such conversations. The files appear together at the end; until then the old files stay unchanged.
-    Raises UserError if there is no conversation to train on.
+    Raises UserError if a split gets no conversation.
     """
     with atomic_folder(out, last="sft_meta.json") as folder:
         files = {split: ConversationFiles(folder, split) for split in SPLITS}
@@ -112,6 +112,11 @@ def write_conversations(
             files[split].close()
         if not files["train"].counts["conversations"]:
             raise UserError(f"there is no conversation to train on{notes.in_brackets()}")
+        if not files["val"].counts["conversations"]:
+            raise UserError(
+                "no conversation is left to validate with: use more conversations, a larger --val-fraction or a larger "
+                f"--block-size{notes.in_brackets()}"
+            )
         meta = {
             "files": files["train"].names + files["val"].names,
             "tokenizer": tokenizer.name,

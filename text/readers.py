@@ -1,4 +1,10 @@
-"""Files and the Hugging Face Hub, read a piece at a time: rows of tables, decompression, small downloads."""
+"""Files and the Hugging Face Hub, read a piece at a time: rows of tables, decompression, small downloads.
+
+A file may come from a stranger, and a small compressed file may hold a huge row. So a row of JSON has at most
+`MAX_JSON_ROW` bytes and `MAX_JSON_VALUES` values, and the nesting that Python's recursion limit allows (about 1,000); a
+row of a .csv or .tsv file has at most `MAX_CSV_ROW` characters and `MAX_COLUMNS` fields. Beyond, a UserError names the
+place. Text files have no limit: they are read in chunks.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +15,13 @@ import io
 import json
 import re
 import shutil
-import sys
 import tempfile
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.client import HTTPException
-from itertools import count
+from itertools import count, zip_longest
 from pathlib import Path
 from types import UnionType
 from typing import IO, TYPE_CHECKING, Any
@@ -25,6 +30,7 @@ from system.errors import UserError
 from system.files import atomic_write
 
 if TYPE_CHECKING:
+    import pyarrow
     from datasets import IterableDataset
 
 Stream = io.BufferedReader
@@ -35,6 +41,19 @@ Row = tuple[str, Any]
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 ROWS = 256  # rows of Parquet and of the Hub to read at a time
+MAX_JSON_ROW = 2**28
+"""Longest row of JSON, in bytes (in characters, if the rows are one JSON list)."""
+MAX_JSON_VALUES = 2**20
+"""Most values in a row of JSON: a value of 3 bytes can take 90 bytes of memory."""
+MAX_CSV_ROW = 2**24
+"""Longest row of a .csv or .tsv file, in characters."""
+MAX_COLUMNS = 2**14
+"""Most fields in a row of a .csv or .tsv file, as in a spreadsheet."""
+MAX_NOTES = 50
+"""Most different messages about one input."""
+_JSON_CHUNK = 2**20  # characters of a JSON list to read at a time
+_JSON_SPACE = re.compile(r"[ \t\n\r]*")
+_BEHIND_ITEM = re.compile(r"[ \t\n\r]*([,\]])")
 
 DOWNLOADS = {  # name: URL, SHA-256
     "shakespeare": (
@@ -55,6 +74,8 @@ class Notes(dict[str, tuple[int, str]]):
 
     def add(self, message: str, where: str, n: int = 1) -> None:
         """Counts `n` more cases of `message`."""
+        if message not in self and len(self) >= MAX_NOTES:  # messages may quote the file
+            message = "other problems were found"
         number, first = self.get(message, (0, where))
         self[message] = (number + n, first)
 
@@ -129,45 +150,150 @@ def records(path: Path, stream: Stream, columns: list[str] | None = None) -> Ite
 
 def _json_lines(path: Path, stream: Stream) -> Iterator[Row]:
     for line in count(1):
+        where = f"{path}, line {line}"
+        text = _read_line(stream, where)
+        if not text:
+            return
+        is_blank = text.isspace()
         try:
-            text = stream.readline().decode("utf-8-sig")
-            if not text:
-                return
-            is_blank = text.isspace()
-            row = None if is_blank else json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {line} is not JSON: {error}") from None
+            row = None if is_blank else _parse(text)
+        except ValueError as error:
+            raise UserError(f"{where} is not JSON: {error}") from None
         text = ""  # a line may be long: free it while the row is in use
         if not is_blank:
-            yield f"{path}, line {line}", row
+            yield where, row
+
+
+def _read_line(stream: Stream, where: str) -> str:
+    """Returns the next line of UTF-8, "" at the end. Raises UserError if the line is too long, or is not UTF-8."""
+    line = stream.readline(MAX_JSON_ROW + 1)
+    if len(line) > MAX_JSON_ROW:
+        raise UserError(f"{where} is longer than {MAX_JSON_ROW:,} bytes: split it, or save it as a text file")
+    try:
+        return line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8: {error.reason} at byte {error.start + 1:,}") from None
+
+
+def _parse(text: str) -> Any:
+    """Parses a row of JSON. Raises ValueError if it is none, is nested too deeply, or holds too many values."""
+    _require_few_values(text)
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _require_few_values(text: str) -> None:
+    """Raises ValueError if JSON, or the beginning of JSON, holds more than `MAX_JSON_VALUES` values.
+
+    Every value but the first follows one of the characters "[", "{" and ",". They count outside strings only.
+    """
+    if len(text) <= MAX_JSON_VALUES or sum(map(text.count, "[{,")) <= MAX_JSON_VALUES:
+        return
+    n_values, in_string = 0, False
+    for token in re.finditer(r'\\.|["\[{,]', text, re.DOTALL):  # a backslash hides the quote behind it
+        if token[0] == '"':
+            in_string = not in_string
+        elif not in_string:
+            n_values += 1
+            if n_values > MAX_JSON_VALUES:
+                raise ValueError(f"it holds more than {MAX_JSON_VALUES:,} values")
 
 
 def _json_list(path: Path, stream: Stream) -> Iterator[Row]:
-    import ijson
+    """Yields the items of a JSON list. Whatever of the text is not yet parsed stays in `rest`."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    decode, number = json.JSONDecoder().raw_decode, 0
 
-    number = 0
-    if stream.peek(3).startswith(codecs.BOM_UTF8):
-        stream.read(3)
+    def read(n_bytes: int = _JSON_CHUNK) -> str:
+        content = stream.read(n_bytes)
+        return decoder.decode(content, final=not content)
+
     try:
-        for number, row in enumerate(ijson.items(stream, "item", use_float=True), 1):  # noqa: B007
+        rest = read()
+        at = rest.index("[") + 1
+        while True:
+            try:
+                start = _skip_space(rest, at)
+                if number == 0 and rest.startswith("]", start):
+                    at = start + 1
+                    break
+                row, end = decode(rest, start)
+                behind = _BEHIND_ITEM.match(rest, end)  # without this, a number might go on in the next chunk
+                if behind is None:
+                    raise json.JSONDecodeError("Expecting ',' or ']'", rest, _skip_space(rest, end))
+            except json.JSONDecodeError as error:
+                rest, at = _read_on(read, rest, at, error), 0
+                continue
+            number, at = number + 1, behind.end()
             yield f"{path}, record {number}", row
-    except ijson.JSONError as error:
-        raise UserError(f"{path} is not JSON after record {number}: {' '.join(str(error).split())[:60]}") from None
+            if behind[1] == "]":
+                break
+        if (rest[at:] + read()).strip():
+            raise ValueError("text follows the list")
+    except (ValueError, RecursionError) as error:
+        message = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise UserError(f"{path} is not JSON after record {number}: {message}") from None
+
+
+def _skip_space(text: str, at: int) -> int:
+    """Returns the first position from `at` on that is not white space."""
+    match = _JSON_SPACE.match(text, at)
+    assert match  # the pattern matches nothing, too
+    return match.end()
+
+
+def _read_on(read: Callable[[int], str], rest: str, at: int, error: json.JSONDecodeError) -> str:
+    """Returns an item of a JSON list, of which only the beginning `rest[at:]` was read, with as much text again.
+
+    Raises ValueError if more text cannot mend the error, if there is none, or if the item is too long.
+    """
+    if error.pos < len(rest) - 32 and not error.msg.startswith("Unterminated string"):
+        raise ValueError(error.msg)
+    rest = rest[at:]
+    if len(rest) >= MAX_JSON_ROW:
+        raise ValueError(f"the next one is longer than {MAX_JSON_ROW:,} characters")
+    _require_few_values(rest)
+    more = read(max(_JSON_CHUNK, len(rest)))
+    if not more:
+        raise ValueError(error.msg)
+    return rest + more
 
 
 def _csv(path: Path, stream: Stream, has_tabs: bool, columns: list[str] | None) -> Iterator[Row]:
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(MAX_CSV_ROW)
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    left = MAX_CSV_ROW  # characters that the row may still have
+
+    def lines() -> Iterator[str]:
+        nonlocal left
+        while line := text.readline(left + 1):
+            left -= len(line)
+            if left < 0:
+                raise UserError(
+                    f"{path}, line {rows.line_num + 1}: the row is longer than {MAX_CSV_ROW:,} characters: "
+                    "close its quotes, or save it as a text file"
+                )
+            yield line
+
     names = None
-    if columns and all(map(str.isdecimal, columns)):
+    if columns and all(re.fullmatch("[1-9][0-9]{0,4}", column) for column in columns):
         names = [str(i + 1) for i in range(max(map(int, columns)))]
-    if has_tabs:  # without quoting: the fields of a .tsv file hold neither tabs nor line breaks
-        rows = csv.DictReader(text, names, delimiter="\t", quoting=csv.QUOTE_NONE)
-    else:
-        rows = csv.DictReader(text, names, strict=True)
+    rows = (
+        csv.reader(lines(), delimiter="\t", quoting=csv.QUOTE_NONE)  # a field of a .tsv file has no tab, no line break
+        if has_tabs
+        else csv.reader(lines(), strict=True)
+    )
     try:
-        for row in rows:
-            yield f"{path}, line {rows.line_num}", row
+        for fields in rows:
+            left = MAX_CSV_ROW
+            if len(fields) > MAX_COLUMNS:
+                raise csv.Error(f"the row has more than {MAX_COLUMNS:,} columns")
+            if names is None:
+                names = fields or None
+            elif fields:
+                yield f"{path}, line {rows.line_num}", dict(zip_longest(names, fields[: len(names)]))
     except csv.Error as error:
         raise UserError(f"{path}, line {rows.line_num}: {error}") from None
 
@@ -181,11 +307,42 @@ def _parquet(path: Path, stream: IO[bytes], columns: list[str] | None) -> Iterat
             yield from _parquet(path, unpacked, columns)
         return
     file = pyarrow.parquet.ParquetFile(stream)
-    existing = [name for name in columns or [] if name in file.schema_arrow.names]
-    rows = count(1)
-    for batch in file.iter_batches(ROWS, columns=existing or None):
-        for row in batch.to_pylist():
-            yield f"{path}, row {next(rows)}", row
+    names = file.schema_arrow.names
+    existing = [name for name in columns or names if name in names]
+    numbers = count(1)
+    if not existing and file.metadata.num_rows:
+        yield f"{path}, row 1", dict.fromkeys(names)  # its values are of no use, its names are
+        return
+    for batch in file.iter_batches(ROWS, columns=existing):
+        rows: Iterable[dict[str, Any]]
+        try:
+            rows = batch.to_pylist()
+        except _NO_PYTHON_VALUE:  # look for it row by row, which is slower
+            rows = (
+                {name: _value(scalar, f"{path}: column {name!r}") for name, scalar in zip(existing, row, strict=True)}
+                for row in zip(*(batch[name] for name in existing), strict=True)
+            )
+        for row in rows:
+            yield f"{path}, row {next(numbers)}", row
+
+
+_NO_PYTHON_VALUE = (ValueError, OverflowError)
+"""What `pyarrow` raises for a text that is not UTF-8, or a date in the year 99999."""
+
+
+def _value(scalar: pyarrow.Scalar, where: str) -> Any:
+    """Returns a value of Parquet. A text that is not UTF-8 has lone surrogates, as in a text file.
+
+    Raises UserError, naming the place, if Python has no such value.
+    """
+    import pyarrow
+
+    try:
+        return scalar.as_py()
+    except _NO_PYTHON_VALUE as error:
+        if isinstance(scalar, pyarrow.StringScalar | pyarrow.LargeStringScalar):
+            return scalar.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")
+        raise UserError(f"{where} cannot be read: {error}") from None
 
 
 def text_of(row: object, column: str, where: str, flag: str = "--text-column", types: type | UnionType = str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from system.errors import UserError
-from system.untrusted import is_file_name, is_integer, is_text, read_json
+from system.untrusted import is_file_name, is_integer, is_text, printable, read_json
 from text.tokenizer import Tokenizer, require_same_tokenizer, tokenizer_of_data
 
 _SHARD_MAGIC, _LLAMA_SHARD_MAGIC, _SHARD_HEADER_BYTES = 20240520, 20240801, 1024  # of llm.c
@@ -270,7 +270,7 @@ def count_tokens(folder: Path) -> tuple[dict[str, np.ndarray], Tokenizer]:
         for name in (name for name in meta["files"] if split in name):
             tokens = read_tokens(folder / name)
             n_slices = math.ceil(len(tokens) / _SLICE)
-            for start, part in tqdm(slices(tokens), total=n_slices, desc=name, leave=False):
+            for start, part in tqdm(slices(tokens), total=n_slices, desc=printable(name), leave=False):
                 require_ids_below(part, tokenizer.n_tokens, folder / name, "prepare the data again", offset=start)
                 counts[split] += np.bincount(part, minlength=tokenizer.n_tokens)
     return counts, tokenizer
