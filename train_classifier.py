@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from system.cli import run
 from system.errors import UserError, require, require_at_least
@@ -53,6 +53,7 @@ class Config(TrainerConfig):
     """steps between saves of what --resume needs"""
     dropout: float = 0.1
     """probability that training drops an activation"""
+    plots: ClassVar[tuple[str, ...]] = ("loss", "confusion")
 
     def __post_init__(self) -> None:
         super().__post_init__()

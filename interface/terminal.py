@@ -20,6 +20,7 @@ from generation.config import SamplingConfig
 from generation.text_model import Chat, Sample, TextModel
 from system.errors import UserError
 from system.files import atomic_write, read_utf8, read_utf8_lines
+from system.untrusted import read_json
 from text.conversations import read_file
 from text.readers import Notes
 from text.templates import Message
@@ -231,8 +232,8 @@ def obey(conversation: Chat, command: str, argument: str) -> str:
     if command == "undo":
         message = conversation.undo()
         return "the conversation is empty" if message is None else f"taken back: {message}"
-    if command in ("save", "load") and not argument:
-        raise UserError(f"/{command} needs a file name")
+    if command in ("save", "load"):
+        require_file(command, argument)
     if command == "save":
         save_conversation(Path(argument), conversation.messages)
         return f"saved {len(conversation.messages) // 2} exchanges in {argument}"
@@ -245,6 +246,15 @@ def obey(conversation: Chat, command: str, argument: str) -> str:
     raise UserError(f"unknown command /{command}: /help lists the commands")
 
 
+def require_file(command: str, argument: str) -> None:
+    """Raises UserError unless an argument of /save or /load can name a file: a device may never end."""
+    if not argument or "\0" in argument:
+        raise UserError(f"/{command} needs a file name")
+    path = Path(argument)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{argument} is not a file: choose another name")
+
+
 def save_conversation(path: Path, messages: list[Message]) -> None:
     """Writes a conversation as one line of JSON. Raises UserError if the file holds anything but its beginning."""
     if path.exists() and not holds_beginning(path, messages):
@@ -255,11 +265,10 @@ def save_conversation(path: Path, messages: list[Message]) -> None:
 
 def holds_beginning(path: Path, messages: list[Message]) -> bool:
     """Whether a file holds the first of these messages and nothing else; an empty file does."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    if not text.strip():
+    if path.stat().st_size == 0:
         return True
     try:
-        saved = json.loads(text)
+        saved = read_json(path)
     except ValueError:
         return False
     return any(saved == {"messages": messages[:n]} for n in range(len(messages) + 1))

@@ -20,6 +20,17 @@ from system.untrusted import is_file_name, read_json
 
 
 @contextlib.contextmanager
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Makes an OSError that names no file, as writing to a full disk raises, or the temporary one, name `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename in (None, str(temporary)):
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+@contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """Yields a temporary file beside `path`, flushes it to the disk and renames it to `path`.
 
@@ -31,11 +42,12 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     remove_temporaries(path.parent, glob.escape(path.name), seconds=3600)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with naming(path, temporary), open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with naming(path, temporary):
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

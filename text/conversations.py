@@ -180,7 +180,14 @@ def check_messages(messages: object, where: str, notes: Notes) -> Conversation:
     user's turn without an answer is dropped; `notes` counts it. Raises Unusable if a conversation cannot be brought
     into this form, and UserError, naming `where`, if `messages` are not a list of messages.
     """
-    turns = [{**turn, "content": (turn["content"] or "").strip()} for turn in _require_messages(messages, where)]
+    turns = [
+        {
+            name: notes.clean(turn.get(name) or "", where).strip()
+            for name in ("role", "content", "input")
+            if name in turn
+        }
+        for turn in _require_messages(messages, where)
+    ]
     roles = [turn["role"] for turn in turns]
     for role in roles:
         if role not in ("system", "user", "assistant"):
