@@ -1,10 +1,13 @@
 """Step 2: tokens → a language model. Pre-trains a GPT-2, from scratch or from a checkpoint."""
 
 import dataclasses
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
 import prepare_data
 from system.cli import run

@@ -258,6 +258,8 @@ def _metavar(hint: Any) -> str | None:
     """Returns what `--help` shows for an optional value, such as INT; None leaves the choice to tyro."""
     if _optional(hint) is None:
         return None
+    if get_origin(_optional(hint)) is tuple:
+        return f"[{_metavar(get_args(_optional(hint))[0] | None)}]"
     if get_origin(_optional(hint)) is Literal:
         return "{" + ",".join(map(str, get_args(_optional(hint)))) + "}"
     return {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}.get(_optional(hint))
