@@ -19,7 +19,7 @@ if HANGUP:
 def quit_while_importing() -> None:
     """In a script of this project, makes Ctrl-C end the process at once, until `raised` takes over.
 
-    A KeyboardInterrupt during an import prints a traceback, or a library swallows it and breaks.
+    A KeyboardInterrupt during an import prints a traceback, or breaks a library that does not expect it.
     """
     script = getattr(sys.modules["__main__"], "__file__", None)
     is_ours = script and os.path.dirname(os.path.abspath(script)) == os.path.dirname(os.path.dirname(__file__))
@@ -29,42 +29,29 @@ def quit_while_importing() -> None:
 
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
-    """Inside the block, Ctrl-C raises KeyboardInterrupt, as usual; after it, Ctrl-C ends the process at once.
-
-    Also raises KeyboardInterrupt in place of an error that Ctrl-C caused in an import.
-    """
+    """Inside the block, Ctrl-C raises KeyboardInterrupt, as usual, but still ends the process during an import."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:
         yield
         return
-    received: list[int] = []
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         yield
-    except Exception as error:
-        if received and _comes_from_import(error):
-            raise KeyboardInterrupt from None
-        raise
     finally:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _comes_from_import(error: Exception) -> bool:
-    step = error.__traceback__
-    while step:
-        if "importlib" in step.tb_frame.f_code.co_filename:
-            return True
-        step = step.tb_next
-    return False
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    while frame:
+        if "importlib" in frame.f_code.co_filename:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
 def catch_stop_signals() -> Iterator[list[int]]:
-    """Yields a list that receives the numbers of stop signals: SIGINT, SIGTERM, SIGHUP, unless they are ignored.
+    """Yields a list that receives the numbers of stop signals: SIGINT, SIGTERM, and SIGHUP unless `nohup` ignores it.
 
     A second SIGINT or SIGTERM acts at once, as usual. SIGHUP may come twice, from the terminal and from the shell.
     """
@@ -77,7 +64,7 @@ def catch_stop_signals() -> Iterator[list[int]]:
             signal.signal(number, before[signal.Signals(number)])
 
     for number in STOP_SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
+        if number != HANGUP or signal.getsignal(number) is not signal.SIG_IGN:
             before[number] = signal.signal(number, handle)
     try:
         yield received
