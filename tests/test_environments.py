@@ -123,7 +123,7 @@ STARTS = [  # a script, a module that it imports: before it parses flags, while 
     ("train.py --data none", "tyro"),
     ("train.py --data none", "numpy"),
     ("prepare_data.py", "shlex"),
-    ("generate.py", "ast"),
+    ("generate.py", "difflib"),
     ("train_sft.py", "filelock"),
     ("train_classifier.py", "filelock"),
     ("classify.py x", "tyro"),
