@@ -3,20 +3,20 @@
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import tee
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import Positional
+sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
-from system.cli import run
+from system.cli import POSITIONAL, run
 from system.errors import require
 
 
 @dataclass(frozen=True)
 class Config:
-    texts: Positional[tuple[str, ...]] = field(default=())
+    texts: Annotated[tuple[str, ...], POSITIONAL] = ()
     """texts to label; by default, each line of --input or of standard input"""
     model: Path = Path("checkpoints/spam.pt")
     """checkpoint of train_classifier.py"""

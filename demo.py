@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
+sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
 from generation.config import SamplingConfig
 from system.cli import run
@@ -50,6 +50,8 @@ class Config:
 
 def main(config: Config) -> None:
     """Runs the steps and prints their results."""
+    from tqdm import tqdm
+
     from generation.text_model import TextModel
     from text import pydocs
     from text.token_files import read_tokens

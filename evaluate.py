@@ -1,11 +1,12 @@
 """How good a model is: loss, perplexity and bits per byte on any text, accuracy on HellaSwag."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from tyro.conf import arg
+sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
 from system.cli import run
 from system.errors import require, require_at_least
@@ -24,7 +25,7 @@ class Config:
     """a folder of prepared data, whose validation split is read, or one token file (.bin)"""
     text: Path | None = None
     """a text file; without --data, --text and --hellaswag, standard input is read"""
-    hellaswag: Annotated[tuple[Path, ...] | None, arg(metavar="[FILE]")] = None
+    hellaswag: tuple[Path, ...] | None = None
     """HellaSwag's questions: a file in the published format, hellaswag_val.jsonl; without a file, from the Hub"""
     stride: int | None = None
     """tokens scored at a time, with the rest of the context before them; by default half of the context"""

@@ -1,8 +1,11 @@
 """Exports a model as a folder that `transformers`, and every tool that builds on it, loads without our code."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
 from system.cli import run
 

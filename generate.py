@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
+
 from generation.config import SamplingConfig
 from system.cli import run
 from system.errors import UserError, require, require_at_least

@@ -1,8 +1,13 @@
 """Step 2: tokens → a language model. Pre-trains a GPT-2, from scratch or from a checkpoint."""
 
 import dataclasses
+import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
 import prepare_data
 from system.cli import run
@@ -51,7 +56,8 @@ class Config(Model, TrainerConfig):
     init_from: str = "scratch"
     """start from random weights (scratch), a checkpoint, gpt2 or another model of the Hugging Face Hub"""
     vocab_size: int | None = None
-    """if --data is prepared first: train a BPE of this many tokens on it; by default GPT-2's tokenizer"""
+    """if --data is prepared first: train a BPE of this many tokens on it; by default GPT-2's tokenizer, or that of the
+    model to start from"""
     sample_prompt: str = ""
     """print a completion of this text at every evaluation"""
     fsdp: bool = False
@@ -153,20 +159,19 @@ def main(config: Config) -> None:
 
     processes = Processes.join(config.device)
     resumed = claim_output(config, processes, "base", inputs=(config.data, Path(config.init_from)))
+    start = resumed
+    if not resumed and config.init_from != "scratch":
+        start = checkpoint.grow_vocabulary(load_checkpoint(config.init_from))
     if is_text(config.data):
         folder = Path("data") / config.data.stem
-        if processes.world_size > 1:
-            raise UserError(f"several processes cannot prepare {config.data} together: run prepare_data.py first")
-        prepare(config, folder, overwrite=config.overwrite or is_prepared_from(folder, str(config.data)))
+        is_prepared = is_prepared_from(folder, str(config.data))
+        prepare(config, folder, is_prepared, start["tokenizer"] if start else None, processes.world_size)
         config = dataclasses.replace(config, data=folder)
     claim_data(config.data, "meta.json", processes)
     meta = read_token_meta(config.data)
     tokenizer = tokenizer_of_data(config.data, meta)
 
     torch.manual_seed(config.seed)
-    start = resumed
-    if not resumed and config.init_from != "scratch":
-        start = checkpoint.grow_vocabulary(load_checkpoint(config.init_from))
     if start:
         expected = checkpoint.tokenizer_of(start).name
         require_same_tokenizer(expected, tokenizer.name, config.data, "prepare the data with the model's tokenizer")
@@ -205,11 +210,25 @@ def is_text(data: Path) -> bool:
     return str(data) in NAMED_TEXTS or bool(data.suffix) or data.is_file()
 
 
-def prepare(config: Config, folder: Path, overwrite: bool) -> None:
-    """Prepares the text that `--data` names into a folder."""
+def prepare(config: Config, folder: Path, is_prepared: bool, tokenizer: str | None, n_processes: int) -> None:
+    """Prepares the text that `--data` names into a folder, with the tokenizer of the model to start from, if any.
+
+    A resumed run goes on with what was prepared for it.
+    """
     name = str(config.data)
-    source = {"dataset": name} if name in NAMED_TEXTS else {"input": (name,)}
-    prepare_data.main(prepare_data.Config(**source, out=folder, overwrite=overwrite, vocab_size=config.vocab_size))
+    if config.resume and is_prepared:
+        print(f"the data is {folder}, as it was prepared; later changes of {name} do not count")
+        return
+    if n_processes > 1:
+        raise UserError(f"several processes cannot prepare {name} together: run prepare_data.py first")
+    options: dict[str, Any] = {"dataset": name} if name in NAMED_TEXTS else {"input": (name,)}
+    with tempfile.TemporaryDirectory() as temporary:
+        if tokenizer is None:
+            options["vocab_size"] = config.vocab_size
+        elif tokenizer != "gpt2":
+            options["tokenizer"] = Path(temporary) / "tokenizer.json"
+            options["tokenizer"].write_text(tokenizer, encoding="utf-8")
+        prepare_data.main(prepare_data.Config(**options, out=folder, overwrite=config.overwrite or is_prepared))
 
 
 if __name__ == "__main__":

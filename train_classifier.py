@@ -1,9 +1,12 @@
 """Fine-tuning for labels: a language model → a classifier, of spam for example. Reads a table with texts and labels."""
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
+
+sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
 from system.cli import run
 from system.errors import UserError, require, require_at_least
@@ -53,6 +56,7 @@ class Config(TrainerConfig):
     """steps between saves of what --resume needs"""
     dropout: float = 0.1
     """probability that training drops an activation"""
+    plots: ClassVar[tuple[str, ...]] = ("loss", "confusion")
 
     def __post_init__(self) -> None:
         super().__post_init__()

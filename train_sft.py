@@ -1,9 +1,12 @@
 """Step 5: a language model → one that answers. Fine-tunes on conversations; loss on the assistant's tokens only."""
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
 from system.cli import run
 from system.errors import require, require_at_least

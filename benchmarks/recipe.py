@@ -94,8 +94,8 @@ def main(config: Config) -> None:
         speed = statistics.median(map(tokens_per_second, modern)) / statistics.median(map(tokens_per_second, gpt2))
         print(
             f"GPT-2's final loss: {goal:.3f}. The modern recipe with {config.share:.0%} of the tokens: {reached:.3f} "
-            f"(goal: no more). Its whole runs pass GPT-2's final loss after {max(crossings):.0%} of their tokens. Its speed: "
-            f"{speed:.2f} times GPT-2's (goal: 0.9)."
+            f"(goal: no more). Its whole runs pass GPT-2's final loss after {max(crossings):.0%} of their tokens. "
+            f"Its speed: {speed:.2f} times GPT-2's (goal: 0.9)."
         )
         draw({"GPT-2": gpt2, "modern": modern, f"modern, {config.share:.0%} of the tokens": short}, config.plot)
         print(f"curves in {config.plot}")

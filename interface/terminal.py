@@ -242,8 +242,8 @@ def obey(conversation: Chat, command: str, argument: str) -> str:
     if command == "undo":
         message = conversation.undo()
         return "the conversation is empty" if message is None else f"taken back: {message}"
-    if command in ("save", "load") and (not argument or "\0" in argument):
-        raise UserError(f"/{command} needs a file name")
+    if command in ("save", "load"):
+        require_file(command, argument)
     if command == "save":
         save_conversation(Path(argument), conversation.messages)
         return f"saved {len(conversation.messages) // 2} exchanges in {argument}"
@@ -254,6 +254,15 @@ def obey(conversation: Chat, command: str, argument: str) -> str:
         conversation.config = set_option(conversation.config, command, argument)
         return f"{command} is {getattr(conversation.config, command.replace('-', '_'))}"
     raise UserError(f"unknown command /{command}: /help lists the commands")
+
+
+def require_file(command: str, argument: str) -> None:
+    """Raises UserError unless an argument of /save or /load can name a file: a device may never end."""
+    if not argument or "\0" in argument:
+        raise UserError(f"/{command} needs a file name")
+    path = Path(argument)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{argument} is not a file: choose another name")
 
 
 def save_conversation(path: Path, messages: list[Message]) -> None:
@@ -268,10 +277,12 @@ def holds_beginning(path: Path, messages: list[Message]) -> bool:
     """Whether a file holds the first of these messages and nothing else; an empty file does."""
     if not path.is_file():  # a device or a pipe, which has no end
         return False
+    if path.stat().st_size == 0:
+        return True
     try:
         saved = read_json(path)
     except ValueError:
-        return path.stat().st_size == 0
+        return False
     return any(saved == {"messages": messages[:n]} for n in range(len(messages) + 1))
 
 

@@ -11,15 +11,15 @@ import functools
 import inspect
 import io
 import itertools
+import math
 import os
 import re
 import shlex
 import shutil
-import signal
 import sys
 import textwrap
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -34,6 +34,7 @@ from typing import (
     get_type_hints,
 )
 
+from system import interrupts
 from system.errors import UserError, is_out_of_memory, require
 from system.threads import limit_spinning
 from system.untrusted import MAX_INTEGER, printable
@@ -42,8 +43,10 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Config = TypeVar("Config", bound="DataclassInstance")
-REPEATABLE = "repeatable"
-"""Marks a tuple whose flag may be given several times: `stop: Annotated[tuple[str, ...], REPEATABLE]`."""
+REPEATABLE, POSITIONAL = "repeatable", "positional"
+"""Mark a tuple whose flag may be given several times, and one without a flag: `Annotated[tuple[str, ...], REPEATABLE]`.
+"""
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def run(
@@ -66,19 +69,20 @@ def run(
         if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.isatty():
             sys.stdout = SafeTerminal(sys.stdout.detach(), sys.stdout.encoding, "replace", line_buffering=True)
         _require_current_folder()
-        main(config)
+        with interrupts.raised():
+            main(config)
         sys.stdout.flush()
     except UserError as error:
         _exit(str(error), error.status)
     except KeyboardInterrupt:
         _exit("interrupted", 130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         sys.exit(1)
     except OSError as error:
-        if error.filename is None and error.errno != errno.ENOSPC:
+        if error.filename is None and error.errno not in _CANNOT_WRITE:
             raise
-        _exit(f"{error.filename or 'writing'}: {error.strerror or error}", 1)
+        _exit(f"{error.filename or 'standard output or error'}: {error.strerror or error}", 1)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -140,11 +144,12 @@ def parse(config_class: type[Config], arguments: list[str], presets: Mapping[str
             read_flags()  # prints the help again, for the terminal, and exits
         message = _explain(_first_paragraph(complaint.getvalue()), config_class)
         raise UserError(f"{message} (see --help)", status=2) from None
-    values = {name: value for group in vars(groups).values() for name, value in vars(group).items()}
-    for name, value in values.items():
-        if isinstance(value, int) and abs(value) > MAX_INTEGER:
-            raise UserError(f"--{name.replace('_', '-')} must be below 2^63", status=2)
-    return config_class(**values)
+    flags = {name: value for group in vars(groups).values() for name, value in vars(group).items()}
+    for name, value in flags.items():
+        flag = f"--{name.replace('_', '-')}"
+        require(not isinstance(value, int) or abs(value) <= MAX_INTEGER, f"{flag} must be below 2^63")
+        require(not isinstance(value, float) or math.isfinite(value), f"{flag} must be a finite number")
+    return config_class(**flags)
 
 
 def _parse_in_wide_terminal(*arguments: Any, **options: Any) -> Any:
@@ -161,25 +166,6 @@ def _parse_in_wide_terminal(*arguments: Any, **options: Any) -> Any:
             os.environ.pop("COLUMNS", None)
         else:
             os.environ["COLUMNS"] = before
-
-
-@contextlib.contextmanager
-def catch_stop_signals() -> Iterator[list[int]]:
-    """Yields a list that receives the number of a SIGINT or SIGTERM. A second signal acts at once, as usual."""
-    received: list[int] = []
-    before: dict[signal.Signals, Any] = {}
-
-    def handle(number: int, frame: types.FrameType | None) -> None:
-        received.append(number)
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, handle)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def describe(config: DataclassInstance) -> str:
@@ -224,14 +210,18 @@ def _flags(config_class: type[DataclassInstance], preset: DataclassInstance | No
     import tyro
 
     append_action: Any = tyro.conf.UseAppendAction
+    positional: Any = tyro.conf.Positional
     hints, help_texts = get_type_hints(config_class, include_extras=True), _help_texts(config_class)
     groups: dict[type, list[tuple[str, Any, Any]]] = {cls: [] for cls in config_class.__mro__}
     for field in dataclasses.fields(config_class):
         default = getattr(preset, field.name) if preset else _default(field)
         text = tyro.conf.arg(help=help_texts.get(field.name), metavar=_metavar(hints[field.name]))
         hint = hints[field.name]
-        if REPEATABLE in getattr(hint, "__metadata__", ()):
+        marks = getattr(hint, "__metadata__", ())
+        if REPEATABLE in marks:
             hint = append_action[hint]
+        if POSITIONAL in marks:
+            hint = positional[hint]
         item = (field.name, Annotated[hint, text], dataclasses.field(default=default, kw_only=True))
         groups[_first_class_with(field.name, config_class)].append(item)
     return dataclasses.make_dataclass(
@@ -285,6 +275,8 @@ def _metavar(hint: Any) -> str | None:
     """Returns what `--help` shows for an optional value, such as INT; None leaves the choice to tyro."""
     if _optional(hint) is None:
         return None
+    if get_origin(_optional(hint)) is tuple:
+        return f"[{_metavar(get_args(_optional(hint))[0] | None)}]"
     if get_origin(_optional(hint)) is Literal:
         return "{" + ",".join(map(str, get_args(_optional(hint)))) + "}"
     return {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}.get(_optional(hint))
@@ -357,5 +349,17 @@ def _quoted(value: object) -> str:
 
 
 def _exit(message: str, status: int) -> NoReturn:
-    print(printable(f"error: {' '.join(message.split())}"), file=sys.stderr)
+    for stream in (sys.stderr, sys.stdout):  # the second if the first cannot be written
+        with contextlib.suppress(OSError):
+            print(printable(f"error: {' '.join(message.split())}"), file=stream, flush=True)
+            break
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.exit(status)
+    _discard_output()
     sys.exit(status)
+
+
+def _discard_output() -> None:
+    """Connects standard output to the null device: Python would report what it still cannot write when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

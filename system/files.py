@@ -23,6 +23,17 @@ MAX_LINE = 2**24
 
 
 @contextlib.contextmanager
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Makes an OSError that names no file, as writing to a full disk raises, or the temporary one, name `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename in (None, str(temporary)):
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """Yields a temporary file beside `path`, flushes it to the disk and renames it to `path`.
 
@@ -36,11 +47,12 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     try:
         # In JSON, a backslash escape stands for what UTF-8 cannot encode: a part of a file name that is not UTF-8.
         encoding, errors = (None, None) if "b" in mode else ("utf-8", "backslashreplace")
-        with open(temporary, mode, encoding=encoding, errors=errors) as file:
+        with naming(path, temporary), open(temporary, mode, encoding=encoding, errors=errors) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with naming(path, temporary):
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, REPOSITORY, command
+from conftest import ENVIRONMENT, REPOSITORY, command, wait_for_log
+from test_house import SCRIPTS
 
 from system.errors import UserError
 from system.threads import GENERATION, TRAINING, spin_count
 from training.distributed import Processes
+from weights.loading import load_checkpoint
 
 C_LOCALE = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "TERM": "dumb"}
+MEETING = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
 CHAT = ["--model", "checkpoints/sft.pt", "--chat", "--max-new-tokens", "3", "--device", "cpu"]
 
 
@@ -55,12 +60,19 @@ def test_help_is_readable_in_any_terminal(tmp_path, columns):
         ({"LOCAL_RANK": ""}, "LOCAL_RANK= in the environment is not a whole number"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 and LOCAL_RANK=0 must be below WORLD_SIZE=2"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "the 2 processes cannot meet"),
+        ({"WORLD_SIZE": "2"}, "the 2 processes cannot meet (RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT missing)"),
+        ({"RANK": "3"}, "RANK=3 and LOCAL_RANK=0 must be below WORLD_SIZE=1"),
+        ({"LOCAL_RANK": "1"}, "RANK=0 and LOCAL_RANK=1 must be below WORLD_SIZE=1"),
+        ({"WORLD_SIZE": "0"}, "RANK=0 and LOCAL_RANK=0 must be below WORLD_SIZE=0"),
+        ({"WORLD_SIZE": "9" * 10}, "WORLD_SIZE=9999999999 in the environment is not a whole number"),
+        ({**MEETING, "MASTER_PORT": "x"}, "the 2 processes cannot meet (invalid literal"),
+        ({**MEETING, "MASTER_PORT": "99999"}, "the 2 processes cannot meet (port must have value"),
     ],
 )
 def test_wrong_variables_of_torchrun_get_one_line(monkeypatch, variables, message):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=rf"^{message}.* torchrun, which sets them$"):
+    with pytest.raises(UserError, match=rf"^{re.escape(message)}.* torchrun, which sets them$"):
         Processes.join("cpu")
 
 
@@ -104,6 +116,84 @@ def close_standard_streams() -> None:
 def test_a_closed_standard_input_is_an_empty_one(toy):
     result = run_in({}, toy, "generate.py", *CHAT, preexec_fn=close_standard_streams)
     assert result.returncode == 0, result.stderr
+
+
+STARTS = [  # a script, a module that it imports: before it parses flags, while it does, or in `main`
+    ("train.py --data none", "filelock"),
+    ("train.py --data none", "tyro"),
+    ("train.py --data none", "numpy"),
+    ("prepare_data.py", "shlex"),
+    ("generate.py", "difflib"),
+    ("train_sft.py", "filelock"),
+    ("train_classifier.py", "filelock"),
+    ("classify.py x", "tyro"),
+    ("evaluate.py", "tyro"),
+    ("export.py --out x", "torch"),
+    ("demo.py", "difflib"),
+]
+
+
+@pytest.mark.parametrize(("script", "module"), STARTS)
+def test_ctrl_c_while_a_script_starts_ends_it_without_a_traceback(tmp_path, script, module):
+    """Ctrl-C comes when the import of the module begins, and would raise KeyboardInterrupt inside of it."""
+    name, *arguments = script.split()
+    program = (
+        "import os, runpy, signal, sys\n"
+        "class Finder:\n"
+        " def find_spec(self, name, path, target=None):\n"
+        f"  if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        f"sys.argv = {[name, *arguments]!r}\n"
+        f"runpy.run_path({str(REPOSITORY / name)!r}, run_name='__main__')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env={**ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (result.returncode, "Traceback" in result.stderr) == (-signal.SIGINT, False), result.stderr
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS - {"app.py"}))
+def test_scripts_find_their_modules_in_isolated_mode(tmp_path, script):
+    result = subprocess.run(
+        [sys.executable, "-I", REPOSITORY / script, "--help"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True
+    )
+    assert result.returncode == 0 and b"usage" in result.stdout, result.stderr
+
+
+TRAIN = "train.py --data data/toy --n-layer 1 --n-head 1 --n-embd 16 --block-size 32 --batch-size 2 --eval-tokens 64"
+
+
+@pytest.mark.parametrize("lost", ["stdout", "stderr", "terminal"])
+def test_a_run_that_loses_its_output_saves_and_says_how_to_go_on(toy, tmp_path, lost):
+    out = tmp_path / "a.pt"
+    endless = ["--max-steps", "1000000", "--eval-every", "5", "--log-every", "5", "--device", "cpu", "--out", out]
+    process = subprocess.Popen(
+        command(TRAIN, *endless), cwd=toy, env={**ENVIRONMENT, "PYTHONUNBUFFERED": "1"}, encoding="utf-8",
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    wait_for_log(out.with_suffix(".jsonl"), 5, process)
+    if lost == "terminal":
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGHUP)  # from the shell too
+    else:
+        getattr(process, lost).close()
+        setattr(process, lost, None)
+    text = "".join(filter(None, process.communicate(timeout=60)))
+    assert process.returncode == (0 if lost == "terminal" else 1), text
+    step = load_checkpoint(out.with_suffix(".last.pt"))["step"]
+    assert step > 0 and "Traceback" not in text and re.search(r"continue with.*--resume", text, re.DOTALL), text
+    if lost != "terminal":
+        name = {"stdout": "standard output", "stderr": "standard error"}[lost]
+        assert f"error: {name}: Broken pipe; the run is saved at step {step:,}: continue with" in text
+
+
+def test_a_full_output_is_named(tmp_path):
+    with open("/dev/full", "w") as full:
+        for options in ({"stdout": full}, {"stderr": full}):
+            result = run_in({}, tmp_path, "export.py --out x --model x", **options)
+            assert result.returncode == 1 and "Traceback" not in (result.stderr or "")
+        assert result.stdout == "error: standard output or error: No space left on device\n"
 
 
 def test_a_deleted_current_folder_gets_one_line(tmp_path):

@@ -219,8 +219,11 @@ def check_messages(messages: object, where: str, notes: Notes) -> Conversation:
     messages.
     """
     turns = [
-        {"role": turn["role"]}
-        | {key: notes.clean(turn[key] or "", where).strip() for key in ("content", "input") if key in turn}
+        {
+            name: notes.clean(turn.get(name) or "", where).strip()
+            for name in ("role", "content", "input")
+            if name in turn
+        }
         for turn in _require_messages(messages, where)
     ]
     roles = [turn["role"] for turn in turns]

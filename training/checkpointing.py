@@ -17,10 +17,12 @@ from system.device import copy_to_host, queued_work
 from system.errors import UserError, require
 from system.files import remove_temporaries
 from system.locks import hold, locked, reading
-from system.untrusted import is_integer, is_number
+from system.untrusted import brief, is_integer, is_number
 from training.config import TrainerConfig
 from training.distributed import Processes
 from training.optim import Muon
+from training.plots import is_plot
+from training.run_log import holds_only_a_beginning
 from training.state import Listener, StepFigures, StopReason, TrainingState
 from weights import checkpoint
 from weights.loading import load_checkpoint
@@ -37,10 +39,17 @@ def claim_output(
     if there is nothing to resume.
     """
     for path in inputs:
-        if any(_is_same_file(path, out) for out in (config.out, config.last_path, config.log_path, config.plot_path())):
+        if any(_is_same_file(path, out) for out in _outputs(config)):
             raise UserError(f"the run would write to {path}, which it reads: choose another --out")
     processes.on_first(lambda: _lock_output(config))
     return load_checkpoint(config.last_path, verify=True, kinds=kinds) if config.resume else None
+
+
+def _outputs(config: TrainerConfig) -> list[Path]:
+    """Returns the files that a run writes, and the snapshots of an older run that it might replace."""
+    snapshots = config.out.parent.glob(f"snapshots/{glob.escape(config.out.stem)}_step_*.pt")
+    plots = [config.plot_path(what) for what in config.plots]
+    return [config.out, config.last_path, config.log_path, *plots, *(snapshots if config.snapshot_every else ())]
 
 
 def _is_same_file(a: Path, b: Path) -> bool:
@@ -56,8 +65,11 @@ def claim_data(folder: Path, meta: str, processes: Processes) -> None:
 
 
 def _lock_output(config: TrainerConfig) -> None:
-    out, last, plot = config.out, config.last_path, config.plot_path()
-    require(not plot.is_dir(), f"the plot {plot} is a folder: choose another --out")
+    out, last = config.out, config.last_path
+    for plot in map(config.plot_path, config.plots):
+        require(not plot.is_dir(), f"the plot {plot} is a folder: choose another --out")
+        if plot.exists() and not is_plot(plot):
+            raise UserError(f"{plot} would become a plot, and holds something else: choose another --out")
     lock = out.with_name(f".{out.name}.lock")
     refusal, remedy = f"{out} is being written by another run", "wait for it, or choose another --out"
     if hold(locked(lock, refusal, remedy)):  # so whoever left temporary files there was killed
@@ -68,12 +80,28 @@ def _lock_output(config: TrainerConfig) -> None:
         if not last.exists():
             raise UserError(f"nothing to resume: {last} is missing; start without --resume")
         return
-    existing = [path for path in (out, last, config.log_path) if path.exists()]
-    if existing and not config.overwrite:
+    existing = [path for path in _outputs(config) if path.exists()]
+    if existing and not config.overwrite and not _was_killed_early(config, existing):
         remedies = ["--overwrite to replace it", "or choose another --out"]
         if last.exists():
             remedies.insert(0, "--resume to continue that run")
         raise UserError(f"{existing[0]} exists: add {', '.join(remedies)}")
+
+
+def _was_killed_early(config: TrainerConfig, existing: list[Path]) -> bool:
+    """Whether files are what a run leaves that was killed before its first save: the weights of step 0, and a log
+    without an evaluation after step 0."""
+    if not {config.out, config.log_path}.issuperset(existing):
+        return False
+    if config.log_path.exists() and not holds_only_a_beginning(config.log_path):
+        return False
+    if not config.out.exists():
+        return True
+    try:
+        contents = checkpoint.read_contents(config.out)
+    except UserError:
+        return False
+    return "train_config" in contents and is_integer(contents.get("step"), 0, 0)
 
 
 class Checkpointer(Listener):
@@ -153,6 +181,37 @@ class Checkpointer(Listener):
             checkpoint.save(path, copied)
 
         self.background.start(write_file)
+
+
+_FIXED_OPTIONS = (
+    "n_layer", "n_head", "n_embd", "block_size", "optimizer", "lora_rank", "lora_alpha", "train_layers"
+)  # fmt: skip
+_FREE_OPTIONS = ("preset", "data", "out", "resume", "overwrite")  # the data is compared by its content
+
+
+def changed_options(config: TrainerConfig, resumed: dict[str, Any], data: list[str]) -> list[str]:
+    """Returns the options in which a run differs from the one that it resumes, as texts such as "--seed 2 (was 1)".
+
+    `data` holds the fingerprints of the training and validation data. Raises UserError if the data is not that of the
+    run, or if an option differs that a resumed run cannot change.
+    """
+    new, old = plain(config), resumed.get("train_config", {})
+    names = [name for name in new if name in old and new[name] != old[name] and name not in _FREE_OPTIONS]
+    changes = {name: f"--{name.replace('_', '-')} {_shown(new[name])} (was {_shown(old[name])})" for name in names}
+    if fixed := [changes[name] for name in _FIXED_OPTIONS if name in changes]:
+        raise UserError(f"a resumed run cannot change {', '.join(fixed)}: resume with the flags of that run")
+    if resumed.get("data", data) != data:
+        because = f" (changed: {', '.join(changes.values())})" if changes else ""
+        raise UserError(
+            f"the data is not what {config.last_path} was trained on{because}: resume with the data and the flags of "
+            "that run, or start a new run"
+        )
+    return list(changes.values())
+
+
+def _shown(value: object) -> str:
+    text = str(value)
+    return text if text.isprintable() and len(text) <= 100 else brief(value)
 
 
 def restore(state: TrainingState, resumed: dict[str, Any]) -> None:

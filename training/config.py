@@ -19,6 +19,7 @@ class Output:
     """continue an interrupted run"""
     overwrite: bool = False
     """replace an existing checkpoint"""
+    plots: ClassVar[tuple[str, ...]] = ("loss",)
 
     @property
     def last_path(self) -> Path:
@@ -118,6 +119,7 @@ class TrainerConfig(Output, Optimization, Logging, Hardware):
 
     def __post_init__(self) -> None:
         require(self.out.suffix == ".pt", f"--out {self.out} must end in .pt")
+        require(not self.out.name.endswith(".last.pt"), f"--out {self.out}: files for --resume end in .last.pt")
         require_at_least(1, self, "max_steps", "batch_size", "eval_every", "save_every", "log_every", "eval_tokens")
         require_at_least(
             0, self, "learning_rate", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "embedding_lr_scale"

@@ -45,14 +45,21 @@ class Processes:
             )
         if world_size == 1:
             return cls(choose_device(device_name))
+        needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        if missing := [name for name in needed if name not in os.environ]:
+            raise UserError(
+                f"the {world_size} processes cannot meet ({', '.join(missing)} missing): {_UNSET_OR_LAUNCH}"
+            )
         if device_name in ("auto", "cuda") and torch.cuda.is_available():
             device_name = f"cuda:{local_rank}"
         device = choose_device(device_name)
         gpu = device if device.type == "cuda" else None
         try:
             dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
-        except ValueError as error:  # a variable such as MASTER_ADDR is missing
-            raise UserError(f"the {world_size} processes cannot meet ({error}): {_UNSET_OR_LAUNCH}") from None
+        except (ValueError, RuntimeError) as error:  # such as a wrong MASTER_ADDR, or another process that is missing
+            raise UserError(
+                f"the {world_size} processes cannot meet ({str(error).partition(chr(10))[0][:200]}): {_UNSET_OR_LAUNCH}"
+            ) from None
         return cls(device, rank, world_size)
 
     def leave(self) -> None:
@@ -98,10 +105,13 @@ class Processes:
 
 
 def _environment_number(name: str, default: int) -> int:
-    """Returns the number in an environment variable. Raises UserError unless it is a whole number of at least 0."""
+    """Returns the number in an environment variable. Raises UserError unless it is a whole number of 0 to 9 digits."""
     text = os.environ.get(name, str(default))
-    if not (text.isascii() and text.isdecimal()):
-        raise UserError(f"{name}={text} in the environment is not a whole number of at least 0: {_UNSET_OR_LAUNCH}")
+    if not (text.isascii() and text.isdecimal() and len(text) <= 9):
+        raise UserError(
+            f"{name}={text[:40]} in the environment is not a whole number of at least 0, or too large: "
+            f"{_UNSET_OR_LAUNCH}"
+        )
     return int(text)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -140,6 +141,11 @@ class Windows:
         for shard, start in windows:
             yield self._row(shard[start : start + self.block_size + 1])
 
+    def fingerprint(self) -> str:
+        """Returns a checksum of the files' sizes and of about 1,000 tokens spread over them."""
+        stride = max(1, self.n_tokens // 1_000)
+        return _checksum([np.array(list(map(len, self.shards))), *(shard[::stride] for shard in self.shards)])
+
     @staticmethod
     def _row(window: np.ndarray) -> Batch:
         row = torch.from_numpy(window.astype(np.int64))
@@ -188,6 +194,11 @@ class Epochs:
         )
         batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
         return [self.row(i) for i in batches[random.permutation(len(batches))[index]]]
+
+    def fingerprint(self) -> str:
+        """Returns a checksum of all lengths and of about 1,000 sequences."""
+        rows = [self.row(i) for i in range(0, len(self), max(1, len(self) // 1_000))]
+        return _checksum([self.lengths, *(tensor.numpy() for row in rows for tensor in (row.tokens, row.targets))])
 
     def largest_batch(self) -> list[Batch]:
         """Returns a batch that needs the most memory: the longest sequences, with loss at every position."""
@@ -241,6 +252,13 @@ class Conversations(Epochs):
         tokens, mask = self.conversation(i)
         row = torch.from_numpy(tokens.astype(np.int64))
         return Batch(row[None, :-1], row[None, 1:], torch.from_numpy(np.flatnonzero(mask[1:])))
+
+
+def _checksum(arrays: list[np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(array.astype("<i8").tobytes())
+    return digest.hexdigest()
 
 
 def strided(ids: np.ndarray, block_size: int, stride: int) -> Iterator[Batch]:

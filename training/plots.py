@@ -108,6 +108,15 @@ def draw_confusion_matrix(expected: list[str], predicted: list[str], labels: lis
     save_figure(figure, plot_path)
 
 
+def is_plot(path: Path) -> bool:
+    """Whether a file is a PNG that Matplotlib drew."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        start = file.read(256)
+    return start.startswith(b"\x89PNG") and b"Matplotlib" in start
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Writes a figure as a PNG, atomically."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

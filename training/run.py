@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from model import GPT
 from system.background import Background
+from system.cli import command_line
 from system.device import multiplies_faster_in_bfloat16
-from training.checkpointing import Checkpointer, restore
+from system.errors import UserError
+from system.interrupts import outlive_output
+from training.checkpointing import Checkpointer, changed_options, restore
 from training.config import TrainerConfig
 from training.distributed import Processes
 from training.loader import Epochs, Windows
@@ -46,6 +49,9 @@ def train(
     """
     if config.dtype == "auto" and processes.device.type == "cpu" and not sharding:
         config = dataclasses.replace(config, dtype=cpu_precision(model, processes, resumed))
+    metadata = {**metadata, "data": [train_data.fingerprint(), val_data.fingerprint()]}
+    if resumed and (changes := changed_options(config, resumed, metadata["data"])) and processes.rank == 0:
+        print(f"resuming at step {resumed['step']:,} with other options than before: {', '.join(changes)}")
     state = TrainingState.create(model, config, processes, sharding)
     if resumed:
         restore(state, resumed)
@@ -67,7 +73,12 @@ def train(
         checkpointer,
         LossPlot(background),
     ]
-    return trainer.run([listener for listener in listeners if listener])
+    with outlive_output() as broken:
+        reason = trainer.run([listener for listener in listeners if listener])
+    if broken and reason is StopReason.INTERRUPTED:
+        command = command_line("--resume", drop=("--overwrite",))
+        raise UserError(f"{broken[0]}; the run is saved at step {state.step:,}: continue with {command}")
+    return reason
 
 
 def cpu_precision(model: GPT, processes: Processes, resumed: dict[str, Any] | None) -> Literal["float32", "bfloat16"]:

@@ -11,7 +11,8 @@ from typing import Any
 
 from system.cli import plain
 from system.errors import UserError
-from system.files import atomic_write
+from system.files import atomic_write, naming
+from system.untrusted import MAX_JSON_BYTES, parse_json
 from training.config import TrainerConfig
 from training.state import Listener, TrainingState
 
@@ -53,7 +54,8 @@ class RunLog(Listener):
 
     def write(self, state: TrainingState, entry: dict[str, Any]) -> None:
         """Adds an entry: `step`, numbers, and perhaps `examples`."""
-        with open(state.config.log_path, "a", encoding="utf-8") as file:
+        path = state.config.log_path
+        with naming(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({**entry, "seconds": round(self.seconds, 3)}) + "\n")
         for sink in self.sinks:
             sink({name: value for name, value in entry.items() if name != "examples"})
@@ -67,6 +69,26 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             with contextlib.suppress(ValueError):
                 entries.append(json.loads(line))
     return [entry for entry in entries if isinstance(entry, dict) and "step" in entry]
+
+
+def holds_only_a_beginning(path: Path) -> bool:
+    """Whether a file is a log, perhaps an empty one, without an evaluation after step 0. A last line may be cut short.
+
+    A file with any other line, which somebody else may have written, is none.
+    """
+    if path.stat().st_size > MAX_JSON_BYTES:
+        return False
+    *lines, last = path.read_bytes().split(b"\n")
+    beginning = b'{"step": '
+    entries = []
+    for line in lines:
+        try:
+            entries.append(parse_json(line.decode()))
+        except ValueError:
+            return False
+    is_log = all(isinstance(entry, dict) and entry.keys() >= {"step", "seconds"} for entry in entries)
+    is_cut = beginning.startswith(last[: len(beginning)])
+    return is_log and is_cut and not any("val_loss" in entry and entry["step"] != 0 for entry in entries)
 
 
 def tensorboard_sink(config: TrainerConfig) -> Sink:

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from system.cli import catch_stop_signals
 from system.device import autocast, fast_attention, to_host
 from system.errors import UserError
+from system.interrupts import catch_stop_signals
 from training.distributed import local_gradients, replicate
 from training.evaluation import bits_per_byte, compile_evaluation, mean_loss
 from training.loader import Batch, Epochs, Prefetcher, StepBatch, Windows, micro_batches, step_seed
 from training.memory import fewest_micro_batches
 from training.optim import learning_rate_at, set_learning_rate
 from training.state import Listener, StepFigures, StopReason, TrainingState
+
+MAX_LOSS = 1_000.0
+"""Nats per token. Random weights have a loss of about 11."""
 
 
 class Trainer:
@@ -103,10 +107,13 @@ class Trainer:
         ends_early = stop is not None and stop is not StopReason.INTERRUPTED
         if self.is_due(config.eval_every) or is_last_step or ends_early:
             stop = self.evaluate() or stop
+        is_last = is_last_step or stop is not None
+        if self.is_due(config.snapshot_every) or self.is_due(config.save_every) or is_last:
+            self.check_weights()
         if self.is_due(config.snapshot_every):
             for listener in self.listeners:
                 listener.on_snapshot(state)
-        if self.is_due(config.save_every) or is_last_step or stop:
+        if self.is_due(config.save_every) or is_last:
             for listener in self.listeners:
                 listener.on_save(state)
         return stop
@@ -197,14 +204,7 @@ class Trainer:
     def evaluate(self) -> StopReason | None:
         """Computes the validation loss; returns why to stop if `--patience` is exhausted."""
         state, config = self.state, self.config
-        loss = mean_loss(
-            state.model,
-            self.val_data.in_order(config.eval_tokens),
-            max(state.processes.world_size, config.batch_size // state.n_micro_batches),  # as in training
-            state.dtype,
-            state.processes,
-            self.compiled_evaluation,
-        )
+        loss = self.validation_loss()
         entry = {"step": state.step, "val_loss": loss}
         if self.val_data.bytes_per_token:
             entry["bits_per_byte"] = bits_per_byte(loss, self.val_data.bytes_per_token)
@@ -216,6 +216,29 @@ class Trainer:
             listener.on_evaluation(state, entry, is_best)
         is_exhausted = 0 < config.patience <= state.evaluations_since_best
         return StopReason.PATIENCE if is_exhausted else None
+
+    def check_weights(self) -> None:
+        """Raises UserError if the weights, which are about to be saved, are not sound. Costs a part of an evaluation:
+        the loss of a step is that of the weights before the step."""
+        is_evaluated = self.state.history and self.state.history[-1]["step"] == self.state.step
+        if not is_evaluated:
+            self.validation_loss(n_batches=1)
+
+    def validation_loss(self, n_batches: int | None = None) -> float:
+        """Returns the validation loss, in nats per token, over `--eval-tokens` or over a few batches.
+
+        Raises UserError for a loss that no model has, so that its weights are never saved.
+        """
+        state, config = self.state, self.config
+        size = max(state.processes.world_size, config.batch_size // state.n_micro_batches)  # as in training
+        rows = itertools.islice(self.val_data.in_order(config.eval_tokens), n_batches and n_batches * size)
+        loss = mean_loss(state.model, rows, size, state.dtype, state.processes, self.compiled_evaluation)
+        if not loss < MAX_LOSS:
+            raise UserError(
+                f"the weights have a validation loss of {loss:.4g} after step {state.step} and are not saved; the last "
+                f"save, if any, is in {config.last_path}: try a lower --learning-rate, or --dtype float32"
+            )
+        return loss
 
     def is_due(self, every: int) -> bool:
         """Whether something that happens `every` so many steps happens now; 0 means never."""
