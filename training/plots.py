@@ -75,7 +75,7 @@ def plot_learning_rate(axes: Axes, entries: Entries) -> None:
     """Adds the learning rate on the right, and tokens at the top."""
     from matplotlib.ticker import EngFormatter
 
-    steps = [entry for entry in entries if "learning_rate" in entry]
+    steps = [entry for entry in entries if entry["step"] and entry.keys() >= {"learning_rate", "tokens"}]
     if not steps:
         return
     rates = axes.twinx()

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from system.cli import plain
 from system.errors import UserError
 from system.files import atomic_write
+from system.untrusted import MAX_JSON_BYTES, parse_json
 from training.config import TrainerConfig
 from training.state import Listener, TrainingState
+from weights.validation import is_entry
 
 Sink = Callable[[dict[str, Any]], None]
 """Takes an entry of the log: `step` and numbers."""
@@ -33,11 +35,11 @@ class RunLog(Listener):
             self.sinks.append(tensorboard_sink(config))
         if config.wandb:
             self.sinks.append(wandb_sink(config))
-        entries = read_log(config.log_path) if state.step else []
-        kept = [entry for entry in entries if entry["step"] <= state.step]
         with atomic_write(config.log_path, "w") as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in kept)
-        self.seconds_before = max((entry["seconds"] for entry in kept), default=0.0)
+            for entry in entries(config.log_path) if state.step else ():
+                if entry["step"] <= state.step:
+                    file.write(json.dumps(entry) + "\n")
+                    self.seconds_before = max(self.seconds_before, entry.get("seconds", 0.0))
         self.start = time.perf_counter()
 
     @property
@@ -60,13 +62,39 @@ class RunLog(Listener):
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Reads a log. Skips a last line that a kill cut short, and everything else that is not an entry."""
-    entries = []
-    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            with contextlib.suppress(ValueError):
-                entries.append(json.loads(line))
-    return [entry for entry in entries if isinstance(entry, dict) and "step" in entry]
+    """Returns the entries of a log; of a very long one, the last 8 MB: some 60,000 entries."""
+    return list(entries(path, last_bytes=2**23))
+
+
+def entries(path: Path, last_bytes: int | None = None) -> Iterator[dict[str, Any]]:
+    """Yields the entries of a log, or those in its last bytes; none if there is no such file.
+
+    Skips a last line that a kill cut short, and everything else that is not an entry. Raises UserError if the file
+    cannot be read.
+    """
+    try:
+        if not path.is_file():
+            return
+        with open(path, "rb") as file:
+            if last_bytes is not None:
+                file.seek(max(0, path.stat().st_size - last_bytes))
+            while line := file.readline(MAX_JSON_BYTES):
+                if (entry := _parse(line)) is not None:
+                    yield entry
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Returns the entry in a line of a log, or None if the line holds none, or a number that no plot can show."""
+    if not line.startswith(b'{"'):
+        return None
+    try:
+        entry = parse_json(line.decode("utf-8"))
+    except ValueError:
+        return None
+    numbers = [value for name, value in entry.items() if name != "examples"] if is_entry(entry) else [math.nan]
+    return entry if all(abs(number) < 1e30 for number in numbers) else None
 
 
 def tensorboard_sink(config: TrainerConfig) -> Sink:

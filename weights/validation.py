@@ -97,6 +97,21 @@ def is_plain_tensor(value: object, shape: Collection[int]) -> bool:
     )
 
 
+def is_entry(entry: object) -> bool:
+    """Whether a value is an entry of the history or of a log: `step` and numbers, and perhaps beside a validation loss
+    examples of what the model writes."""
+    if not isinstance(entry, dict) or not is_integer(entry.get("step")):
+        return False
+    examples = entry.get("examples", [])
+    return (
+        all(is_number(value) for name, value in entry.items() if name != "examples")
+        and all(map(is_text, entry))
+        and isinstance(examples, list)
+        and all(map(_is_example, examples))
+        and ("examples" not in entry or "val_loss" in entry)
+    )
+
+
 def _linear_shapes(config: GPTConfig) -> dict[str, tuple[int, int]]:
     """Returns the names and the shapes (out, in) of the linear layers inside the blocks."""
     C = config.n_embd
@@ -148,7 +163,7 @@ def _require_metadata(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     _require(is_text(created), path, f"its created is {brief(created)}, not a text")
     _require_labels(checkpoint, path)
     history = checkpoint.get("history", [])
-    is_history = isinstance(history, list) and all(map(_is_history_entry, history))
+    is_history = isinstance(history, list) and all(map(is_entry, history))
     _require(is_history, path, "its history is not a list of evaluations")
     train_config = checkpoint.get("train_config", {})
     is_config = isinstance(train_config, dict) and all(map(_is_option, train_config.items()))
@@ -164,18 +179,6 @@ def _require_labels(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     _require(is_one_each, path, f"it has {len(set(labels)):,} labels for {n_classes:,} classes")
 
 
-def _is_history_entry(entry: object) -> bool:
-    """Whether a value is an entry of the history: `step`, losses, and perhaps examples of what the model writes."""
-    if not isinstance(entry, dict):
-        return False
-    examples = entry.get("examples", [])
-    return (
-        is_integer(entry.get("step", 0))
-        and all(is_number(value) for name, value in entry.items() if name not in ("step", "examples"))
-        and all(map(is_text, entry))
-        and isinstance(examples, list)
-        and all(map(_is_example, examples))
-    )
 
 
 def _is_example(example: object) -> bool:
