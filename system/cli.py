@@ -124,7 +124,12 @@ def parse(config_class: type[Config], arguments: list[str], presets: Mapping[str
             read_flags()  # prints the help again, for the terminal, and exits
         message = _explain(_first_paragraph(complaint.getvalue()), config_class)
         raise UserError(f"{message} (see --help)", status=2) from None
-    return config_class(**{name: value for group in vars(groups).values() for name, value in vars(group).items()})
+    options = {name: value for group in vars(groups).values() for name, value in vars(group).items()}
+    for name, value in options.items():
+        limit = 63 if name == "seed" else 40
+        is_in_range = not isinstance(value, int) or abs(value) < 2**limit
+        require(is_in_range, f"--{name.replace('_', '-')} must be below 2^{limit}")
+    return config_class(**options)
 
 
 def _parse_in_wide_terminal(*arguments: Any, **options: Any) -> Any:

@@ -142,6 +142,11 @@ def test_bad_usage_gets_one_line(arguments, message):
     assert (str(error.value), error.value.status) == (f"{message} (see --help)", 2)
 
 
+def test_a_number_of_thirty_digits_costs_one_line():
+    with pytest.raises(UserError, match="^--max-steps must be below 2.40$"):
+        parse(Config, ["--max-steps", "9" * 30])
+
+
 def test_a_message_for_a_terminal_has_no_colours_and_no_frame(monkeypatch):
     class Terminal(io.StringIO):
         encoding = "utf-8"

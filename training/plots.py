@@ -7,9 +7,11 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from system.background import Background
 from system.files import atomic_write
-from training.report import before_and_after
+from training.report import before_and_after, shorten
 from training.run_log import read_log
 from training.state import Listener, TrainingState
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Entries = list[dict[str, Any]]
+MAX_LABELS_DRAWN = 40
 
 os.environ["MPLBACKEND"] = "agg"  # plots are files; an unknown backend in the environment would be an error
 warnings.filterwarnings("ignore", "Glyph .* missing")  # the font lacks many scripts
@@ -87,25 +90,35 @@ def plot_learning_rate(axes: Axes, entries: Entries) -> None:
     tokens.set_xlabel("tokens")
 
 
-def draw_confusion_matrix(expected: list[str], predicted: list[str], labels: list[str], plot_path: Path) -> None:
-    """Draws how often each label was predicted for each expected label."""
+def draw_confusion_matrix(confusion: list[list[int]], labels: list[str], plot_path: Path) -> None:
+    """Draws how often each label, a row of `confusion`, was predicted as each label, a column.
+
+    Of many labels, only those appear that are confused most: the size of the picture grows with the square.
+    """
     from matplotlib.figure import Figure
     from matplotlib.text import Text
     from sklearn.metrics import ConfusionMatrixDisplay
 
-    figure = Figure(figsize=(2.5 + 0.7 * len(labels), 2 + 0.7 * len(labels)), layout="constrained")
-    ConfusionMatrixDisplay.from_predictions(
-        expected,
-        predicted,
-        labels=labels,
-        ax=figure.add_subplot(),
-        colorbar=False,
-        cmap="Blues",
-        xticks_rotation=45,
+    counts = np.array(confusion)
+    shown = most_confused(counts, MAX_LABELS_DRAWN)
+    n = len(shown)
+    figure = Figure(figsize=(2.5 + 0.7 * n, 2 + 0.7 * n), layout="constrained")
+    axes = figure.add_subplot()
+    names = [shorten(labels[i], 25) for i in shown]
+    ConfusionMatrixDisplay(counts[np.ix_(shown, shown)], display_labels=names).plot(
+        ax=axes, colorbar=False, cmap="Blues", xticks_rotation=45
     )
+    if n < len(labels):
+        axes.set_title(f"the {n} of {len(labels):,} labels that are confused most")
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a label may look like a formula
     save_figure(figure, plot_path)
+
+
+def most_confused(confusion: np.ndarray, n: int) -> np.ndarray:
+    """Returns in ascending order the indices of at most `n` labels that have the most errors in `confusion` (L, L)."""
+    n_errors = confusion.sum(axis=0) + confusion.sum(axis=1) - 2 * confusion.diagonal()  # expected, or predicted
+    return np.sort(np.argsort(-n_errors, kind="stable")[:n])
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -256,7 +256,9 @@ def _require_harmless(path: str | Path) -> None:
     """
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-        if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size for entry in entries):
+        if any(
+            entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size for entry in entries
+        ):
             raise ValueError
         [pickled] = [entry for entry in entries if entry.filename.lower().endswith("data.pkl")]  # torch ignores case
         if pickled.file_size > _MAX_PICKLE_BYTES:

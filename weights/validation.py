@@ -179,8 +179,6 @@ def _require_labels(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     _require(is_one_each, path, f"it has {len(set(labels)):,} labels for {n_classes:,} classes")
 
 
-
-
 def _is_example(example: object) -> bool:
     return (
         isinstance(example, dict)
