@@ -36,6 +36,7 @@ from typing import (
 
 from system.errors import UserError, is_out_of_memory, require
 from system.threads import limit_spinning
+from system.untrusted import as_utf8
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -181,8 +182,8 @@ def plain(config: DataclassInstance) -> dict[str, Any]:
 
     def convert(value: Any) -> Any:
         if isinstance(value, tuple):
-            return list(value)
-        return value if isinstance(value, int | float | None) else str(value)
+            return [convert(part) for part in value]
+        return value if isinstance(value, int | float | None) else as_utf8(value)
 
     return {name: convert(value) for name, value in dataclasses.asdict(config).items()}
 

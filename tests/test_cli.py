@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,5 +178,6 @@ def test_a_run_describes_only_what_is_not_default():
 
 def test_a_plain_config_holds_numbers_strings_and_lists():
     assert plain(Required(Path("x"))) == {"out": "x"}
+    assert plain(Required(Path(os.fsdecode(b"caf\xe9")))) == {"out": "caf?"}
     assert plain(DataConfig(stop=("a",))) == {"data": "data", "stop": ["a"]}
     assert plain(SpeedOfLearningConfig()) == {"learning_rate": 1e-3, "accumulate": "auto"}

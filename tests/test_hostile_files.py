@@ -420,6 +420,15 @@ def test_a_log_with_other_fields_is_drawn(tmp_path):
         assert require_harmless(lambda: draw_losses(path, tmp_path / "x.png"), i)
 
 
+def test_a_run_with_a_name_that_is_not_utf8(tmp_path):
+    out = os.fsdecode(b"caf\xe9.pt")
+    shape = ["--n-layer", 1, "--n-head", 1, "--n-embd", 8, "--block-size", 32, "--batch-size", 2, "--max-steps", 1]
+    result = run_script(tmp_path, "train.py", "--data", SAMPLES / "data", "--out", out, "--device", "cpu", *shape)
+    assert result.returncode == 0, result.stderr
+    use(tmp_path / out)
+    assert read_log(tmp_path / os.fsdecode(b"caf\xe9.jsonl")) and (tmp_path / os.fsdecode(b"caf\xe9_loss.png")).exists()
+
+
 def test_what_is_no_log_counts_as_none(tmp_path):
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")

@@ -11,6 +11,7 @@ import numpy as np
 
 from system.background import Background
 from system.files import atomic_write
+from system.untrusted import as_utf8
 from training.report import before_and_after, shorten
 from training.run_log import read_log
 from training.state import Listener, TrainingState
@@ -56,7 +57,7 @@ def draw_losses(log_path: Path, plot_path: Path) -> None:
         axes = figure.subplots()
     plot_losses(axes, entries)
     plot_learning_rate(axes, entries)
-    axes.set_title(log_path.stem)
+    axes.set_title(as_utf8(log_path.stem))
     save_figure(figure, plot_path)
 
 

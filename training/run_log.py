@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,8 +61,12 @@ class RunLog(Listener):
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Returns the entries of a log; of a very long one, the last 8 MB: some 60,000 entries."""
-    return list(entries(path, last_bytes=2**23))
+    """Returns the entries of a log, without numbers that no plot can show; of a very long log, some 60,000 entries."""
+    shown = (
+        {name: value for name, value in entry.items() if name == "examples" or abs(value) < 1e30}
+        for entry in entries(path, last_bytes=2**23)
+    )
+    return [entry for entry in shown if is_entry(entry)]  # examples beside an infinite loss are gone too
 
 
 def entries(path: Path, last_bytes: int | None = None) -> Iterator[dict[str, Any]]:
@@ -79,22 +82,18 @@ def entries(path: Path, last_bytes: int | None = None) -> Iterator[dict[str, Any
             if last_bytes is not None:
                 file.seek(max(0, path.stat().st_size - last_bytes))
             while line := file.readline(MAX_JSON_BYTES):
-                if (entry := _parse(line)) is not None:
+                if is_entry(entry := _parse(line)):
                     yield entry
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """Returns the entry in a line of a log, or None if the line holds none, or a number that no plot can show."""
-    if not line.startswith(b'{"'):
-        return None
+def _parse(line: bytes) -> Any:
+    """Returns the value in a line of a log, or None if the line cannot be an entry."""
     try:
-        entry = parse_json(line.decode("utf-8"))
+        return parse_json(line.decode("utf-8")) if line.startswith(b'{"') else None
     except ValueError:
         return None
-    numbers = [value for name, value in entry.items() if name != "examples"] if is_entry(entry) else [math.nan]
-    return entry if all(abs(number) < 1e30 for number in numbers) else None
 
 
 def tensorboard_sink(config: TrainerConfig) -> Sink:

@@ -6,6 +6,7 @@ The names and shapes of the tensors follow from the config by a formula, so a co
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
@@ -195,13 +196,21 @@ def _is_option(option: tuple[object, object]) -> bool:
 
 def _require_lora(lora: Any, path: str | Path) -> None:
     base = lora.get("base") if isinstance(lora, dict) else None
-    is_path = isinstance(base, str) and is_text(base) and 0 < len(base) <= _MAX_PATH and "\0" not in base
+    is_path = isinstance(base, str) and 0 < len(base) <= _MAX_PATH and _can_name_file(base)
     _require(is_path, path, "it does not name its base model")
     rank, alpha, sha256 = lora.get("rank"), lora.get("alpha"), lora.get("base_sha256")
     _require(is_integer(rank, 1, _MAX_SIZE), path, f"the rank of its adapter is {brief(rank)}")
     _require(is_number(alpha) and math.isfinite(alpha), path, f"the alpha of its adapter is {brief(alpha)}")
     is_sum = isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256) is not None
     _require(is_sum, path, f"the SHA-256 sum of its base model is {brief(sha256)}")
+
+
+def _can_name_file(name: str) -> bool:
+    """Whether a text can be the path of a file, whose bytes need not be UTF-8."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def _require_tensors(
