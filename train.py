@@ -69,6 +69,7 @@ class Config(Model, TrainerConfig):
             min(self.block_size, self.n_layer, self.n_head) >= 1,
             "--block-size, --n-layer and --n-head must be at least 1",
         )
+        require(self.n_layer <= 10_000, "--n-layer must be at most 10,000")
         require(
             self.n_embd >= self.n_head and self.n_embd % self.n_head == 0,
             f"--n-embd {self.n_embd} must be a multiple of --n-head {self.n_head}",

@@ -9,6 +9,7 @@ from pathlib import Path
 import streamlit as st
 
 from generation.config import SamplingConfig
+from system.untrusted import is_text
 
 NO_MODEL = """There is no model yet. Make one with either of these:
 
@@ -30,7 +31,7 @@ def pick_checkpoint() -> CheckpointFile | None:
     times = {}
     for path in Path("checkpoints").rglob("*.pt"):
         with contextlib.suppress(OSError):  # a file that is deleted meanwhile
-            if not path.name.endswith(".last.pt"):
+            if not path.name.endswith(".last.pt") and is_text(str(path)):  # the page can show UTF-8 only
                 times[path] = path.stat().st_mtime
     if not times:
         st.title("GPT-2")

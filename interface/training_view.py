@@ -9,6 +9,7 @@ from pathlib import Path
 import streamlit as st
 
 from interface.curves import loss_chart
+from system.errors import UserError
 from training.run_log import read_log
 
 SECONDS_TO_REDRAW = 2
@@ -22,7 +23,11 @@ def training_view(log: Path) -> None:
 
 def draw_log(log: Path) -> None:
     """Draws a run's figures and loss curves."""
-    entries = read_log(log)
+    try:
+        entries = read_log(log)
+    except UserError as error:
+        st.text(str(error))
+        return
     if not entries:
         st.info("There is no log of a training run beside this model.")
         return

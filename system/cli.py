@@ -37,7 +37,7 @@ from typing import (
 from system import interrupts
 from system.errors import UserError, is_out_of_memory, require
 from system.threads import limit_spinning
-from system.untrusted import MAX_INTEGER, printable
+from system.untrusted import as_utf8, printable
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -146,8 +146,8 @@ def parse(config_class: type[Config], arguments: list[str], presets: Mapping[str
         raise UserError(f"{message} (see --help)", status=2) from None
     flags = {name: value for group in vars(groups).values() for name, value in vars(group).items()}
     for name, value in flags.items():
-        flag = f"--{name.replace('_', '-')}"
-        require(not isinstance(value, int) or abs(value) <= MAX_INTEGER, f"{flag} must be below 2^63")
+        flag, limit = f"--{name.replace('_', '-')}", 63 if name == "seed" else 40
+        require(not isinstance(value, int) or abs(value) < 2**limit, f"{flag} must be below 2^{limit}")
         require(not isinstance(value, float) or math.isfinite(value), f"{flag} must be a finite number")
     return config_class(**flags)
 
@@ -182,8 +182,8 @@ def plain(config: DataclassInstance) -> dict[str, Any]:
 
     def convert(value: Any) -> Any:
         if isinstance(value, tuple):
-            return list(value)
-        return value if isinstance(value, int | float | None) else str(value)
+            return [convert(part) for part in value]
+        return value if isinstance(value, int | float | None) else as_utf8(value)
 
     return {name: convert(value) for name, value in dataclasses.asdict(config).items()}
 

@@ -35,6 +35,11 @@ def is_text(value: object) -> bool:
     return True
 
 
+def as_utf8(text: object) -> str:
+    """Returns a value as text, with "?" for bytes of a file name that are not UTF-8."""
+    return str(text).encode("utf-8", errors="replace").decode()
+
+
 def is_file_name(value: object) -> bool:
     """Whether a value is the plain name of a file: no path, so the file lies in the folder that is meant."""
     is_name = isinstance(value, str) and is_text(value) and 0 < len(value.encode()) <= 255

@@ -103,6 +103,11 @@ def test_the_picker_offers_every_checkpoint_except_last_ones_and_shows_its_facts
     assert facts["written"] == state["created"][:10]
 
 
+def test_a_name_that_is_not_utf8_does_not_break_the_page(folder):
+    shutil.copy2(folder / "checkpoints/toy.pt", folder / "checkpoints" / os.fsdecode(b"caf\xe9.pt"))
+    assert set(open_page().selectbox(key="model").options) == {"toy.pt", "sft.pt"}
+
+
 def test_chat_keeps_the_conversation_and_shows_text_as_text(folder):
     page = open_page("sft.pt")
     slider(page, "Length").set_value(8).run()

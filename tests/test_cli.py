@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,6 +143,11 @@ def test_bad_usage_gets_one_line(arguments, message):
     assert (str(error.value), error.value.status) == (f"{message} (see --help)", 2)
 
 
+def test_a_number_of_thirty_digits_costs_one_line():
+    with pytest.raises(UserError, match="^--max-steps must be below 2.40$"):
+        parse(Config, ["--max-steps", "9" * 30])
+
+
 def test_a_message_for_a_terminal_has_no_colours_and_no_frame(monkeypatch):
     class Terminal(io.StringIO):
         encoding = "utf-8"
@@ -172,5 +178,6 @@ def test_a_run_describes_only_what_is_not_default():
 
 def test_a_plain_config_holds_numbers_strings_and_lists():
     assert plain(Required(Path("x"))) == {"out": "x"}
+    assert plain(Required(Path(os.fsdecode(b"caf\xe9")))) == {"out": "caf?"}
     assert plain(DataConfig(stop=("a",))) == {"data": "data", "stop": ["a"]}
     assert plain(SpeedOfLearningConfig()) == {"learning_rate": 1e-3, "accumulate": "auto"}

@@ -4,15 +4,18 @@ import csv
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from conftest import run_script, succeed
+from matplotlib import image
 from torch.nn.functional import cross_entropy
 
 import export
@@ -25,9 +28,12 @@ from text.readers import Notes
 from training.classifier import Classifier, LabelledTexts
 from training.evaluation import mean_loss
 from training.loader import Conversations
+from training.plots import draw_confusion_matrix, most_confused
 from weights import checkpoint
 from weights.loading import load_checkpoint
 from weights.lora import add_adapter, restore_adapter
+
+SAMPLES = Path(__file__).parent / "samples"
 
 
 @pytest.fixture
@@ -226,6 +232,27 @@ def test_a_classifier_learns_and_is_tested(classifier):
     assert [len(e["examples"]) for e in state["history"] if "examples" in e] == [5, 5]
     for name in ("spam_loss", "spam_confusion"):
         assert (classifier / f"plots/{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_of_many_labels_shows_the_most_confused(tmp_path):
+    confusion = (4 * np.eye(700, dtype=int)).tolist()
+    confusion[650][3] = confusion[3][651] = 2
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    draw_confusion_matrix(confusion, [f"label {i} " + "x" * i for i in range(700)], tmp_path / "c.png")
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 500, "MB"
+    height, width, _ = image.imread(tmp_path / "c.png").shape
+    assert 2000 < height < 4000 and 2000 < width < 4000
+    assert most_confused(np.array(confusion), 3).tolist() == [3, 650, 651]
+
+
+def test_a_model_may_learn_more_labels_than_it_has_tokens(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_csv("t.csv", [(f"text {i} of {j}", f"label {i}") for i in range(330) for j in range(3)])
+    base = SAMPLES / "base.pt"  # with 320 tokens
+    train_classifier.main(
+        train_classifier.Config(input=Path("t.csv"), model=base, out=Path("c.pt"), max_steps=1, device="cpu")
+    )
+    assert "test on 330 texts" in capsys.readouterr().out and Path("c_confusion.png").exists()
 
 
 def test_classify_reads_arguments_a_file_and_standard_input(classifier):

@@ -4,14 +4,19 @@ import copy
 import functools
 import json
 import math
+import os
 import random
 import resource
 import shutil
+import struct
 import time
+import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import run_script
@@ -25,7 +30,10 @@ from text.tokenizer import from_spec, load_tokenizer
 from training.checkpointing import restore
 from training.config import TrainerConfig
 from training.distributed import Processes
-from training.loader import Windows
+from training.evaluation import mean_loss, read_hellaswag
+from training.loader import Conversations, Windows
+from training.plots import draw_losses
+from training.run_log import read_log
 from training.state import TrainingState
 from weights import checkpoint
 from weights.huggingface import write_folder
@@ -294,6 +302,198 @@ def test_json_that_is_deep_or_huge(tmp_path, bomb):
         lambda: from_spec(bomb),
     ):
         assert not require_harmless(read, read)
+
+
+def global_(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+FIVE_BILLION = b"\x8a\x09" + (5 * 10**9).to_bytes(9, "little")
+PICKLE_BOMBS = {
+    "bytearray": global_("builtins", "bytearray") + FIVE_BILLION + b"\x85R",
+    "python 2": global_("__builtin__", "bytearray") + FIVE_BILLION + b"\x85R",
+    "tensor": global_("torch", "FloatTensor") + FIVE_BILLION + b"\x85R",
+    "lists": b"](" + b"]" * 10_000_000 + b"e",
+    "numbers": b"](" + b"K\x01" * 10_000_000 + b"e",
+    "sets": b"](" + b"\x8f" * 1_000_000 + b"e",
+    "a long text": b"X" + struct.pack("<I", 40_000_000) + b"a" * 40_000_000,
+    "a text without end": b"X" + struct.pack("<I", 2**32 - 1) + b"a",
+    "nested": b"]" * 1_000_000 + b"a" * 999_999,
+    "a call": global_("os", "system") + b"X\x02\0\0\0ls\x85R",
+}
+
+
+@pytest.mark.parametrize("bomb", PICKLE_BOMBS.values(), ids=PICKLE_BOMBS)
+def test_pickle_that_fills_memory(tmp_path, bomb):
+    entries = [(name, b"\x80\x02" + bomb + b"." if "data.pkl" in name else content) for name, content in unzipped()]
+    write_zip(tmp_path / "x.pt", entries)
+    assert not require_harmless(lambda: load_checkpoint(tmp_path / "x.pt"), "pickle")
+
+
+def unzipped() -> list[tuple[str, bytes]]:
+    with zipfile.ZipFile(SAMPLES / "base.pt") as archive:
+        return [(name, archive.read(name)) for name in archive.namelist()]
+
+
+def write_zip(path: Path, entries: list[tuple[str, bytes]], compression: int = zipfile.ZIP_STORED) -> None:
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "w", compression) as archive:
+        warnings.simplefilter("ignore")  # two entries of one name
+        for name, content in entries:
+            archive.writestr(name, content)
+
+
+def with_size(path: Path, entry: bytes, size: int) -> None:
+    """Makes the directory of a zip file announce another size of an entry."""
+    content, position = bytearray(path.read_bytes()), 0
+    while (position := content.find(b"PK\x01\x02", position) + 4) > 3:
+        if entry in content[position + 42 : position + 80]:
+            struct.pack_into("<II", content, position + 16, size, size)
+    path.write_bytes(content)
+
+
+def test_archives_that_torch_would_not_write(tmp_path):
+    path, entries = tmp_path / "x.pt", unzipped()
+    write_zip(path, entries)
+    assert require_harmless(lambda: use(path), "the same entries")
+    write_zip(path, entries, zipfile.ZIP_DEFLATED)
+    assert not require_harmless(lambda: load_checkpoint(path), "deflated")
+    assert not require_harmless(lambda: load_checkpoint(path, verify=True), "deflated, checksums compared")
+    bomb = b"\x80\x02" + PICKLE_BOMBS["bytearray"] + b"."
+    for name in ("base/data.pkl", "base/DATA.PKL"):
+        for both in ([*entries, (name, bomb)], [(name, bomb), *entries]):
+            write_zip(path, both)
+            assert not require_harmless(lambda: load_checkpoint(path), name)
+    for entry, size in ((b"data.pkl", 2**32 - 2), (b"data/0", 2**32 - 2), (b"data/0", 10), (b"byteorder", 2**31)):
+        write_zip(path, entries)
+        with_size(path, entry, size)
+        require_harmless(lambda: load_checkpoint(path), (entry, size))
+    for length in (0, 1, 100, 10_000, 24_000):
+        path.write_bytes((SAMPLES / "base.pt").read_bytes()[:length])
+        assert not require_harmless(lambda: load_checkpoint(path), f"cut to {length}")
+
+
+def test_a_safetensors_file_with_a_huge_header(tmp_path):
+    write_folder(load_checkpoint(SAMPLES / "base.pt"), tmp_path / "hf")
+    tensors = {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(200_000)}
+    header = json.dumps(tensors).encode()
+    (tmp_path / "hf/model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(UserError, match="its header has .* bytes"):
+        load_checkpoint(tmp_path / "hf")
+
+
+LOGGED = [
+    {"step": 0, "val_loss": 5.5, "seconds": 0.1, "examples": [{"input": "a", "expected": "b", "output": "c"}]},
+    {"step": 1, "loss": 5.0, "learning_rate": 1e-3, "grad_norm": 1.0, "tokens": 64, "seconds": 0.2},
+    {"step": 2, "val_loss": 4.5, "seconds": 0.3, "examples": [{"input": "a", "expected": "b", "output": "d"}]},
+]
+LINES = {
+    "no step": '{"loss": 1}',
+    "a step of text": '{"step": "x", "loss": 1, "tokens": 3, "learning_rate": 1}',
+    "step 0": '{"step": 0, "learning_rate": 1, "tokens": 5}',
+    "no tokens": '{"step": 1, "learning_rate": 1}',
+    "infinite": '{"step": 1, "loss": Infinity, "tokens": NaN, "seconds": NaN, "learning_rate": NaN}',
+    "huge": '{"step": 1, "loss": 1e308, "val_loss": -1e308, "learning_rate": 1e308, "tokens": 1}',
+    "30 digits": '{"step": 1, "loss": ' + "9" * 30 + "}",
+    "no loss beside examples": '{"step": 3, "examples": []}',
+    "fewer examples": '{"step": 3, "val_loss": 1, "examples": []}',
+    "examples of numbers": '{"step": 3, "val_loss": 1, "examples": [{"input": 1, "expected": 2, "output": 3}]}',
+    "half a surrogate": '{"step": 3, "val_loss": 1, "examples": [{"input": "\\ud800", "expected": "", "output": ""}]}',
+    "deep": '{"step":' + "[" * 100_000,
+    "long": '{"step": 1, "x": "' + "y" * 30_000_000 + '"}',
+    "line breaks": "\n" * 1_000_000,
+}
+
+
+@pytest.mark.parametrize("line", LINES.values(), ids=LINES)
+def test_a_log_with_an_odd_line_is_drawn(tmp_path, line):
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join([*map(json.dumps, LOGGED), line, ""]))
+    assert require_harmless(lambda: draw_losses(path, tmp_path / "x.png"), "a line")
+    assert sum(entry in LOGGED for entry in read_log(path)) == (0 if line == LINES["long"] else 3)
+
+
+def test_a_log_with_other_fields_is_drawn(tmp_path):
+    path, rng = tmp_path / "x.jsonl", random.Random(6)
+    draw_losses(path, tmp_path / "x.png")
+    for i in range(15):
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in mutate(LOGGED, rng, PLAIN_VALUES)))
+        assert require_harmless(lambda: draw_losses(path, tmp_path / "x.png"), i)
+
+
+def test_a_run_with_a_name_that_is_not_utf8(tmp_path):
+    out = os.fsdecode(b"caf\xe9.pt")
+    shape = ["--n-layer", 1, "--n-head", 1, "--n-embd", 8, "--block-size", 32, "--batch-size", 2, "--max-steps", 1]
+    result = run_script(tmp_path, "train.py", "--data", SAMPLES / "data", "--out", out, "--device", "cpu", *shape)
+    assert result.returncode == 0, result.stderr
+    use(tmp_path / out)
+    assert read_log(tmp_path / os.fsdecode(b"caf\xe9.jsonl")) and (tmp_path / os.fsdecode(b"caf\xe9_loss.png")).exists()
+
+
+def test_what_is_no_log_counts_as_none(tmp_path):
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
+    (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for path in [*tmp_path.iterdir(), tmp_path / "missing.jsonl"]:
+        assert read_log(path) == []
+
+
+def damaged_index(change: Callable[[np.ndarray], object]) -> Callable[[Path], object]:
+    return lambda folder: edit(folder / "sft_train_index.bin", "<u8", change)
+
+
+def edit(path: Path, dtype: str, change: Callable[[np.ndarray], object]) -> None:
+    numbers = np.fromfile(path, dtype)
+    changed = change(numbers)
+    (numbers if changed is None else np.asarray(changed, dtype)).tofile(path)
+
+
+DAMAGED_CONVERSATIONS = {
+    "an index that goes back": damaged_index(lambda index: index[[0, 3, 2, 1, *range(4, len(index))]]),
+    "an empty conversation": damaged_index(lambda index: index[[0, 0, *range(1, len(index))]]),
+    "an index that starts late": damaged_index(lambda index: index[1:]),
+    "an index beyond the end": damaged_index(lambda index: index.__setitem__(2, 2**63)),
+    "an index of -1": damaged_index(lambda index: index.__setitem__(0, 2**64 - 1)),
+    "no index": damaged_index(lambda index: index[:0]),
+    "noise": damaged_index(lambda index: np.random.default_rng(0).integers(2**63, size=len(index))),
+    "no loss": lambda folder: edit(folder / "sft_train_mask.bin", "u1", lambda mask: mask * 0),
+    "loss everywhere": lambda folder: edit(folder / "sft_train_mask.bin", "u1", lambda mask: mask * 0 + 1),
+    "a short mask": lambda folder: edit(folder / "sft_train_mask.bin", "u1", lambda mask: mask[:-1]),
+    "foreign ids": lambda folder: edit(folder / "sft_train.bin", "<u2", lambda ids: ids * 0 + 65_535),
+    "foreign held-out ids": lambda folder: edit(folder / "sft_val.bin", "<u2", lambda ids: ids * 0 + 65_535),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_CONVERSATIONS.values(), ids=DAMAGED_CONVERSATIONS)
+def test_damaged_conversations_cost_one_line(tmp_path, damage):
+    shutil.copytree(SAMPLES / "data", tmp_path / "data")
+    model = checkpoint.build(load_checkpoint(SAMPLES / "base.pt"))
+
+    def read() -> None:
+        for split in ("train", "val"):
+            data = Conversations(tmp_path / "data", split, model.config.block_size, 2, 0)
+            mean_loss(model, data.in_order(), 2)
+
+    assert require_harmless(read, "unchanged")
+    damage(tmp_path / "data")
+    assert not require_harmless(read, "damaged")
+
+
+def test_foreign_ids_in_held_out_text_cost_one_line(tmp_path):
+    shutil.copytree(SAMPLES / "data", tmp_path / "data")
+    edit(tmp_path / "data/val.bin", "<u2", lambda ids: ids.__setitem__(700, 65_535))
+    model = checkpoint.build(load_checkpoint(SAMPLES / "base.pt"))
+    meta = read_token_meta(tmp_path / "data")
+    data = Windows.from_folder(tmp_path / "data", meta, "val", model.config, 2, 0)
+    with pytest.raises(UserError, match="holds ids that the model does not have"):
+        mean_loss(model, data.in_order(), 2)
+
+
+@pytest.mark.parametrize("label", ["Infinity", "NaN", "1e400", "9" * 30, '"x"', "null", "[]", "true", "-1", "4"])
+def test_hellaswags_labels_are_checked(tmp_path, label):
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"ctx": "a", "endings": ["a", "b", "c", "d"], "label": ' + label + "}\n")
+    require_harmless(lambda: list(read_hellaswag(path)), label)
 
 
 WORST = {

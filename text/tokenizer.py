@@ -233,7 +233,11 @@ def _last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Reads a `tokenizer.json`. Raises UserError if it is missing or not one."""
-    return from_spec(read_utf8(path, MAX_JSON_BYTES))
+    spec = read_utf8(path, MAX_JSON_BYTES)
+    try:
+        return from_spec(spec)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def tokenizer_of_data(folder: Path, meta: dict) -> Tokenizer:

@@ -159,5 +159,5 @@ def test(config: TrainerConfig, examples: list[Example]) -> None:
     print(f"accuracy {figures['accuracy']:.4f}, balanced accuracy {figures['balanced_accuracy']:.4f}")
     checkpoint.save(config.out, {**load_checkpoint(config.out, kinds=("classifier",)), "test": figures})
     plot_path = config.plot_path("confusion")
-    draw_confusion_matrix(expected, predicted, labels, plot_path)
+    draw_confusion_matrix(figures["confusion"], labels, plot_path)
     print(f"confusion matrix in {plot_path}; now try: python classify.py --model {config.out} 'a text'")

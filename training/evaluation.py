@@ -18,7 +18,7 @@ from system.device import autocast
 from system.errors import UserError
 from text.readers import hub_rows, load_hub, opened, records
 from training.distributed import Processes
-from training.loader import Batch, micro_batches, strided
+from training.loader import Batch, micro_batches, require_known_ids, strided
 
 Question = tuple[str, list[str], int]
 """HellaSwag's context, its four endings, and the index of the true one."""
@@ -45,6 +45,7 @@ def mean_loss(
     total = torch.zeros(2, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
     rows = iter(rows)
     while group := list(itertools.islice(rows, batch_size)):
+        require_known_ids(group, model.config)
         [batch] = micro_batches(group, 1, processes.rank, processes.world_size, model.config.block_size)
         is_full = len(group) == batch_size and batch.tokens.size(1) == model.config.block_size
         model.compiled = compiled if is_full and batch.counted is None else None  # another shape would recompile
@@ -150,7 +151,7 @@ def check_question(record: tuple[str, dict]) -> Question:
         context, endings, label = row["ctx"], row["endings"], int(row["label"])
         if len(endings) != 4 or not 0 <= label < 4 or not all(isinstance(text, str) for text in (context, *endings)):
             raise ValueError
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):  # int(Infinity) is an overflow
         raise UserError(f"{where}: expected `ctx`, four `endings` and `label`, as in HellaSwag") from None
     return context, endings, label
 

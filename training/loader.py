@@ -222,15 +222,24 @@ class Conversations(Epochs):
         self.tokens = read_tokens(folder / f"sft_{split}.bin")
         self.mask = memory_map(folder / f"sft_{split}_mask.bin", np.uint8)
         self.offsets = np.array(memory_map(folder / f"sft_{split}_index.bin", np.uint64), dtype=np.int64)
-        if len(self.mask) != len(self.tokens) or len(self.offsets) == 0 or self.offsets[-1] != len(self.tokens):
-            raise UserError(f"{folder}/sft_{split}*.bin do not belong together: run prepare_sft_data.py again")
         self.batch_size, self.seed = batch_size, seed
         self.lengths = np.diff(self.offsets)
+        if not self._belong_together():
+            raise UserError(f"{folder}/sft_{split}*.bin do not belong together: run prepare_sft_data.py again")
         if len(self) and self.lengths.max() > block_size + 1:
             raise UserError(
                 f"{folder} has conversations of {self.lengths.max()} tokens, longer than the model's context "
                 f"of {block_size}: run prepare_sft_data.py with --block-size {block_size}"
             )
+
+    def _belong_together(self) -> bool:
+        """Whether the conversations follow each other without gaps, and loss counts in each, but not at its start."""
+        starts, n = self.offsets[:-1], len(self.tokens)
+        is_complete = len(self.mask) == n and [*self.offsets[:1], *self.offsets[-1:]] == [0, n]
+        if not is_complete or (starts >= self.offsets[1:]).any():
+            return False
+        has_loss = np.maximum.reduceat(self.mask, starts) if len(starts) else self.mask
+        return bool(has_loss.all() and not self.mask[starts].any())
 
     def conversation(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the tokens (uint16) and the loss mask (uint8) of conversation `i`."""
@@ -295,6 +304,13 @@ def stack(rows: list[Batch], max_length: int | None = None) -> Batch:
         counted.append(i * T + (torch.arange(lengths[i]) if row.counted is None else row.counted))
     weights = [row.weights for row in rows if row.weights is not None]
     return Batch(tokens, targets, torch.cat(counted), torch.cat(weights) if weights else None)
+
+
+def require_known_ids(rows: list[Batch], shape: GPTConfig) -> None:
+    """Raises UserError if rows hold ids that a model of this shape does not have. A classifier's targets are labels."""
+    n_targets = shape.n_classes or shape.vocab_size
+    if any(int(row.tokens.max()) >= shape.vocab_size or int(row.targets.max()) >= n_targets for row in rows):
+        raise UserError("the data holds ids that the model does not have: prepare the data again")
 
 
 def micro_batches(

@@ -7,9 +7,12 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from system.background import Background
 from system.files import atomic_write
-from training.report import before_and_after
+from system.untrusted import as_utf8
+from training.report import before_and_after, shorten
 from training.run_log import read_log
 from training.state import Listener, TrainingState
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Entries = list[dict[str, Any]]
+MAX_LABELS_DRAWN = 40
 
 os.environ["MPLBACKEND"] = "agg"  # plots are files; an unknown backend in the environment would be an error
 warnings.filterwarnings("ignore", "Glyph .* missing")  # the font lacks many scripts
@@ -53,7 +57,7 @@ def draw_losses(log_path: Path, plot_path: Path) -> None:
         axes = figure.subplots()
     plot_losses(axes, entries)
     plot_learning_rate(axes, entries)
-    axes.set_title(log_path.stem)
+    axes.set_title(as_utf8(log_path.stem))
     save_figure(figure, plot_path)
 
 
@@ -75,7 +79,7 @@ def plot_learning_rate(axes: Axes, entries: Entries) -> None:
     """Adds the learning rate on the right, and tokens at the top."""
     from matplotlib.ticker import EngFormatter
 
-    steps = [entry for entry in entries if "learning_rate" in entry]
+    steps = [entry for entry in entries if entry["step"] and entry.keys() >= {"learning_rate", "tokens"}]
     if not steps:
         return
     rates = axes.twinx()
@@ -87,22 +91,26 @@ def plot_learning_rate(axes: Axes, entries: Entries) -> None:
     tokens.set_xlabel("tokens")
 
 
-def draw_confusion_matrix(expected: list[str], predicted: list[str], labels: list[str], plot_path: Path) -> None:
-    """Draws how often each label was predicted for each expected label."""
+def draw_confusion_matrix(confusion: list[list[int]], labels: list[str], plot_path: Path) -> None:
+    """Draws how often each label, a row of `confusion`, was predicted as each label, a column.
+
+    Of many labels, only those appear that are confused most: the size of the picture grows with the square.
+    """
     from matplotlib.figure import Figure
     from matplotlib.text import Text
     from sklearn.metrics import ConfusionMatrixDisplay
 
-    figure = Figure(figsize=(2.5 + 0.7 * len(labels), 2 + 0.7 * len(labels)), layout="constrained")
-    ConfusionMatrixDisplay.from_predictions(
-        expected,
-        predicted,
-        labels=labels,
-        ax=figure.add_subplot(),
-        colorbar=False,
-        cmap="Blues",
-        xticks_rotation=45,
+    counts = np.array(confusion)
+    shown = most_confused(counts, MAX_LABELS_DRAWN)
+    n = len(shown)
+    figure = Figure(figsize=(2.5 + 0.7 * n, 2 + 0.7 * n), layout="constrained")
+    axes = figure.add_subplot()
+    names = [shorten(labels[i], 25) for i in shown]
+    ConfusionMatrixDisplay(counts[np.ix_(shown, shown)], display_labels=names).plot(
+        ax=axes, colorbar=False, cmap="Blues", xticks_rotation=45
     )
+    if n < len(labels):
+        axes.set_title(f"the {n} of {len(labels):,} labels that are confused most")
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a label may look like a formula
     save_figure(figure, plot_path)
@@ -115,6 +123,12 @@ def is_plot(path: Path) -> bool:
     with open(path, "rb") as file:
         start = file.read(256)
     return start.startswith(b"\x89PNG") and b"Matplotlib" in start
+
+
+def most_confused(confusion: np.ndarray, n: int) -> np.ndarray:
+    """Returns in ascending order the indices of at most `n` labels that have the most errors in `confusion` (L, L)."""
+    n_errors = confusion.sum(axis=0) + confusion.sum(axis=1) - 2 * confusion.diagonal()  # expected, or predicted
+    return np.sort(np.argsort(-n_errors, kind="stable")[:n])
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -223,7 +223,7 @@ def before_and_after(history: list[dict[str, Any]], width: int = 160) -> str:
         f"held-out loss {first['val_loss']:.4f} before, {last['val_loss']:.4f} after (step {last['step']:,}); "
         "on held-out inputs, greedily:"
     ]
-    for before, after in zip(first["examples"], last["examples"], strict=True):
+    for before, after in zip(first["examples"], last["examples"], strict=False):
         lines.append(f"> {shorten(after['input'], width)}")
         for label, text in (("before", before["output"]), ("after", after["output"]), ("wanted", after["expected"])):
             lines.append(f"  {label:7} {shorten(text, width)}")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from system.files import atomic_write, naming
 from system.untrusted import MAX_JSON_BYTES, parse_json
 from training.config import TrainerConfig
 from training.state import Listener, TrainingState
+from weights.validation import is_entry
 
 Sink = Callable[[dict[str, Any]], None]
 """Takes an entry of the log: `step` and numbers."""
@@ -34,11 +34,11 @@ class RunLog(Listener):
             self.sinks.append(tensorboard_sink(config))
         if config.wandb:
             self.sinks.append(wandb_sink(config))
-        entries = read_log(config.log_path) if state.step else []
-        kept = [entry for entry in entries if entry["step"] <= state.step]
         with atomic_write(config.log_path, "w") as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in kept)
-        self.seconds_before = max((entry["seconds"] for entry in kept), default=0.0)
+            for entry in entries(config.log_path) if state.step else ():
+                if entry["step"] <= state.step:
+                    file.write(json.dumps(entry) + "\n")
+                    self.seconds_before = max(self.seconds_before, entry.get("seconds", 0.0))
         self.start = time.perf_counter()
 
     @property
@@ -62,13 +62,39 @@ class RunLog(Listener):
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Reads a log. Skips a last line that a kill cut short, and everything else that is not an entry."""
-    entries = []
-    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            with contextlib.suppress(ValueError):
-                entries.append(json.loads(line))
-    return [entry for entry in entries if isinstance(entry, dict) and "step" in entry]
+    """Returns the entries of a log, without numbers that no plot can show; of a very long log, some 60,000 entries."""
+    shown = (
+        {name: value for name, value in entry.items() if name == "examples" or abs(value) < 1e30}
+        for entry in entries(path, last_bytes=2**23)
+    )
+    return [entry for entry in shown if is_entry(entry)]  # examples beside an infinite loss are gone too
+
+
+def entries(path: Path, last_bytes: int | None = None) -> Iterator[dict[str, Any]]:
+    """Yields the entries of a log, or those in its last bytes; none if there is no such file.
+
+    Skips a last line that a kill cut short, and everything else that is not an entry. Raises UserError if the file
+    cannot be read.
+    """
+    try:
+        if not path.is_file():
+            return
+        with open(path, "rb") as file:
+            if last_bytes is not None:
+                file.seek(max(0, path.stat().st_size - last_bytes))
+            while line := file.readline(MAX_JSON_BYTES):
+                if is_entry(entry := _parse(line)):
+                    yield entry
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _parse(line: bytes) -> Any:
+    """Returns the value in a line of a log, or None if the line cannot be an entry."""
+    try:
+        return parse_json(line.decode("utf-8")) if line.startswith(b'{"') else None
+    except ValueError:
+        return None
 
 
 def holds_only_a_beginning(path: Path) -> bool:

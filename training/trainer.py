@@ -20,7 +20,7 @@ from system.errors import UserError
 from system.interrupts import catch_stop_signals
 from training.distributed import local_gradients, replicate
 from training.evaluation import bits_per_byte, compile_evaluation, mean_loss
-from training.loader import Batch, Epochs, Prefetcher, StepBatch, Windows, micro_batches, step_seed
+from training.loader import Batch, Epochs, Prefetcher, StepBatch, Windows, micro_batches, require_known_ids, step_seed
 from training.memory import fewest_micro_batches
 from training.optim import learning_rate_at, set_learning_rate
 from training.state import Listener, StepFigures, StopReason, TrainingState
@@ -120,10 +120,8 @@ class Trainer:
 
     def load_batch(self, step: int) -> StepBatch:
         """Returns this rank's share of the global batch of a step."""
-        rows, vocab_size = self.train_data.batch(step), self.state.model.config.vocab_size
-        if max(int(max(row.tokens.max(), row.targets.max())) for row in rows) >= vocab_size:
-            raise UserError("the training data holds ids that the model does not have: prepare the data again")
-        state, processes = self.state, self.state.processes
+        rows, state, processes = self.train_data.batch(step), self.state, self.state.processes
+        require_known_ids(rows, state.model.config)
         max_length = state.model.config.block_size
         return StepBatch(
             micro_batches(rows, state.n_micro_batches, processes.rank, processes.world_size, max_length),

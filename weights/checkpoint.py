@@ -4,6 +4,8 @@ Files are always read with `weights_only=True`, so that nothing in them is execu
 """
 
 import dataclasses
+import pickletools
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -22,6 +24,10 @@ from text import tokenizer as tokenizers
 from weights.validation import require_valid
 
 FORMAT_VERSION = 1
+
+_MAX_PICKLE_BYTES, _MAX_PICKLE_OPERATIONS = 2**25, 2**21
+_PICKLED_NAMES = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")
+"""What the pickle of a checkpoint may refer to, ours or nanoGPT's: module and name."""
 
 Checkpoint = dict[str, Any]
 """A checkpoint in memory. `kind` is "base", "sft", "classifier" or "lora", `model` maps the names of parameters to
@@ -66,7 +72,7 @@ def read_contents(path: str | Path, verify: bool = False) -> dict[str, Any]:
     `verify` compares the checksums first. Raises UserError if the file is damaged or holds anything but a dict.
     """
     try:
-        _require_stored(path)
+        _require_harmless(path)
         if verify:
             _verify_checksums(path)
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -244,11 +250,24 @@ def describe(checkpoint: Checkpoint) -> str:
     return ", ".join([metadata["kind"], *(f"{name} {metadata[name]}" for name in shown)])
 
 
-def _require_stored(path: str | Path) -> None:
-    """Raises ValueError if a file, unpacked, would be larger than it is: `torch.save` does not compress."""
+def _require_harmless(path: str | Path) -> None:
+    """Raises ValueError if a file is compressed, or if its pickle does what `torch.save` of a checkpoint never does.
+
+    Such files can fill the memory: torch, even with `weights_only=True`, calls `bytearray(10**12)` if a pickle says so.
+    """
     with zipfile.ZipFile(path) as archive:
-        if any(file.compress_type != zipfile.ZIP_STORED for file in archive.infolist()):
+        entries = archive.infolist()
+        if any(
+            entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size for entry in entries
+        ):
             raise ValueError
+        [pickled] = [entry for entry in entries if entry.filename.lower().endswith("data.pkl")]  # torch ignores case
+        if pickled.file_size > _MAX_PICKLE_BYTES:
+            raise ValueError
+        for i, (operation, argument, _) in enumerate(pickletools.genops(archive.read(pickled))):
+            is_foreign = operation.name == "GLOBAL" and not _PICKLED_NAMES.fullmatch(argument)
+            if i > _MAX_PICKLE_OPERATIONS or operation.proto > 2 or is_foreign:
+                raise ValueError
 
 
 def _verify_checksums(path: str | Path) -> None:

@@ -62,6 +62,9 @@ EXPORTED_FIELDS = {
 }
 """Fields of GPTConfig that the GPT-2 of `transformers` can express with any value."""
 
+_MAX_HEADER_BYTES = 2**22
+"""Longest header of a safetensors file. It takes about 100 bytes per tensor, and GPT-2 XL has 580."""
+
 
 # ---- reading
 
@@ -108,6 +111,10 @@ def weight_files(folder: Path) -> list[Path]:
     for file in files:
         if not file.is_file():
             raise UserError(f"{file} is missing: only weights in safetensors are read, never pickled ones")
+        with open(file, "rb") as opened:
+            n_header_bytes = int.from_bytes(opened.read(8), "little")
+        if n_header_bytes > _MAX_HEADER_BYTES:  # the library reads longer ones, into 20 times their size of memory
+            raise UserError(f"{file} is damaged: its header has {n_header_bytes:,} bytes; download the model again")
     return files
 
 

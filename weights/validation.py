@@ -6,6 +6,7 @@ The names and shapes of the tensors follow from the config by a formula, so a co
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
@@ -102,6 +103,21 @@ def is_plain_tensor(value: object, shape: Collection[int]) -> bool:
     )
 
 
+def is_entry(entry: object) -> bool:
+    """Whether a value is an entry of the history or of a log: `step` and numbers, and perhaps beside a validation loss
+    examples of what the model writes."""
+    if not isinstance(entry, dict) or not is_integer(entry.get("step")):
+        return False
+    examples = entry.get("examples", [])
+    return (
+        all(is_number(value) for name, value in entry.items() if name != "examples")
+        and all(map(is_text, entry))
+        and isinstance(examples, list)
+        and all(map(_is_example, examples))
+        and ("examples" not in entry or "val_loss" in entry)
+    )
+
+
 def _linear_shapes(config: GPTConfig) -> dict[str, tuple[int, int]]:
     """Returns the names and the shapes (out, in) of the linear layers inside the blocks."""
     C = config.n_embd
@@ -158,7 +174,7 @@ def _require_metadata(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     _require(is_text(created), path, f"its created is {brief(created)}, not a text")
     _require_labels(checkpoint, path)
     history = checkpoint.get("history", [])
-    is_history = isinstance(history, list) and all(map(_is_history_entry, history))
+    is_history = isinstance(history, list) and all(map(is_entry, history))
     _require(is_history, path, "its history is not a list of evaluations")
     train_config = checkpoint.get("train_config", {})
     is_config = isinstance(train_config, dict) and all(map(_is_option, train_config.items()))
@@ -172,20 +188,6 @@ def _require_labels(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     _require(isinstance(labels, list) and all(map(is_text, labels)), path, "its labels are not a list of texts")
     is_one_each = len(labels) == len(set(labels)) == n_classes
     _require(is_one_each, path, f"it has {len(set(labels)):,} labels for {n_classes:,} classes")
-
-
-def _is_history_entry(entry: object) -> bool:
-    """Whether a value is an entry of the history: `step`, losses, and perhaps examples of what the model writes."""
-    if not isinstance(entry, dict):
-        return False
-    examples = entry.get("examples", [])
-    return (
-        is_integer(entry.get("step", 0))
-        and all(is_number(value) for name, value in entry.items() if name not in ("step", "examples"))
-        and all(map(is_text, entry))
-        and isinstance(examples, list)
-        and all(map(_is_example, examples))
-    )
 
 
 def _is_example(example: object) -> bool:
@@ -204,13 +206,21 @@ def _is_option(option: tuple[object, object]) -> bool:
 
 def _require_lora(lora: Any, path: str | Path) -> None:
     base = lora.get("base") if isinstance(lora, dict) else None
-    is_path = isinstance(base, str) and is_text(base) and 0 < len(base) <= _MAX_PATH and "\0" not in base
+    is_path = isinstance(base, str) and 0 < len(base) <= _MAX_PATH and _can_name_file(base)
     _require(is_path, path, "it does not name its base model")
     rank, alpha, sha256 = lora.get("rank"), lora.get("alpha"), lora.get("base_sha256")
     _require(is_integer(rank, 1, _MAX_SIZE), path, f"the rank of its adapter is {brief(rank)}")
     _require(is_number(alpha) and math.isfinite(alpha), path, f"the alpha of its adapter is {brief(alpha)}")
     is_sum = isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256) is not None
     _require(is_sum, path, f"the SHA-256 sum of its base model is {brief(sha256)}")
+
+
+def _can_name_file(name: str) -> bool:
+    """Whether a text can be the path of a file, whose bytes need not be UTF-8."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def _require_tensors(
