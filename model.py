@@ -42,7 +42,7 @@ class GPTConfig:
     rotary: bool = False
     """rotary positions (Su et al. 2021) instead of GPT-2's learned ones"""
     qk_norm: bool = False
-    """queries and keys of one length (Henry et al. 2020)"""
+    """RMSNorm of queries and keys (Henry et al. 2020)"""
     value_embeddings: bool = False
     """each layer adds an embedding of the token to its values (Zhou et al. 2024)"""
     squared_relu: bool = False
@@ -115,17 +115,16 @@ def rotary_angles(positions: Tensor, head_size: int) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turns each pair of numbers in x (B, nh, T, hs) by an angle that grows with the position.
-
-    The product of a query and a key then depends on their distance alone.
-    """
+    """Turns pairs of numbers in x (B, nh, T, hs) by angles that grow with the position, so that the product of a query
+    and a key depends on their distance alone. Returns float32."""
     a, b = x.chunk(2, dim=-1)  # (B, nh, T, hs / 2)
     cos, sin = rotation
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
 class MLP(nn.Module):
-    """Two linear layers with GPT-2's tanh approximation of the GELU (Hendrycks & Gimpel 2016) between them."""
+    """Two linear layers, and between them GPT-2's tanh approximation of the GELU (Hendrycks & Gimpel 2016) or a squared
+    ReLU."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()

@@ -40,7 +40,7 @@ class Model:
     rotary: bool = False
     """rotary positions instead of learned ones"""
     qk_norm: bool = False
-    """queries and keys of one length"""
+    """RMSNorm of queries and keys"""
     value_embeddings: bool = False
     """each layer adds an embedding of the token to its values"""
     squared_relu: bool = False

@@ -31,7 +31,7 @@ FLOORS = {
     **{script.removesuffix(".py"): SCRIPT_FLOOR for script in SCRIPTS},
 }
 PACKAGES = {name for name in FLOORS if f"{name}.py" not in SCRIPTS | {"model.py"}}
-MAX_LINES = {"model.py": 320, "training/trainer.py": 260}
+MAX_LINES = {"model.py": 380, "training/trainer.py": 260}
 MAX_FUNCTION_LINES = 60
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from generation.decoding import KVCache, generate, sample
-from model import GPT, GPTConfig, chunk_loss, linear_cross_entropy
+from model import GPT, GPTConfig, causal_attention, chunk_loss, linear_cross_entropy, rotary_angles, rotate
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -76,6 +76,38 @@ def test_gpt2_small_has_124_million_parameters():
     with torch.device("meta"):
         assert GPT(GPTConfig(vocab_size=50257, n_tokens=50257)).n_parameters() == 124_439_808
         assert GPT(GPTConfig(vocab_size=50257, n_tokens=50257, tie_weights=False)).n_parameters() == 163_037_184
+
+
+def test_looking_up_an_embedding_costs_no_operations():
+    shape = {"bias": False, "n_layer": 2, "n_embd": 128, "block_size": 64, "vocab_size": 512, "n_tokens": 512}
+    tied = GPT(GPTConfig(**shape, n_head=2))
+    multiplied = 2 * 12 * 128**2 + 5 * 128 + 512 * 128  # matrices of the layers, LayerNorms, head
+    assert tied.flops_per_token() == 6 * multiplied + 12 * 2 * 128 * 64
+    more = GPT(GPTConfig(**shape, n_head=2, tie_weights=False, value_embeddings=True, rotary=True))
+    assert more.flops_per_token() == tied.flops_per_token() and more.n_parameters() > 1.2 * tied.n_parameters()
+
+
+def test_rotary_attention_depends_on_distances_alone():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 8, 16)
+    near, far = (rotary_angles(torch.arange(start, start + 8), 16) for start in (0, 500))
+    scores = [rotate(q, rotation) @ rotate(k, rotation).mT for rotation in (near, far)]
+    torch.testing.assert_close(*scores, atol=1e-4, rtol=1e-4)
+    assert (scores[0] - q @ k.mT).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("n", [64, 300])
+def test_attention_in_bfloat16_is_nearly_that_in_float32(n):
+    torch.manual_seed(0)
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 2, 2, n, 16).bfloat16())
+    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = causal_attention(q, k, v, dropout=0.0)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), exact, atol=2e-2, rtol=2e-2)
+    ours, theirs = (torch.autograd.grad(y.float().square().sum(), (q, k, v)) for y in (found, exact))
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).norm() < 0.03 * b.norm()
 
 
 def test_first_loss_is_that_of_guessing():

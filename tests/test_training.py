@@ -1,5 +1,6 @@
 """The training loop, in real processes: killed, interrupted, resumed and split."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import timeit
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,9 +23,11 @@ from system.device import multiplies_faster_in_bfloat16
 from training.config import TrainerConfig
 from training.distributed import Processes
 from training.loader import Windows
-from training.optim import Muon, build_optimizers, learning_rate_at
+from training.optim import Muon, build_optimizers, learning_rate_at, set_learning_rate
 from training.state import TrainingState
 from training.trainer import Trainer
+
+SHAPE = GPTConfig(block_size=32, vocab_size=448, n_tokens=448, n_layer=2, n_head=2, n_embd=32)
 
 RUN = [
     "--data",
@@ -322,7 +326,7 @@ def test_the_benchmark_runs_every_row(tmp_path):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_step_asks_the_device_for_no_number(toy, optimizer):
     """Tensors without contents, at which every operation that the host would have to wait for raises."""
-    shape = GPTConfig(block_size=32, vocab_size=448, n_tokens=448, n_layer=2, n_head=2, n_embd=32, dropout=0.1)
+    shape = dataclasses.replace(SHAPE, dropout=0.1)
     config = TrainerConfig(device="cpu", dtype="bfloat16", batch_size=4, grad_accum_steps=2, optimizer=optimizer)
     data = Windows([toy / "data/toy/train.bin"], 32, 4, 0)
     trainer = Trainer(TrainingState.create(GPT(shape), config, Processes()), data, data)
@@ -347,22 +351,44 @@ def test_a_damaged_checkpoint_is_not_resumed(toy, uninterrupted):
         assert "Traceback" not in result.stderr
 
 
-def test_muon_equals_torch():
+Parameters = list[torch.nn.Parameter]
+
+
+def after_equal_gradients(*optimizers: Callable[[Parameters], torch.optim.Optimizer]) -> list[Parameters]:
+    """The parameters after five steps of each optimizer from the same start, with the same random gradients."""
     torch.manual_seed(0)
-    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in [(64, 32), (64, 32), (32, 64), (48, 48)]]
-    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    optimizers = (
-        Muon(ours, lr=0.02),
-        torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-    )
-    for _ in range(5):
-        for p, q in zip(ours, theirs, strict=True):
-            p.grad = torch.randn_like(p)
-            q.grad = p.grad.clone()
-        for optimizer in optimizers:
+    start = [torch.randn(shape) for shape in [(64, 32), (64, 32), (32, 64), (48, 48)]]
+    gradients = [[torch.randn_like(tensor) for tensor in start] for _ in range(5)]
+    results = []
+    for build in optimizers:
+        parameters = [torch.nn.Parameter(tensor.clone()) for tensor in start]
+        optimizer = build(parameters)
+        for step in gradients:
+            for p, gradient in zip(parameters, step, strict=True):
+                p.grad = gradient.clone()
             optimizer.step()
+        results.append(parameters)
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_muon_equals_torch(dtype):
+    torchs = lambda ps: torch.optim.Muon(ps, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")  # noqa: E731
+    ours, theirs = after_equal_gradients(lambda ps: Muon(ps, lr=0.02, dtype=dtype), torchs)
     for p, q in zip(ours, theirs, strict=True):  # torch computes in bfloat16
         assert (p - q).norm() < 1e-3 * q.norm()
+
+
+def test_embeddings_learn_at_their_own_rate():
+    model = GPT(dataclasses.replace(SHAPE, value_embeddings=True, tie_weights=False))
+    optimizers = build_optimizers(model, "muon", 1e-3, 0.95, 0.1, embedding_lr_scale=10.0)
+    set_learning_rate(optimizers, 2e-3)
+    rates = {p: group["lr"] for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == len(list(model.parameters()))  # each in one group
+    for name, p in model.named_parameters():
+        assert rates[p] == pytest.approx(2e-2 if name.endswith(("wte.weight", "wpe.weight", "wve.weight")) else 2e-3)
+    in_muon = {p for group in optimizers[0].param_groups for p in group["params"]}
+    assert in_muon == {p for name, p in model.h.named_parameters() if p.dim() == 2 and "wve" not in name}
 
 
 def test_learning_rate_warms_up_then_falls_along_a_cosine():
@@ -375,6 +401,10 @@ def test_learning_rate_warms_up_then_falls_along_a_cosine():
         and rates[110] == pytest.approx(0.1)
     )
     assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
+    cooled = [learning_rate_at(step, dataclasses.replace(config, cooldown=0.5)) for step in range(111)]
+    assert cooled[:11] == rates[:11] and set(cooled[10:56]) == {1.0} and cooled[110] == pytest.approx(0.1)
+    falls = [a - b for a, b in zip(cooled[55:], cooled[56:], strict=False)]
+    assert falls == pytest.approx([0.9 / 55] * 55)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import math
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
+from model import GPTConfig
 from system.background import Background
 from system.cli import command_line, plain
 from system.device import copy_to_host, queued_work
@@ -183,9 +185,8 @@ class Checkpointer(Listener):
         self.background.start(write_file)
 
 
-_FIXED_OPTIONS = (
-    "n_layer", "n_head", "n_embd", "block_size", "optimizer", "lora_rank", "lora_alpha", "train_layers"
-)  # fmt: skip
+_SHAPE = tuple(field.name for field in dataclasses.fields(GPTConfig) if field.name != "dropout")
+_FIXED_OPTIONS = (*_SHAPE, "optimizer", "embedding_lr_scale", "lora_rank", "lora_alpha", "train_layers")
 _FREE_OPTIONS = ("preset", "data", "out", "resume", "overwrite")  # the data is compared by its content
 
 
