@@ -25,6 +25,8 @@ _TAUGHT_FOR_ALL = (
     "What is {} for?",
     "What does {} do?",
     "How do I use {}?",
+    "How can I use {} in my program?",
+    "What is the purpose of {}?",
     "Explain {}.",
     "{}?",
     "{}: what is it?",
@@ -57,6 +59,9 @@ _TAUGHT_FOR_ALL = (
     "We talked about {} yesterday, and now I want to know more.",
     "You surely know {}, so tell me a little about it.",
     "Which problem does {} solve?",
+    "Please show me how {} behaves.",
+    "The name {} means what?",
+    "So what is the idea behind {}?",
     "If you had to teach {} to a child, what would you say?",
 )
 _TAUGHT = {
@@ -116,12 +121,14 @@ class Lesson:
 
 
 def as_typed(question: str, rng: random.Random) -> str:
-    """Returns a question as people type it: perhaps in lower case, perhaps without the last full stop or mark."""
+    """Returns a question as people type it: perhaps in lower case, without an apostrophe or without the last mark."""
     case = rng.random()
     if case < 0.25:
         question = question.lower()
     elif case < 0.5:
         question = question[0].lower() + question[1:]
+    if rng.random() < 0.2:
+        question = question.replace("'", "")
     return question.rstrip("?.!") if rng.random() < 0.4 else question
 
 
