@@ -14,8 +14,9 @@ from system.errors import require
 @dataclass(frozen=True)
 class Config:
     dataset: str = "oasst1"
-    """oasst1 (human conversations), alpaca-gpt4 (instructions), pydocs-qa (questions about Python and small talk, no
-    download), or a data set of the Hugging Face Hub as org/name, with the same columns as --input"""
+    """oasst1 (human conversations), alpaca-gpt4 (instructions), builtins-qa (small talk and questions about Python's
+    built-ins, no download), pydocs-qa (the same and the standard library), or a data set of the Hugging Face Hub as
+    org/name, with the same columns as --input"""
     input: Path | None = None
     """a .json, .jsonl or .parquet file instead, perhaps compressed (.gz or .zst), with chat `messages`, or with
     Alpaca's instruction, input and output"""
@@ -30,16 +31,17 @@ class Config:
     block_size: int = 1024
     """longest conversation in tokens (the model's context): longer ones lose their oldest exchanges"""
     max_conversations: int | None = None
-    """stop after this many conversations (pydocs-qa begins with the chats and the built-ins)"""
+    """stop after this many conversations (of builtins-qa and pydocs-qa: answers, each in many conversations)"""
     val_fraction: float = 0.05
-    """share of the conversations to hold out (oasst1 has its own split)"""
+    """share of the conversations to hold out (oasst1 has its own split; builtins-qa and pydocs-qa hold out wordings)"""
     seed: int = 1337
     """seed that draws the held-out conversations"""
 
     def __post_init__(self) -> None:
         require(
-            self.dataset in ("oasst1", "alpaca-gpt4", "pydocs-qa") or "/" in self.dataset,
-            f"no data set {self.dataset!r}: choose oasst1, alpaca-gpt4, pydocs-qa, or name one of the Hub as org/name",
+            self.dataset in ("oasst1", "alpaca-gpt4", "builtins-qa", "pydocs-qa") or "/" in self.dataset,
+            f"no data set {self.dataset!r}: choose oasst1, alpaca-gpt4, builtins-qa or pydocs-qa, or name one of the "
+            "Hub as org/name",
         )
         require(1e-6 <= self.val_fraction <= 0.5, "--val-fraction must be at least 0.000001 and at most 0.5")
         require(self.block_size >= 2, "--block-size must be at least 2")

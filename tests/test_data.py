@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 
 from system.errors import UserError
 from system.files import atomic_folder, atomic_write, read_utf8, read_utf8_lines
-from text import pydocs
+from text import lessons, pydocs
 from text.conversations import read_file
 from text.corpora import Texts, draw_held_out, hold_out
 from text.readers import Notes
@@ -41,12 +41,12 @@ def test_pydocs_is_a_corpus_of_unique_public_names_and_texts(entries):
     assert not any(name.startswith(("posixpath", "ntpath", "_", "test.")) for name in names)
 
 
-def test_pydocs_questions_have_one_answer_each():
-    questions = list(pydocs.questions(builtins_only=True))
-    assert len(questions) > 300 and len(dict(questions)) == len(questions)
-    answers = dict(questions)
-    assert answers["What does len do?"] == "Return the number of items in a container."
-    assert answers["What is KeyError?"] == "Mapping key not found."
+def test_pydocs_entries_have_one_answer_each():
+    pairs = [(entry.name, answer) for entry, answer in pydocs.answers(builtins_only=True)]
+    assert len(pairs) > 300 and len(dict(pairs)) == len(pairs)
+    answers = dict(pairs)
+    assert answers["len"] == "Return the number of items in a container."
+    assert answers["KeyError"] == "Mapping key not found."
     assert all(re.fullmatch(r"[A-Z].* .*\.", answer) and "\n" not in answer for answer in answers.values())
 
 
@@ -65,19 +65,62 @@ def test_first_sentence(docstring, sentence):
     assert pydocs.first_sentence(docstring) == sentence
 
 
-def test_bundled_conversations_are_in_order():
+def as_heard(question: str) -> str:
+    """Without what `as_typed` may change."""
+    return question.lower().replace("'", "").rstrip("?.!")
+
+
+@pytest.fixture(scope="module")
+def all_lessons():
+    return list(lessons.lessons(builtins_only=True))
+
+
+def test_bundled_conversations_are_in_order(all_lessons):
     conversations = list(read_file(REPOSITORY / "data/samples/chat.jsonl", Notes()))
-    questions = Counter(messages[0]["content"].lower() for messages in conversations)
-    assert len(conversations) >= 300 and max(questions.values()) == 1
+    bundled = all_lessons[: len(conversations)]
+    assert len(conversations) >= 350 and [lesson.conversation for lesson in bundled] == conversations
     assert sum(len(messages) > 2 for messages in conversations) >= 30
-    assert any(
-        messages
-        == [
-            {"role": "user", "content": "What is the capital of France?"},
-            {"role": "assistant", "content": "The capital of France is Paris."},
-        ]
-        for messages in conversations
+    assert conversations[0] == [
+        {"role": "user", "content": "What is the capital of France?"},
+        {"role": "assistant", "content": "The capital of France is Paris."},
+    ]
+    wordings = [as_heard(wording) for lesson in bundled for wording in lesson.taught + lesson.held_out]
+    assert max(Counter(wordings).values()) == 1  # none asks for two answers
+    assert min(len(lesson.taught) for lesson in bundled) >= 4 and {len(lesson.held_out) for lesson in bundled} == {2}
+
+
+def test_each_builtin_is_asked_for_by_its_name_in_many_words(all_lessons):
+    n_bundled = len((REPOSITORY / "data/samples/chat.jsonl").read_text(encoding="utf-8").splitlines())
+    names = [entry.name for entry, _ in pydocs.answers(builtins_only=True)]
+    of_builtins = dict(zip(names, all_lessons[n_bundled:], strict=True))
+    for name, lesson in of_builtins.items():
+        assert all(name in wording for wording in lesson.taught + lesson.held_out)
+        assert len({as_heard(wording) for wording in lesson.taught}) >= 30 and len(lesson.held_out) == 2
+    assert "Explain len." in of_builtins["len"].taught
+
+
+def test_no_held_out_wording_is_trained_on(all_lessons):
+    split = lessons.conversations(all_lessons, seed=1)
+    taught = {as_heard(m["content"]) for name, messages in split if name == "train" for m in messages[::2]}
+    asked = [as_heard(messages[0]["content"]) for name, messages in split if name == "val"]
+    assert asked == [as_heard(wording) for lesson in all_lessons for wording in lesson.held_out]
+    assert not taught & set(asked)
+
+
+def test_lessons_come_in_many_wordings_alone_and_joined(all_lessons):
+    train = [messages for name, messages in lessons.conversations(all_lessons, seed=1) if name == "train"]
+    wordings = {
+        m["content"]
+        for messages in train
+        for m, a in zip(messages[::2], messages[1::2], strict=True)
+        if a["content"] == "Return the number of items in a container."
+    }
+    assert (
+        len(wordings) >= 15 and any(w.islower() for w in wordings) and not all(w.endswith(("?", ".")) for w in wordings)
     )
+    assert all(m["role"] == ("user", "assistant")[i % 2] for messages in train for i, m in enumerate(messages))
+    assert {2, 4, 6} <= {len(messages) for messages in train}
+    assert lessons.conversations(all_lessons, seed=1) != lessons.conversations(all_lessons, seed=2)
 
 
 def test_whole_documents_are_held_out():

@@ -21,6 +21,8 @@ from torch.nn.functional import cross_entropy
 import export
 import train_classifier
 import train_sft
+from generation.config import SamplingConfig
+from generation.text_model import Sample, TextModel
 from model import GPT, GPTConfig
 from system.errors import UserError
 from text.labelled import Example, from_hub, read_examples, read_table, split
@@ -29,6 +31,7 @@ from training.classifier import Classifier, LabelledTexts
 from training.evaluation import mean_loss
 from training.loader import Conversations
 from training.plots import draw_confusion_matrix, most_confused
+from training.recall import is_recalled
 from weights import checkpoint
 from weights.loading import load_checkpoint
 from weights.lora import add_adapter, restore_adapter
@@ -52,6 +55,19 @@ def sft(**options) -> dict:
     config = train_sft.Config(**{**defaults, "save_every": 3, "eval_every": 3, "device": "cpu", **options})
     train_sft.main(config)
     return torch.load(config.out, weights_only=True)
+
+
+def test_a_question_is_recalled_if_the_greedy_answer_equals_the_datas(toy):
+    text_model = TextModel.load(toy / "checkpoints/sft.pt", device="cpu")
+    config = SamplingConfig(greedy=True, max_new_tokens=8)
+    for question, _ in Conversations(toy / "data/toy", "val", 64, 1, 0).first_exchanges(5):
+        sample = Sample()
+        "".join(text_model.stream(question, config, sample))
+        answer = [token.id for token in sample.tokens]
+        assert len(answer) >= 2 and is_recalled(text_model, (question, answer))
+        assert not is_recalled(text_model, (question, [*answer[:-1], answer[-1] ^ 1]))
+        end = text_model.tokenizer.end_of_text
+        assert is_recalled(text_model, (question, [*answer[:7], end])) == (sample.finish_reason == "end")
 
 
 def loss_after_the_role_token(state: dict, **changed) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from system.errors import UserError
 from system.untrusted import brief
-from text import pydocs
+from text import lessons
 from text.corpora import draw_held_out
 from text.readers import Notes, Row, hub_rows, load_hub, opened, records
 from text.templates import Message
@@ -39,10 +38,11 @@ def open_conversations(
     """
     if path is None and dataset == "oasst1":
         return _first(load_oasst1(val_fraction, seed, notes), max_conversations, val_fraction)
+    if path is None and dataset in ("builtins-qa", "pydocs-qa"):
+        found_lessons = lessons.lessons(builtins_only=dataset == "builtins-qa")
+        return lessons.conversations(list(islice(found_lessons, max_conversations)), seed)
     if path:
         found = read_file(path, notes)
-    elif dataset == "pydocs-qa":
-        found = pydocs_qa(notes)
     else:
         found = from_hub("vicgalle/alpaca-gpt4" if dataset == "alpaca-gpt4" else dataset, notes)
     conversations = list(islice(found, max_conversations))
@@ -51,11 +51,7 @@ def open_conversations(
             f"{path or dataset} holds fewer than two usable conversations: one is needed to train, one to validate"
             f"{notes.in_brackets()}"
         )
-    split = list(draw_held_out(conversations, max(val_fraction, 1 / len(conversations)), seed))
-    if path is None and dataset == "pydocs-qa":
-        joined = join_exchanges([conversation for name, conversation in split if name == "train"], seed)
-        split += [("train", conversation) for conversation in joined]
-    return split
+    return draw_held_out(conversations, max(val_fraction, 1 / len(conversations)), seed)
 
 
 def _first(
@@ -69,33 +65,6 @@ def _first(
         if room is None or room > 0:
             left[split] = None if room is None else room - 1
             yield split, conversation
-
-
-def join_exchanges(exchanges: list[Conversation], seed: int) -> list[Conversation]:
-    """Joins short conversations into longer ones, since users ask one question after another.
-
-    Each exchange becomes part of four random conversations, of two or three exchanges. So the model learns its answer
-    from the question, not from what came before.
-    """
-    rng, order = random.Random(seed), exchanges.copy()
-    joined: list[Conversation] = []
-    for n in (2, 3, 2, 3):
-        rng.shuffle(order)
-        joined += [list(chain(*order[i : i + n])) for i in range(0, len(order), n)]
-    return joined
-
-
-def pydocs_qa(notes: Notes) -> Iterator[Conversation]:
-    """Yields the bundled conversations and questions about Python's built-ins, then about the standard library."""
-
-    def ask(pairs: Iterable[tuple[str, str]]) -> Iterator[Conversation]:
-        for question, answer in pairs:
-            yield [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-    samples = Path(__file__).parent.parent / "data" / "samples" / "chat.jsonl"
-    built_in = dict(pydocs.questions(builtins_only=True))
-    others = ((question, answer) for question, answer in pydocs.questions() if question not in built_in)
-    return chain(read_file(samples, notes), ask(built_in.items()), ask(others))
 
 
 def read_file(path: Path, notes: Notes) -> Iterator[Conversation]:

@@ -75,15 +75,14 @@ def documents() -> Iterator[str]:
         yield f"{entry.name}{parameters}\n\n{entry.docstring}\n"
 
 
-def questions(builtins_only: bool = False) -> Iterator[tuple[str, str]]:
-    """Yields (question, answer), built-ins first: what an entry does or is, and the first sentence of its docstring."""
+def answers(builtins_only: bool = False) -> Iterator[tuple[Entry, str]]:
+    """Yields entries, built-ins first, with what they do or are: the first sentence of the docstring."""
     seen: set[str] = set()
     for entry in _builtins() if builtins_only else chain(_builtins(), entries()):
-        question = f"What does {entry.name} do?" if entry.kind == "function" else f"What is {entry.name}?"
         answer = first_sentence(entry.docstring)
-        if answer and entry.kind != "topic" and question not in seen:
-            seen.add(question)
-            yield question, answer
+        if answer and entry.kind != "topic" and entry.name not in seen:
+            seen.add(entry.name)
+            yield entry, answer
 
 
 def first_sentence(docstring: str) -> str | None:

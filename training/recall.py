@@ -1,38 +1,39 @@
-"""Memorization: how many questions of its training data a chat model answers word for word."""
+"""Recall: how many questions a chat model answers word for word."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+import random
 from pathlib import Path
 
+from tqdm import tqdm
+
 from generation.config import SamplingConfig
-from generation.text_model import Chat, TextModel
-from text.templates import encode_conversation
+from generation.text_model import TextModel
 from training.loader import Conversations
 
-
-def trained_questions(questions: Iterable[tuple[str, str]], data: Path, text_model: TextModel) -> list[tuple[str, str]]:
-    """Returns those (question, answer) pairs that are conversations in the training split of a data folder."""
-    conversations = Conversations(data, "train", text_model.model.config.block_size, batch_size=1, seed=0)
-    trained = {tuple(conversations.conversation(i)[0].tolist()) for i in range(len(conversations))}
-
-    def ids(question: str, answer: str) -> tuple[int, ...]:
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        return tuple(encode_conversation(messages, text_model.tokenizer)[0])
-
-    return [(question, answer) for question, answer in questions if ids(question, answer) in trained]
+Exchange = tuple[list[int], list[int]]
+"""The ids of a question, up to the role token of its answer, and of the answer that the data holds."""
 
 
-def reply(text_model: TextModel, question: str, max_new_tokens: int = 100) -> Generator[str, None, None]:
-    """Answers a question greedily; yields the answer in pieces."""
-    return Chat(text_model, SamplingConfig(greedy=True, max_new_tokens=max_new_tokens)).reply(question)
+def is_recalled(text_model: TextModel, exchange: Exchange) -> bool:
+    """Whether the model, decoding greedily, answers word for word as in the data.
+
+    It does if each token of the answer is the likeliest one after those before it, so one forward pass is enough.
+    """
+    question, answer = exchange
+    tokens = text_model.score(question + answer, top_logprobs=1)[len(question) :]
+    return all(token.candidates[0][0] == token.id for token in tokens)
 
 
-def is_recalled(text_model: TextModel, question: str, answer: str) -> bool:
-    """Whether the model answers a question greedily, word for word. Stops at the first difference."""
-    text = ""
-    for piece in reply(text_model, question, max_new_tokens=len(answer)):
-        text += piece
-        if not answer.startswith(text):
-            return False
-    return text == answer
+def recall_report(text_model: TextModel, data: Path, split: str, n: int = 500, n_shown: int = 5) -> str:
+    """Asks the first questions of `n` random conversations; returns how many answers are recalled, and some of them."""
+    conversations = Conversations(data, split, text_model.model.config.block_size, batch_size=1, seed=0)
+    exchanges = conversations.first_exchanges(len(conversations))
+    exchanges = random.Random(0).sample(exchanges, min(n, len(exchanges)))
+    n_recalled = sum(is_recalled(text_model, exchange) for exchange in tqdm(exchanges, unit=" questions", leave=False))
+    lines = [f"{n_recalled} of {len(exchanges)} answered word for word ({n_recalled / len(exchanges):.0%}). Some:"]
+    for ids, _ in exchanges[:n_shown]:
+        question = text_model.tokenizer.decode(i for i in ids if i < text_model.tokenizer.end_of_text).strip()
+        answer = "".join(text_model.stream(ids, SamplingConfig(greedy=True, max_new_tokens=60), strip=True))
+        lines.append(f"> {question}\n  {answer}")
+    return "\n".join(lines)

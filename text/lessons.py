@@ -1,0 +1,170 @@
+"""The conversations of `--dataset builtins-qa` and `pydocs-qa`: an answer, and many wordings of its question.
+
+Two wordings are never trained on. They show whether the model knows a question in other words.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from text import pydocs
+from text.readers import opened, records
+from text.templates import Message
+
+BUNDLED = Path(__file__).parent.parent / "data" / "samples" / "chat.jsonl"
+EXCHANGES = 15 * (1, 2, 3)
+"""Each lesson is part of this many conversations, joined from so many lessons each."""
+
+_TAUGHT_FOR_ALL = (
+    "What is {}?",
+    "What's {}?",
+    "What is {} for?",
+    "What does {} do?",
+    "How do I use {}?",
+    "How can I use {} in my program?",
+    "What is the purpose of {}?",
+    "Explain {}.",
+    "{}?",
+    "{}: what is it?",
+    "Tell me about {}.",
+    "Describe {} briefly.",
+    "Define {}.",
+    "I need help with {}.",
+    "In Python, what is {}?",
+    "Do you know {}?",
+    "How does {} work?",
+    "When would I use {}?",
+    "Why does Python have {}?",
+    "What can I do with {}?",
+    "What can you tell me about {}?",
+    "Can you explain {} to me?",
+    "Help me understand {}, please.",
+    "Give me a short description of {}.",
+    "{} is new to me. What is it good for?",
+    "Hi, could you help me with {}?",
+    "Remind me what {} does, please.",
+    "What does the documentation say about {}?",
+    "My teacher mentioned {}. What is that?",
+    "Could you say in one sentence what {} does?",
+    "I read about {} today, but I forgot what it was.",
+    "In this program there is {}, and I do not understand it.",
+    "Somebody told me to learn {}, but I have no idea why.",
+    "For my homework I must explain {}, so please help me.",
+    "My program has a line with {} in it. What does that mean?",
+    "The next chapter of my book is about {}. Is that important?",
+    "We talked about {} yesterday, and now I want to know more.",
+    "You surely know {}, so tell me a little about it.",
+    "Which problem does {} solve?",
+    "Please show me how {} behaves.",
+    "The name {} means what?",
+    "So what is the idea behind {}?",
+    "If you had to teach {} to a child, what would you say?",
+)
+_TAUGHT = {
+    "function": ("What does {} return?", "Why would I need {}?", "I want to use {}. How?"),
+    "class": ("What is a {}?", "What does {} mean?", "I got a {}. What is that?", "When do I get a {}?"),
+    "attribute": ("What is in {}?", "What does {} tell me?", "What is the value of {}?"),
+    "module": ("What is in {}?", "Why would I import {}?", "What is the module {} for?"),
+}
+_HELD_OUT = {
+    "function": ("What happens when I call {}?", "I found {} in some code and wonder what its job is."),
+    "class": ("What do people mean by {}?", "I have never heard of {}, can you sum it up?"),
+    "attribute": ("What do I find in {}?", "I saw {} somewhere and wonder how it helps me."),
+    "module": ("What do I find in {}?", "I saw {} somewhere and wonder how it helps me."),
+}
+# What people write around a question. It teaches the model to find the question.
+_BEFORE = (
+    "Hi, ",
+    "Hello! ",
+    "Please tell me: ",
+    "Quick question: ",
+    "I have a question. ",
+    "I am new here. ",
+    "I am stuck. ",
+    "Sorry to ask, but ",
+    "Now I would like to know: ",
+    "Maybe you can help me. ",
+    "So ",
+    "My friend asked me: ",
+    "Next question: ",
+    "I was just thinking, ",
+)
+_AFTER = (
+    " Thanks!",
+    " Please tell me.",
+    " I have no idea.",
+    " I forgot.",
+    " I need it for school.",
+    " You know that, right?",
+    " I am curious.",
+    " Just a short answer, please.",
+)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A conversation and other wordings of its first question."""
+
+    conversation: list[Message]
+    taught: list[str]
+    """wordings to train on"""
+    held_out: list[str]
+    """wordings for validation only"""
+
+    def asked(self, question: str) -> list[Message]:
+        """Returns the conversation with another first question."""
+        return [{"role": "user", "content": question}, *self.conversation[1:]]
+
+
+def as_typed(question: str, rng: random.Random) -> str:
+    """Returns a question as people type it: perhaps in lower case, without an apostrophe or without the last mark."""
+    case = rng.random()
+    if case < 0.25:
+        question = question.lower()
+    elif case < 0.5:
+        question = question[0].lower() + question[1:]
+    if rng.random() < 0.2:
+        question = question.replace("'", "")
+    return question.rstrip("?.!") if rng.random() < 0.4 else question
+
+
+def in_a_sentence(question: str, rng: random.Random) -> str:
+    """Returns a question as it is, or with other words before or after it."""
+    if question.endswith("?") and rng.random() < 0.4:
+        question = rng.choice(_BEFORE) + question
+    if question.endswith("?") and rng.random() < 0.2:
+        question += rng.choice(_AFTER)
+    return question
+
+
+def lessons(builtins_only: bool = False) -> Iterator[Lesson]:
+    """Yields the lessons in a fixed order: small talk, built-ins, and perhaps the standard library."""
+    with opened(BUNDLED) as (_, stream):
+        for _, row in records(BUNDLED, stream):
+            first_question = row["messages"][0]["content"]
+            yield Lesson(row["messages"], [first_question, *row["wordings"]], row["held_out"])
+    for entry, answer in pydocs.answers(builtins_only):
+        forms = [entry.name, f"{entry.name}()"] if entry.kind == "function" else [entry.name]
+        wordings = (*_TAUGHT_FOR_ALL, *_TAUGHT[entry.kind])
+        taught = [wording.format(form) for wording in wordings for form in forms]
+        messages = [{"role": "user", "content": taught[0]}, {"role": "assistant", "content": answer}]
+        yield Lesson(messages, taught, [wording.format(entry.name) for wording in _HELD_OUT[entry.kind]])
+
+
+def conversations(lessons: list[Lesson], seed: int) -> Iterator[tuple[str, list[Message]]]:
+    """Yields conversations with their splits: "train" asks in random taught wordings, "val" in the held-out ones.
+
+    Users ask one question after another, so most conversations for training join two or three lessons in random order.
+    The model learns each answer from the question, not from what came before.
+    """
+    rng = random.Random(seed)
+    for n in EXCHANGES:
+        parts = [lesson.asked(as_typed(in_a_sentence(rng.choice(lesson.taught), rng), rng)) for lesson in lessons]
+        rng.shuffle(parts)
+        yield from (("train", list(chain(*parts[i : i + n]))) for i in range(0, len(parts), n))
+    for lesson in lessons:
+        yield from (("val", lesson.asked(as_typed(question, rng))) for question in lesson.held_out)
