@@ -44,7 +44,7 @@ class GPTConfig:
     qk_norm: bool = False
     """RMSNorm of queries and keys (Henry et al. 2020)"""
     value_embeddings: bool = False
-    """each layer adds an embedding of the token to its values (Zhou et al. 2024)"""
+    """every second layer adds an embedding of the token to its values (Zhou et al. 2024)"""
     squared_relu: bool = False
     """relu(x)² instead of the GELU (So et al. 2021)"""
     n_classes: int = 0
@@ -68,12 +68,12 @@ class AttentionCache(Protocol):
 class CausalSelfAttention(nn.Module):
     """Multi-head attention to this position and earlier ones (Vaswani et al. 2017)."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, has_value_embedding: bool):
         super().__init__()
         self.n_head, self.dropout, self.qk_norm = config.n_head, config.dropout, config.qk_norm
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.wve = nn.Embedding(config.vocab_size, config.n_embd) if config.value_embeddings else None
+        self.wve = nn.Embedding(config.vocab_size, config.n_embd) if has_value_embedding else None
 
     def forward(
         self, x: Tensor, tokens: Tensor, rotation: Tensor | None = None, cache: AttentionCache | None = None
@@ -141,10 +141,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention and MLP. Each reads the normalized residual stream and adds its output to it."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, config.value_embeddings and layer % 2 == 1)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
         self.mlp = MLP(config)
 
@@ -168,7 +168,7 @@ class GPT(nn.Module):
         self.compiled: tuple[Callable[..., Tensor], ChunkLoss] | None = None  # see `compile_training`
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = None if config.rotary else nn.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
         self.lm_head = nn.Linear(config.n_embd, config.n_classes or config.vocab_size, bias=False)
         if config.tie_weights:

@@ -42,7 +42,7 @@ class Model:
     qk_norm: bool = False
     """RMSNorm of queries and keys"""
     value_embeddings: bool = False
-    """each layer adds an embedding of the token to its values"""
+    """every second layer adds an embedding of the token to its values"""
     squared_relu: bool = False
     """relu(x)² instead of the GELU"""
 

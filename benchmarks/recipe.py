@@ -51,13 +51,13 @@ class Config:
     block_size: int = 128
     batch_size: int = 32
     """sequences per step"""
-    steps: int = 400
+    steps: int = 300
     """optimizer steps of each run"""
     share: float = 0.4
     """share of the tokens with which the modern recipe must reach GPT-2's final loss"""
     seeds: tuple[int, ...] = (1, 2, 3)
     """seeds of the two recipes; the parts are left out with the first one"""
-    gpt2_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    gpt2_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
     """learning rates to try for GPT-2's recipe"""
     modern_rates: tuple[float, ...] = (5e-3, 1e-2, 2e-2)
     """learning rates to try for the modern recipe"""

@@ -1,6 +1,7 @@
 """The benchmarks run at toy size; the benchmark of training is tested in test_training.py."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, REPOSITORY
 
-from benchmarks import gpu
+from benchmarks import gpu, recipe
 
 
 def benchmark(name: str, *arguments: object, environment: dict[str, str] = ENVIRONMENT) -> str:
@@ -82,3 +83,13 @@ def test_the_benchmark_of_a_busy_machine_measures_every_case():
     rows = [line.split() for line in stdout.splitlines()[1:]]
     assert [row[0] for row in rows] == ["train"] * 3 + ["generate"] * 3
     assert stdout.count("goal: at most") == 4
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_recipe_trains_both_and_leaves_out_each_part(tmp_path: Path):
+    shape = ["--n-layer", 1, "--n-head", 1, "--n-embd", 16, "--block-size", 32, "--batch-size", 4, "--steps", 10]
+    one_of_each = ["--vocab-size", 300, "--seeds", 1, "--gpt2-rates", "1e-3", "--modern-rates", "1e-2"]
+    stdout = benchmark("recipe", *shape, *one_of_each, "--plot", tmp_path / "recipe.png")
+    rows = [line for line in stdout.splitlines() if re.fullmatch(r"\S.*\S +\d\.\d{3} +(-|\d\.\d{3}) +[\d,]+", line)]
+    assert len(rows) == 3 + len(recipe.PARTS)
+    assert (tmp_path / "recipe.png").read_bytes().startswith(b"\x89PNG")
