@@ -42,7 +42,7 @@ class GPTConfig:
     rotary: bool = False
     """rotary positions (Su et al. 2021) instead of GPT-2's learned ones"""
     qk_norm: bool = False
-    """RMSNorm of queries and keys (Henry et al. 2020)"""
+    """LayerNorm of queries and keys, without parameters (Henry et al. 2020; Dehghani et al. 2023)"""
     value_embeddings: bool = False
     """every second layer adds an embedding of the token to its values (Zhou et al. 2024)"""
     squared_relu: bool = False
@@ -85,10 +85,10 @@ class CausalSelfAttention(nn.Module):
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        if self.qk_norm:  # LayerNorm: unlike RMSNorm, one kernel on every device
+            q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        if self.qk_norm:
-            q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
         if cache is not None:
             y = cache.attend(q.to(v.dtype), k.to(v.dtype), v)  # (B, nh, T, hs)
         else:
@@ -108,18 +108,18 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 
 
 def rotary_angles(positions: Tensor, head_size: int) -> Tensor:
-    """Returns the cosines and sines, float32 (2, T, hs / 2), by which `rotate` turns heads at positions, int64 (T,)."""
+    """Returns what `rotate` needs at positions, int64 (T,): cosines and signed sines, float32 (2, T, hs)."""
     frequencies = 10000 ** (-torch.arange(0, head_size, 2, device=positions.device) / head_size)  # (hs / 2,)
     angles = positions[:, None] * frequencies  # (T, hs / 2)
-    return torch.stack((angles.cos(), angles.sin()))
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Turns pairs of numbers in x (B, nh, T, hs) by angles that grow with the position, so that the product of a query
-    and a key depends on their distance alone. Returns float32."""
-    a, b = x.chunk(2, dim=-1)  # (B, nh, T, hs / 2)
-    cos, sin = rotation
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    and a key depends on their distance alone. Number i forms a pair with number i + hs / 2. Returns float32."""
+    cos, sin = rotation  # (T, hs)
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
 
 
 class MLP(nn.Module):

@@ -40,7 +40,7 @@ class Model:
     rotary: bool = False
     """rotary positions instead of learned ones"""
     qk_norm: bool = False
-    """RMSNorm of queries and keys"""
+    """LayerNorm of queries and keys"""
     value_embeddings: bool = False
     """every second layer adds an embedding of the token to its values"""
     squared_relu: bool = False
@@ -84,7 +84,6 @@ class Config(Model, TrainerConfig):
 
 MODERN = Config(  # what years after GPT-2 have taught; benchmarks/recipe.py measures each part
     preset="modern",
-    bias=False,
     tie_weights=False,
     rotary=True,
     qk_norm=True,

@@ -30,7 +30,6 @@ PARTS = {
     "no QK-norm": ["--no-qk-norm"],
     "no value embeddings": ["--no-value-embeddings"],
     "GELU": ["--no-squared-relu"],
-    "biases": ["--bias"],
     "a tied head": ["--tie-weights"],
     "AdamW alone": ["--optimizer", "adamw"],
     "embeddings no faster": ["--embedding-lr-scale", "1"],
@@ -59,7 +58,7 @@ class Config:
     """seeds of the two recipes; the parts are left out with the first one"""
     gpt2_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
     """learning rates to try for GPT-2's recipe"""
-    modern_rates: tuple[float, ...] = (5e-3, 1e-2, 2e-2)
+    modern_rates: tuple[float, ...] = (2.5e-3, 5e-3, 1e-2)
     """learning rates to try for the modern recipe"""
     plot: Path = Path("recipe.png")
     """the curves of both recipes"""
