@@ -383,14 +383,18 @@ def test_alpaca_gpt4_gives_instructions_with_inputs(hub, tmp_path):
 
 
 def test_conversations_are_read_from_compressed_json_lines(tmp_path):
-    turns = [{"role": "user", "content": "line\u2028separator"}, {"role": "assistant", "content": "kept"}]
+    def turns(i):
+        return [{"role": "user", "content": "line\u2028separator"}, {"role": "assistant", "content": f"kept {i}"}]
+
     with gzip.open(tmp_path / "chat.jsonl.gz", "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps({"messages": turns}, ensure_ascii=False) + "\n" for _ in range(3))
+        file.writelines(json.dumps({"messages": turns(i)}, ensure_ascii=False) + "\n" for i in range(3))
     main_sft(SFTConfig(input=tmp_path / "chat.jsonl.gz", out=tmp_path / "data"))
     splits = json.loads((tmp_path / "data/sft_meta.json").read_text())["splits"]
     assert {name: counts["conversations"] for name, counts in splits.items()} == {"train": 2, "val": 1}
     text = tokenizers.gpt2().decode(read_tokens(tmp_path / "data/sft_train.bin").tolist())
-    assert text.count("<|user|> line\u2028separator<|endoftext|>\n<|assistant|> kept<|endoftext|>\n") == 2
+    assert re.fullmatch(
+        "(<\\|user\\|> line\u2028separator<\\|endoftext\\|>\n<\\|assistant\\|> kept [012]<\\|endoftext\\|>\n){2}", text
+    )
 
 
 def test_downloads_are_checked_and_kept(serve, tmp_path, monkeypatch):
