@@ -91,7 +91,7 @@ class Config:
     vocab_size: int = 50304
     """rows of the embedding"""
     steps: int = 3
-    """steps between two synchronizations, of which a measurement has three"""
+    """steps between two synchronizations; a measurement has three such intervals"""
     rounds: int = 3
     """measurements of each row"""
     json: Path | None = None
