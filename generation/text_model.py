@@ -285,7 +285,7 @@ class TextModel:
             yield from self.samples(ids, config, min(batch_size, n - start), top_logprobs, strip)
 
     def samples_that_fit(self, n_prompt: int, config: SamplingConfig, top_logprobs: int | None) -> int:
-        """Returns how many samples to generate as one batch: into half of a GPU, or into 1 GiB."""
+        """Returns how many samples fit as one batch into half of what the weights leave of a GPU, or into 1 GiB."""
         shape, weight = self.model.config, self.model.wte.weight
         positions = min(shape.block_size, n_prompt + config.max_new_tokens)
         cache = 2 * shape.n_layer * shape.n_embd * positions * weight.element_size()
@@ -293,7 +293,8 @@ class TextModel:
         tokens = 100 * config.max_new_tokens * (1 + (top_logprobs or 0))  # as Python's objects
         budget = 2**30
         if self.device.type == "cuda":
-            budget = torch.cuda.get_device_properties(self.device).total_memory // 2
+            weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+            budget = (torch.cuda.get_device_properties(self.device).total_memory - weights) // 2
         return max(1, budget // (cache + logits + tokens))
 
     def steps(

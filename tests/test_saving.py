@@ -82,7 +82,7 @@ def test_a_failed_save_ends_the_run_before_the_next_save(toy):
     (toy / "checkpoints/snapshots/fails_step_5.pt").mkdir(parents=True)
     result = run_script(
         toy, "train.py", "--data", "data/toy", *TOY_SHAPE, "--out", "checkpoints/fails.pt", "--max-steps", "100000",
-        "--log-every", "1", "--snapshot-every", "5", "--save-every", "5",
+        "--log-every", "1", "--snapshot-every", "5", "--save-every", "5", "--overwrite",
     )  # fmt: skip
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     assert "cannot write checkpoints/snapshots/fails_step_5.pt: Is a directory" in result.stderr.splitlines()[-1]
@@ -94,7 +94,7 @@ def test_a_failed_save_ends_the_run_before_the_next_save(toy):
 def test_a_failed_save_at_the_end_is_reported_too(toy):
     (toy / "checkpoints/snapshots/ends_step_5.pt").mkdir(parents=True)
     arguments = ["--data", "data/toy", *TOY_SHAPE, "--out", "checkpoints/ends.pt", "--max-steps", "5"]
-    result = run_script(toy, "train.py", *arguments, "--snapshot-every", "5")
+    result = run_script(toy, "train.py", *arguments, "--snapshot-every", "5", "--overwrite")
     assert result.returncode == 1 and "Is a directory" in result.stderr.splitlines()[-1]
     assert "done at step" not in result.stdout
 
