@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from model import GPT, GPTConfig
 from system.errors import UserError
 from system.files import atomic_write
-from system.untrusted import is_integer
+from system.untrusted import is_integer, is_text
 from text import tokenizer as tokenizers
 from weights.validation import require_valid
 
@@ -75,7 +75,9 @@ def read_contents(path: str | Path, verify: bool = False) -> dict[str, Any]:
         _require_harmless(path)
         if verify:
             _verify_checksums(path)
-        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        is_mapped = is_text(str(path))  # torch cannot map a file whose name is not UTF-8
+        with open(path, "rb") as file:
+            contents = torch.load(path if is_mapped else file, map_location="cpu", weights_only=True, mmap=is_mapped)
         if not isinstance(contents, dict):
             raise TypeError
         return contents
@@ -265,7 +267,7 @@ def _require_harmless(path: str | Path) -> None:
         if pickled.file_size > _MAX_PICKLE_BYTES:
             raise ValueError
         for i, (operation, argument, _) in enumerate(pickletools.genops(archive.read(pickled))):
-            is_foreign = operation.name == "GLOBAL" and not _PICKLED_NAMES.fullmatch(argument)
+            is_foreign = operation.name == "GLOBAL" and not _PICKLED_NAMES.fullmatch(str(argument))
             if i > _MAX_PICKLE_OPERATIONS or operation.proto > 2 or is_foreign:
                 raise ValueError
 
