@@ -19,8 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import train
+from model import GPT, GPTConfig
 from system.cli import run
 from system.errors import UserError, require, require_at_least
+from text.token_files import read_token_meta
+from training.plots import save_figure
+from training.run_log import read_log
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GPT2 = ["--preset", "gpt2", "--min-lr", "0"]
@@ -108,8 +113,6 @@ class Runs:
 
     def __init__(self, config: Config, folder: Path):
         """Prepares the data if none is given."""
-        from text.token_files import read_token_meta
-
         self.config, self.folder, self.logs = config, folder, dict[tuple[str, ...], Entries]()
         self.data = config.data.resolve() if config.data else folder / "data"
         if not config.data:
@@ -154,8 +157,6 @@ class Runs:
 
 def read(path: Path, tokens_per_step: int) -> Entries:
     """Returns the entries of a log, each with its tokens."""
-    from training.run_log import read_log
-
     return [{**entry, "tokens": entry["step"] * tokens_per_step} for entry in read_log(path)]
 
 
@@ -179,9 +180,6 @@ def tokens_per_second(entries: Entries) -> float:
 def print_sizes(config: Config, vocab_size: int) -> None:
     """Prints parameters outside embeddings and FLOPs per token of both recipes, and where this runs."""
     import torch
-
-    import train
-    from model import GPT, GPTConfig
 
     for name in ("gpt2", "modern"):
         preset = train.PRESETS[name]
@@ -207,8 +205,6 @@ def print_row(name: str, runs: list[Entries]) -> None:
 def draw(recipes: dict[str, list[Entries]], path: Path) -> None:
     """Draws the validation losses of every run over its tokens."""
     from matplotlib.figure import Figure
-
-    from training.plots import save_figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()

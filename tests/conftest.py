@@ -78,9 +78,9 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for line in (
         "prepare_data.py --input text --vocab-size 400 --out data/toy",
         f"train.py --data data/toy --out checkpoints/toy.pt --max-steps 20 {' '.join(TOY_SHAPE)}",
-        "prepare_sft_data.py --dataset pydocs-qa --max-conversations 12 --out data/toy --block-size 64",
+        "prepare_sft_data.py --dataset pydocs-qa --max-conversations 60 --out data/toy --block-size 64",
         "train_sft.py --model checkpoints/toy.pt --data data/toy --out checkpoints/sft.pt "
-        "--epochs 2 --batch-size 16 --learning-rate 1e-3 --warmup-steps 1 --device cpu",
+        "--epochs 1 --batch-size 64 --learning-rate 1e-3 --warmup-steps 1 --device cpu",
     ):
         succeed(folder, line)
     return folder

@@ -235,7 +235,7 @@ BAD_INPUT = [  # exit status, a part of the message, the command
     (2, "--context belongs to --instruction", "GENERATE --prompt x --context y"),
     (2, "at least 0.001", "GENERATE --prompt x --temperature 1e-40"),
     (2, "--repetition-penalty", "GENERATE --prompt x --repetition-penalty 1e-46"),
-    (1, "bad/quote.csv, line 2: unexpected end of data", "PREPARE --input bad/quote.csv"),
+    (1, "bad/quote.csv, line 3: unexpected end of data", "PREPARE --input bad/quote.csv"),
     (1, "perhaps 'input'", "PREPARE_SFT --input bad/input.jsonl"),
     (1, "bad/types/meta.json is damaged", "train.py --data bad/types --out NEW"),
     (1, "bad/meta/meta.json is damaged", "train.py --data bad/meta --out NEW"),

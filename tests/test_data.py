@@ -100,7 +100,7 @@ def test_each_builtin_is_asked_for_by_its_name_in_many_words(all_lessons):
 
 
 def test_no_held_out_wording_is_trained_on(all_lessons):
-    split = lessons.conversations(all_lessons, seed=1)
+    split = list(lessons.conversations(all_lessons, seed=1))
     taught = {as_heard(m["content"]) for name, messages in split if name == "train" for m in messages[::2]}
     asked = [as_heard(messages[0]["content"]) for name, messages in split if name == "val"]
     assert asked == [as_heard(wording) for lesson in all_lessons for wording in lesson.held_out]
@@ -120,7 +120,7 @@ def test_lessons_come_in_many_wordings_alone_and_joined(all_lessons):
     )
     assert all(m["role"] == ("user", "assistant")[i % 2] for messages in train for i, m in enumerate(messages))
     assert {2, 4, 6} <= {len(messages) for messages in train}
-    assert lessons.conversations(all_lessons, seed=1) != lessons.conversations(all_lessons, seed=2)
+    assert next(lessons.conversations(all_lessons, seed=1)) != next(lessons.conversations(all_lessons, seed=2))
 
 
 def test_whole_documents_are_held_out():

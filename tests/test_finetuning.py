@@ -73,7 +73,7 @@ def test_a_question_is_recalled_if_the_greedy_answer_equals_the_datas(toy):
 def loss_after_the_role_token(state: dict, **changed) -> float:
     """The loss at the first token of each answer to be learnt, in nats."""
     model = checkpoint.build({**state, "model": {**state["model"], **changed}})
-    rows = Conversations(Path("data"), "train", 64, 1, 0).in_order()
+    rows = Conversations(Path("data"), "train", 64, 1, 0).in_order(max_tokens=8_000)
     return mean_loss(model, (replace(row, counted=row.counted[:1]) for row in rows), 8)
 
 

@@ -42,7 +42,7 @@ from weights.loading import load_checkpoint
 SAMPLES = Path(__file__).parent / "samples"
 CHECKPOINTS = ["base.pt", "sft.pt", "lora.pt", "classifier.pt", "adamw.last.pt", "base.last.pt"]
 KINDS = ("base", "sft", "classifier")
-SECONDS, MEGABYTES = 2, 500
+SECONDS, MEGABYTES = 5, 500
 MISSING = object()
 
 
@@ -145,7 +145,9 @@ def use(path: Path) -> None:
 def resume(path: Path, optimizer: str) -> None:
     """Continues a run from a file, by one step."""
     resumed = load_checkpoint(path, kinds=("base",))
-    config = TrainerConfig(out=path, optimizer=optimizer, device="cpu", grad_accum_steps=1, batch_size=1)
+    config = TrainerConfig(
+        out=path.with_name("run.pt"), optimizer=optimizer, device="cpu", grad_accum_steps=1, batch_size=1
+    )
     state = TrainingState.create(checkpoint.build(resumed), config, Processes.join("cpu"))
     restore(state, resumed)
     state.model(torch.ones(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.int64)).backward()

@@ -318,8 +318,8 @@ def test_a_terminal_gets_the_programs_own_colours_only(monkeypatch):
 @pytest.mark.parametrize(
     ("digits", "script", "message"),
     [
-        (20, "generate.py --num-samples", "--num-samples must be below 2^63"),
-        (30, "prepare_sft_data.py --max-conversations", "--max-conversations must be below 2^63"),
+        (20, "generate.py --num-samples", "--num-samples must be below 2^40"),
+        (30, "prepare_sft_data.py --max-conversations", "--max-conversations must be below 2^40"),
         (5000, "generate.py --num-samples", "--num-samples must be below 2^63 (see --help)"),
         (5000, "prepare_data.py --max-tokens", f"--max-tokens takes a whole number, not '{'9' * 59}…' (see --help)"),
     ],

@@ -119,7 +119,7 @@ RESUMED = [  # what differs, a part of the refusal; or None and what the run say
     ({"out": Path("b.pt"), "preset": "demo", "data": Path("moved"), "resume": True}, None, []),
     ({"n_layer": 3}, "a resumed run cannot change --n-layer 3 (was 12): resume with the flags of that run", []),
     ({"optimizer": "muon", "seed": 2}, "cannot change --optimizer muon (was adamw)", []),
-    ({"block_size": 5, "n_embd": 24}, "cannot change --n-embd 24 (was 768), --block-size 5 (was 1024)", []),
+    ({"block_size": 5, "n_embd": 24}, "cannot change --block-size 5 (was 1024), --n-embd 24 (was 768)", []),
 ]
 
 

@@ -185,7 +185,7 @@ class Checkpointer(Listener):
         self.background.start(write_file)
 
 
-_SHAPE = tuple(field.name for field in dataclasses.fields(GPTConfig) if field.name != "dropout")
+_SHAPE = tuple(field.name for field in dataclasses.fields(GPTConfig) if field.name not in ("dropout", "vocab_size"))
 _FIXED_OPTIONS = (*_SHAPE, "optimizer", "embedding_lr_scale", "lora_rank", "lora_alpha", "train_layers")
 _FREE_OPTIONS = ("preset", "data", "out", "resume", "overwrite")  # the data is compared by its content
 
