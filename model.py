@@ -85,7 +85,7 @@ class CausalSelfAttention(nn.Module):
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        if self.qk_norm:  # LayerNorm: unlike RMSNorm, one kernel on every device
+        if self.qk_norm:  # LayerNorm: RMSNorm has no fused kernel on the CPU
             q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)

@@ -119,7 +119,7 @@ PRESETS = {
         vocab_size=1021,
         block_size=128,
         dropout=0.1,
-        value_embeddings=False,  # they overfit: four epochs, and a text of one author
+        value_embeddings=False,  # no gain on so little text: see benchmarks/shakespeare.md
         max_steps=800,
         batch_size=16,
         eval_every=100,
@@ -178,8 +178,9 @@ def main(config: Config) -> None:
         start["config"] = dataclasses.replace(start["config"], dropout=config.dropout)
         model = checkpoint.build(start)
     else:
-        shape = {field.name: getattr(config, field.name) for field in dataclasses.fields(Model)}
-        model = GPT(GPTConfig(**shape, vocab_size=tokenizer.padded_vocab_size, n_tokens=tokenizer.n_tokens))
+        model = GPT(
+            GPTConfig(**model_shape(config), vocab_size=tokenizer.padded_vocab_size, n_tokens=tokenizer.n_tokens)
+        )
     train_data, val_data = (
         Windows.from_folder(config.data, meta, split, model.config, config.batch_size, config.seed)
         for split in ("train", "val")
@@ -201,6 +202,11 @@ def main(config: Config) -> None:
         samples=None if sharding else Samples(tokenizer, None, config.sample_prompt),
         has_random_weights=start is None,
     )
+
+
+def model_shape(config: Model) -> dict[str, Any]:
+    """Returns the fields of GPTConfig that a config sets."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(Model)}
 
 
 def is_text(data: Path) -> bool:

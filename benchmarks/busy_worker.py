@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
+import train
 from generation.cpu_linear import speed_up_decoding
 from generation.decoding import generate
 from model import GPT, GPTConfig
@@ -19,8 +20,8 @@ from system.device import autocast, keep_memory, multiplies_faster_in_bfloat16
 from training.optim import build_optimizers
 
 WARMUP_STEPS = 10
-DEMO = GPTConfig(block_size=128, vocab_size=2048, n_tokens=2048, n_layer=4, n_head=2, n_embd=128)
-BATCH_SIZE = 16
+PRESET = train.PRESETS["demo"]
+DEMO = GPTConfig(**train.model_shape(PRESET), vocab_size=2048, n_tokens=2048)
 
 
 def training() -> Iterator[None]:
@@ -29,9 +30,11 @@ def training() -> Iterator[None]:
     cpu = torch.device("cpu")
     dtype = torch.bfloat16 if multiplies_faster_in_bfloat16(DEMO.n_embd) else torch.float32
     model = GPT(DEMO).train()
-    optimizers = build_optimizers(model, "muon", 1e-2, 0.99, 0.1)
+    optimizers = build_optimizers(
+        model, "muon", PRESET.learning_rate, PRESET.beta2, PRESET.weight_decay, PRESET.embedding_lr_scale, dtype
+    )
     while True:
-        tokens, targets = torch.randint(DEMO.n_tokens, (2, BATCH_SIZE, DEMO.block_size))
+        tokens, targets = torch.randint(DEMO.n_tokens, (2, PRESET.batch_size, DEMO.block_size))
         with autocast(cpu, dtype):
             loss = model(tokens, targets) / tokens.numel()
         loss.backward()

@@ -182,9 +182,7 @@ def print_sizes(config: Config, vocab_size: int) -> None:
     import torch
 
     for name in ("gpt2", "modern"):
-        preset = train.PRESETS[name]
-        switches = ("bias", "tie_weights", "rotary", "qk_norm", "value_embeddings", "squared_relu")
-        shape = {switch: getattr(preset, switch) for switch in switches}
+        shape = train.model_shape(train.PRESETS[name])
         shape |= {size: getattr(config, size) for size in ("n_layer", "n_head", "n_embd", "block_size")}
         with torch.device("meta"):
             model = GPT(GPTConfig(**shape, vocab_size=vocab_size, n_tokens=vocab_size))

@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -84,6 +85,15 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         succeed(folder, line)
     return folder
+
+
+@pytest.fixture
+def bounded_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test whose peak of memory grows by the `MEGABYTES` of its module."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024  # KiB on Linux
+    assert grown < request.module.MEGABYTES, f"{grown:.0f} MB"
 
 
 @pytest.fixture()

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import random
-import resource
 import shutil
 import struct
 import time
@@ -43,6 +42,7 @@ SAMPLES = Path(__file__).parent / "samples"
 CHECKPOINTS = ["base.pt", "sft.pt", "lora.pt", "classifier.pt", "adamw.last.pt", "base.last.pt"]
 KINDS = ("base", "sft", "classifier")
 SECONDS, MEGABYTES = 5, 500
+pytestmark = pytest.mark.usefixtures("bounded_memory")
 MISSING = object()
 
 
@@ -118,15 +118,6 @@ def require_harmless(read: Callable[[], object], case: object) -> bool:
     seconds = time.process_time() - start
     assert seconds < SECONDS, f"case {case} took {seconds:.1f} s"
     return is_loaded
-
-
-@pytest.fixture(autouse=True)
-def memory():
-    """Fails a test whose peak of memory grows too much."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    yield
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024  # KiB on Linux
-    assert grown < MEGABYTES, f"{grown:.0f} MB"
 
 
 def use(path: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import pty
 import re
-import resource
 import subprocess
 import sys
 
@@ -34,6 +33,7 @@ from text.tokenizer import gpt2
 
 DEEP = "[" * 30_000
 MEGABYTES = 400
+pytestmark = pytest.mark.usefixtures("bounded_memory")
 
 
 def chat(i: int, **more: str) -> dict:
@@ -43,15 +43,6 @@ def chat(i: int, **more: str) -> dict:
 def rows_of(path) -> list:
     with opened(path) as (_, stream):
         return [row for _, row in records(path, stream, ["text"])]
-
-
-@pytest.fixture(autouse=True)
-def memory():
-    """Fails a test whose peak of memory grows too much."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    yield
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024  # KiB on Linux
-    assert grown < MEGABYTES, f"{grown:.0f} MB"
 
 
 HOSTILE_ROWS = {  # file name: content, the message behind the file's name

@@ -245,7 +245,7 @@ def _skip_space(text: str, at: int) -> int:
 
 
 def _read_on(read: Callable[[int], str], rest: str, at: int, error: json.JSONDecodeError) -> str:
-    """Returns an item of a JSON list, of which only the beginning `rest[at:]` was read, with as much text again.
+    """Returns `rest[at:]`, the beginning of an item of a JSON list, and as much text behind it.
 
     Raises ValueError if more text cannot mend the error, if there is none, or if the item is too long.
     """

@@ -5,6 +5,7 @@ The names and shapes of the tensors follow from the config by a formula, so a co
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import re
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 KINDS = ("base", "sft", "classifier", "lora")
 TEMPLATES = (None, "chat", "alpaca")
-SWITCHES = ("bias", "tie_weights", "rotary", "qk_norm", "value_embeddings", "squared_relu")
+SWITCHES = tuple(field.name for field in dataclasses.fields(GPTConfig) if isinstance(field.default, bool))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _MAX_SIZE = 2**31 - 1
