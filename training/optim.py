@@ -103,10 +103,10 @@ class Muon(torch.optim.Optimizer):
                 for p in params:
                     if not self.state[p]:
                         self.state[p]["momentum"] = torch.zeros_like(p)
-                gradients = torch.stack([p.grad for p in params if p.grad is not None])  # (n, rows, columns)
+                gradients = [p.grad for p in params if p.grad is not None]
                 momenta = [self.state[p]["momentum"] for p in params]
-                torch._foreach_lerp_(momenta, list(gradients), 1 - group["momentum"])
-                nesterov = gradients.lerp_(torch.stack(momenta), group["momentum"])
+                torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+                nesterov = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))  # (n, rows, columns)
                 updates = self.orthogonalize(nesterov.to(self.dtype)).to(params[0].dtype)
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, list(updates), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
