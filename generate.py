@@ -1,5 +1,6 @@
 """Step 3: write with a model. Completes a prompt, or chats with --chat, streaming to the terminal."""
 
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ class Config(SamplingConfig):
     """number of completions, generated as one batch, or in batches that fit into the memory"""
     logprobs: int | None = None
     """print each token with its probability and this many of the likeliest candidates"""
+    lens: bool = False
+    """print what the model would say after each layer, at each token of the prompt, instead of completing it"""
     json: bool = False
     """print one JSON object per completion: text, tokens, finish reason, and log-probabilities with --logprobs"""
     compile: Literal["on", "off"] = "off"
@@ -52,12 +55,17 @@ class Config(SamplingConfig):
             not self.chat or (not self.json and self.logprobs is None and self.num_samples == 1),
             "--chat excludes --json, --logprobs and --num-samples",
         )
+        require(
+            not self.lens or (not self.chat and self.instruction is None),
+            "--lens looks into a text: name it with --prompt, without --chat and --instruction",
+        )
 
 
 def main(config: Config) -> None:
     """Loads the model and writes."""
     from generation.text_model import TextModel
     from interface import terminal
+    from interface.lens_table import lens_table
 
     text_model = TextModel.load(
         config.model,
@@ -81,6 +89,9 @@ def main(config: Config) -> None:
         )
 
     def complete(prompt: str) -> None:
+        if config.lens:
+            print("\n".join(lens_table(text_model, prompt, shutil.get_terminal_size().columns)))
+            return
         write(prompt, text_model.prompt_ids(prompt))
 
     if config.chat:

@@ -16,6 +16,7 @@ from torch import Tensor
 from generation.config import SamplingConfig
 from generation.cpu_linear import quantize_weights, speed_up_decoding
 from generation.decoding import CompiledDecoder, generate, one_step_ahead
+from generation.lens import LayerPredictions, Trace, predictions_by_layer, trace
 from model import GPT
 from system.device import autocast, choose_device, choose_dtype
 from system.errors import UserError
@@ -357,6 +358,22 @@ class TextModel:
                 next_ids = rows[0, start + 1 : start + 1 + len(logits)]
                 tokens += self._tokens(next_ids, logits, top_logprobs)
         return tokens
+
+    def trace(self, text: str) -> Trace:
+        """Returns the attention weights and the residual stream of the last tokens of a text that fit into the context.
+
+        `generation/lens.py` says what they are. Raises UserError if the text is empty.
+        """
+        ids = self.tokenizer.encode(text)[-self.model.config.block_size :]
+        if not ids:
+            raise UserError("the text is empty: there is nothing to look into")
+        with self._autocast():
+            return trace(self.model, torch.tensor(ids, device=self.device))
+
+    def predictions_by_layer(self, trace: Trace, k: int = 10) -> LayerPredictions:
+        """Returns what the model would say after each layer: the `k` likeliest next tokens at every position."""
+        with self._autocast():
+            return predictions_by_layer(self.model, trace, k)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         if self.model.ln_f.weight.dtype == self.dtype:

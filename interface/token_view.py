@@ -10,10 +10,9 @@ import streamlit as st
 
 from generation.text_model import Token
 from interface.curves import BLUE, GREY, curve
-from text.tokenizer import Tokenizer
+from text.tokenizer import Tokenizer, legible
 
 N_CANDIDATES = 10  # shown at each step
-SIGNS = {" ": "␣", "\n": "↵", "\t": "⇥"}
 
 _CHIPS = st.components.v2.component(
     "token_chips",
@@ -133,10 +132,3 @@ def candidates_chart(tokenizer: Tokenizer, token: Token) -> alt.LayerChart:
     colour = alt.condition("datum.chosen", alt.value(BLUE), alt.value(GREY))
     text = base.mark_text(align="left", dx=4, color=GREY).encode(text=alt.Text("probability:Q", format=".2%"))
     return (base.mark_bar().encode(color=colour) + text).properties(height=24 * len(rows) + 40)
-
-
-def legible(token: bytes) -> str:
-    """Returns a token with every byte visible: signs for white space, escapes for control characters and for bytes
-    that are only a part of a character."""
-    text = token.decode("utf-8", errors="backslashreplace")
-    return "".join(SIGNS.get(c, c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text)

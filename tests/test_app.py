@@ -16,7 +16,7 @@ from streamlit.testing.v1 import AppTest
 
 from generation.config import SamplingConfig
 from generation.text_model import TextModel
-from interface.token_view import legible
+from text.tokenizer import legible
 from weights import checkpoint
 from weights.loading import load_checkpoint
 

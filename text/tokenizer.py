@@ -1,6 +1,7 @@
 """Text ⇄ tokens: the GPT-2 BPE, or a BPE trained on the user's corpus.
 
 Text from users and files is always encoded as ordinary text. Only the templates add control tokens.
+`python -m text.tokenizer "some text"` shows the tokens of a text.
 """
 
 from __future__ import annotations
@@ -9,17 +10,23 @@ import functools
 import hashlib
 import importlib.util
 import itertools
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
+from system.cli import POSITIONAL, run
 from system.errors import UserError
 from system.files import read_utf8
 from system.untrusted import MAX_JSON_BYTES, is_integer, parse_json
 
+SIGNS = {" ": "␣", "\n": "↵", "\t": "⇥"}
+"""what `legible` shows for white space"""
 END_OF_TEXT, USER, ASSISTANT = "<|endoftext|>", "<|user|>", "<|assistant|>"
 
 # How GPT-2 splits text before the BPE: contractions; words, numbers and other signs, each perhaps after a space; white
@@ -221,14 +228,30 @@ def to_json(tokenizer: Tokenizer, n_tokens: int, ends_texts: bool = False) -> st
     return bpe.to_str(pretty=True)
 
 
-def _last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """Returns the two parts that the BPE merges last when it builds a token of two bytes or more."""
+def merges(token: bytes, ranks: dict[bytes, int]) -> Iterator[list[bytes]]:
+    """Yields how the BPE builds a token: its parts before the first merge, and after each merge; the token comes last.
+
+    Each merge joins the first pair whose token has the lowest id.
+    """
     parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
+    yield parts
+    while len(parts) > 1:
         pairs = [left + right for left, right in itertools.pairwise(parts)]
         i = min(range(len(pairs)), key=lambda i: ranks.get(pairs[i], len(ranks)))
-        parts[i : i + 2] = [pairs[i]]
-    return parts
+        parts = [*parts[:i], pairs[i], *parts[i + 2 :]]
+        yield parts
+
+
+def _last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """Returns the two parts that the BPE merges last when it builds a token of two bytes or more."""
+    return next(parts for parts in merges(token, ranks) if len(parts) == 2)
+
+
+def legible(token: bytes) -> str:
+    """Returns a token with every byte visible: signs for white space, escapes for control characters and for bytes
+    that are only a part of a character."""
+    text = token.decode("utf-8", errors="backslashreplace")
+    return "".join(SIGNS.get(c, c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -259,3 +282,26 @@ def _byte_of_character() -> dict[str, int]:
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+@dataclass(frozen=True)
+class Config:
+    text: Annotated[tuple[str, ...], POSITIONAL] = ()
+    """texts to tokenize; without one, standard input"""
+    tokenizer: Path | None = None
+    """tokenizer.json of a trained BPE; by default GPT-2's tokenizer"""
+
+
+def main(config: Config) -> None:
+    """Prints the id of each token, and the token with signs for its white space."""
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else gpt2()
+    for text in config.text or [read_utf8(max_bytes=MAX_JSON_BYTES).removesuffix("\n")]:
+        ids = tokenizer.encode(text)
+        for i in ids:
+            print(f"{i:6}  {legible(tokenizer.decode_bytes([i]))}")
+        n_bytes = len(text.encode())
+        print(f"{len(ids):,} tokens, {len(text):,} characters, {n_bytes:,} bytes", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main, Config)
