@@ -30,6 +30,7 @@ def main() -> None:
         # these import torch, which takes seconds: the controls are on the screen by now
         from interface.chat_view import chat_view
         from interface.completion_view import completion_view
+        from interface.inside_view import inside_view
         from interface.loaded_model import load_model
         from interface.training_view import training_view
 
@@ -40,7 +41,7 @@ def main() -> None:
     text_model = loaded.text_model if loaded else None
     mode = top.segmented_control(
         "Mode",
-        ("Chat", "Completion", "Training"),
+        ("Chat", "Completion", "Inside", "Training"),
         default="Chat" if text_model and text_model.template else "Completion",
         required=True,
         key=f"mode of {file.path}",
@@ -58,6 +59,8 @@ def main() -> None:
         st.info(f"This model is a classifier. Ask it with `python classify.py --model {file.path}`.")
     elif mode == "Chat":
         chat_view(text_model)
+    elif mode == "Inside":
+        inside_view(text_model)
     else:
         completion_view(text_model, file)
 

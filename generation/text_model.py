@@ -359,12 +359,12 @@ class TextModel:
                 tokens += self._tokens(next_ids, logits, top_logprobs)
         return tokens
 
-    def trace(self, text: str) -> Trace:
-        """Returns the attention weights and the residual stream of the last tokens of a text that fit into the context.
-
-        `generation/lens.py` says what they are. Raises UserError if the text is empty.
+    def trace(self, text: str, max_tokens: int | None = None) -> Trace:
+        """Returns the attention weights and the residual stream of a text's last tokens: those that fit into the
+        context, or at most `max_tokens`. `generation/lens.py` says what they are. Raises UserError for an empty text.
         """
-        ids = self.tokenizer.encode(text)[-self.model.config.block_size :]
+        limit = min(max_tokens or self.model.config.block_size, self.model.config.block_size)
+        ids = self.tokenizer.encode(text)[-limit:]
         if not ids:
             raise UserError("the text is empty: there is nothing to look into")
         with self._autocast():

@@ -140,3 +140,11 @@ class Page:
             "return [...document.querySelectorAll('*')].filter(e => e.shadowRoot)"
             ".flatMap(e => [...e.shadowRoot.querySelectorAll('.chips button')])"
         )
+
+    def in_components(self, selector: str) -> list[WebElement]:
+        """Returns the elements of our own components that match a CSS selector."""
+        return self.driver.execute_script(
+            "return [...document.querySelectorAll('*')].filter(e => e.shadowRoot)"
+            ".flatMap(e => [...e.shadowRoot.querySelectorAll(arguments[0])])",
+            selector,
+        )
