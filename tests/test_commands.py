@@ -128,8 +128,8 @@ def test_the_demo_runs_through(tmp_path):
     stdout = succeed(tmp_path, "demo.py --input my.txt --vocab-size 400 --max-steps 3 --sft-steps 3")
     assert "bits per byte" in stdout and stdout.count(" answered word for word (") == 2
     assert "memory, not knowledge" in stdout and "generate.py --model checkpoints/demo/sft.pt --chat" in stdout
-    plots = sorted(path.name for path in (tmp_path / "plots").iterdir())
-    assert plots == ["demo_pretrained_loss.png", "demo_sft_loss.png"]
+    plots = sorted(path.name for path in (tmp_path / "plots/demo").iterdir())
+    assert plots == ["pretrained_loss.png", "sft_loss.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "data", "my.txt", "plots"]
 
 

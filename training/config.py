@@ -32,11 +32,13 @@ class Output:
         return self.out.with_suffix(".jsonl")
 
     def plot_path(self, what: str = "loss") -> Path:
-        """A plot: `plots/demo_sft_loss.png` for `checkpoints/demo/sft.pt`, otherwise beside the checkpoint."""
-        first, *others = self.out.with_suffix("").parts
-        if first == "checkpoints" and others:
-            return Path("plots") / f"{'_'.join(others)}_{what}.png"
-        return self.out.with_name(f"{self.out.stem}_{what}.png")
+        """A plot: `plots/demo/sft_loss.png` for `checkpoints/demo/sft.pt`, otherwise beside the checkpoint.
+
+        The folders below `plots` are those below `checkpoints`, so that no two checkpoints share a plot.
+        """
+        beside = self.out.with_name(f"{self.out.stem}_{what}.png")
+        first, *others = beside.parts
+        return Path("plots", *others) if first == "checkpoints" and others else beside
 
 
 @dataclass(frozen=True)
