@@ -15,8 +15,8 @@ from system.threads import GENERATION, limit_spinning
 
 @dataclass(frozen=True)
 class Config(SamplingConfig):
-    model: Path = Path("checkpoints/pretrained.pt")
-    """checkpoint to load, or gpt2 or another model of the Hugging Face Hub"""
+    model: Path | None = None
+    """checkpoint to load, or gpt2 or another model of the Hugging Face Hub; by default the newest in checkpoints/"""
     prompt: str | None = None
     """text to complete; by default standard input, or the lines that you type on a terminal"""
     chat: bool = False
@@ -25,6 +25,8 @@ class Config(SamplingConfig):
     """an instruction for a fine-tuned model to answer"""
     context: str = ""
     """text that the instruction refers to"""
+    list: bool = False
+    """list the models in checkpoints/, and write nothing"""
     num_samples: int = 1
     """number of completions, generated as one batch, or in batches that fit into the memory"""
     logprobs: int | None = None
@@ -58,9 +60,15 @@ def main(config: Config) -> None:
     """Loads the model and writes."""
     from generation.text_model import TextModel
     from interface import terminal
+    from weights import listing
 
+    if config.list:
+        print(listing.table())
+        return
+    is_chat = config.chat or config.instruction is not None
+    name = config.model or listing.newest("chat model" if is_chat else "language model")
     text_model = TextModel.load(
-        config.model,
+        name,
         config.device,
         config.dtype,
         quantize=config.quantize,
@@ -86,8 +94,7 @@ def main(config: Config) -> None:
     if config.chat:
         if not text_model.template:
             raise UserError(
-                f"{config.model} only completes text: drop --chat, or fine-tune it: "
-                f"python train_sft.py --model {config.model}"
+                f"{name} only completes text: drop --chat, or fine-tune it: python train_sft.py --model {name}"
             )
         terminal.chat(text_model, config)
     elif config.instruction is not None:
