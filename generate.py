@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
@@ -15,6 +15,17 @@ from system.threads import GENERATION, limit_spinning
 
 @dataclass(frozen=True)
 class Config(SamplingConfig):
+    first_in_help: ClassVar[tuple[str, ...]] = (
+        "model",
+        "prompt",
+        "chat",
+        "instruction",
+        "context",
+        "list",
+        "max_new_tokens",
+        "temperature",
+        "seed",
+    )
     model: Path | None = None
     """checkpoint to load, or gpt2 or another model of the Hugging Face Hub; by default the newest in checkpoints/"""
     prompt: str | None = None
@@ -76,20 +87,20 @@ def main(config: Config) -> None:
         compile=config.compile == "on",
     )
 
-    def write(prompt: str, ids: list[int]) -> None:
+    def write(prompt: str, ids: list[int], sampling: SamplingConfig) -> None:
         terminal.write(
             text_model,
             prompt,
             ids,
-            config,
+            sampling,
             num_samples=config.num_samples,
             top_logprobs=config.logprobs,
             as_json=config.json,
             strip=config.instruction is not None,
         )
 
-    def complete(prompt: str) -> None:
-        write(prompt, text_model.prompt_ids(prompt))
+    def complete(prompt: str, sampling: SamplingConfig = config) -> None:
+        write(prompt, text_model.prompt_ids(prompt), sampling)
 
     if config.chat:
         if not text_model.template:
@@ -99,11 +110,11 @@ def main(config: Config) -> None:
         terminal.chat(text_model, config)
     elif config.instruction is not None:
         message = {"role": "user", "content": config.instruction, "input": config.context}
-        write("", text_model.answer_ids([message], config))
+        write("", text_model.answer_ids([message], config), config)
     elif config.prompt is not None:
         complete(config.prompt)
     elif sys.stdin.isatty():
-        terminal.complete_lines(text_model, complete)
+        terminal.complete_lines(text_model, config, complete)
     else:
         complete(terminal.read_standard_input())
 

@@ -52,6 +52,9 @@ def test_chat_answers_line_by_line_and_knows_its_commands(toy):
     answers = result.stdout.splitlines()
     assert len(answers) == 3 and answers[0] == answers[2]  # /reset starts a new conversation
     assert "/reset" in result.stderr and "/unknown" in result.stderr
+    assert result.stderr.splitlines()[2:4] == ["Type a message. /help lists the commands; /quit or Ctrl-D ends."] + [
+        "/reset        clear the conversation"
+    ]
 
 
 def test_on_a_terminal_generate_completes_one_line_after_another(toy):
