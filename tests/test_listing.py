@@ -109,4 +109,3 @@ def test_the_list_has_an_aligned_line_for_every_file(here, capsys):
             assert line[heading.index(title) :].startswith(value), (title, line)
     loss = torch.load(here / "sft.pt", weights_only=True)["history"][-1]["val_loss"]
     assert f" {loss:.4f}  data/toy" in cells["checkpoints/sft.pt"]
-

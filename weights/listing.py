@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
 
 from system.errors import UserError
 from system.untrusted import printable
@@ -99,13 +99,21 @@ def _facts(checkpoint: Checkpoint) -> tuple[str, str, str, str, str]:
     """Returns kind, parameters, loss, data and parent of a checkpoint, "-" for what it does not say."""
     options, history = checkpoint.get("train_config") or {}, checkpoint.get("history") or [{}]
     loss = history[-1].get("val_loss")
-    names = ("input", "dataset") if checkpoint["kind"] == "classifier" else ("data",)
-    data = next((options[name] for name in names if options.get(name)), "-")
-    parent = options.get("model") or options.get("init_from")
     return (
         _KINDS[checkpoint["kind"]],
         f"{sum(tensor.numel() for tensor in checkpoint['model'].values()):,}",
         "-" if loss is None else f"{loss:.4f}",
-        str(data),
-        "-" if parent in (None, "scratch") else str(parent),
+        data_of(options) or "-",
+        parent_of(options) or "-",
     )
+
+
+def data_of(train_config: Mapping[str, Any]) -> str:
+    """Returns the data that a run with these options reads: a folder, a file, the name of a data set, or ""."""
+    return next((str(train_config[name]) for name in ("data", "input", "dataset") if train_config.get(name)), "")
+
+
+def parent_of(train_config: Mapping[str, Any]) -> str:
+    """Returns the model that a run with these options starts from, or nothing for random weights."""
+    parent = train_config.get("model") or train_config.get("init_from") or "scratch"
+    return "" if parent == "scratch" else str(parent)
