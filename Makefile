@@ -41,4 +41,4 @@ test-slow: venv-dev
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache __pycache__ */__pycache__ \
-		data/demo checkpoints/demo plots/demo_*.png
+		data/demo checkpoints/demo plots/demo

@@ -18,8 +18,8 @@ from system.errors import require
 class Config:
     texts: Annotated[tuple[str, ...], POSITIONAL] = ()
     """texts to label; by default, each line of --input or of standard input"""
-    model: Path = Path("checkpoints/spam.pt")
-    """checkpoint of train_classifier.py"""
+    model: Path | None = None
+    """checkpoint of train_classifier.py; by default the newest in checkpoints/"""
     input: Path | None = None
     """file with one text per line"""
     json: bool = False
@@ -38,8 +38,9 @@ def main(config: Config) -> None:
     """Prints the label and the probability of each text, as the texts come in."""
     from system.files import read_utf8_lines
     from training.classifier import Classifier
+    from weights.listing import newest
 
-    classifier = Classifier.load(config.model, config.device, config.dtype)
+    classifier = Classifier.load(config.model or newest("classifier"), config.device, config.dtype)
     texts, to_print = tee(config.texts or skip_empty(read_utf8_lines(config.input)))
     is_typed = not config.texts and config.input is None and sys.stdin.isatty()
     batch_size = 1 if is_typed else 32  # who types wants an answer after every line

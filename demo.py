@@ -87,7 +87,7 @@ def main(config: Config) -> None:
         "  .venv/bin/python generate.py --model checkpoints/demo/sft.pt --chat\n"
         "  .venv/bin/python generate.py --model checkpoints/demo/pretrained.pt\n"
         "  .venv/bin/streamlit run app.py\n"
-        "The loss curves are plots/demo_pretrained_loss.png and plots/demo_sft_loss.png."
+        "The loss curves are plots/demo/pretrained_loss.png and plots/demo/sft_loss.png."
     )
 
 

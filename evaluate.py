@@ -19,8 +19,8 @@ PUBLISHED = (
 
 @dataclass(frozen=True)
 class Config:
-    model: Path = Path("checkpoints/pretrained.pt")
-    """checkpoint, or gpt2 or another model of the Hugging Face Hub"""
+    model: Path | None = None
+    """checkpoint, or gpt2 or another model of the Hugging Face Hub; by default the newest in checkpoints/"""
     data: Path | None = None
     """a folder of prepared data, whose validation split is read, or one token file (.bin)"""
     text: Path | None = None
@@ -55,8 +55,10 @@ def main(config: Config) -> None:
     from system.files import read_utf8
     from text.token_files import read_prepared_tokens
     from training.evaluation import evaluate_hellaswag, evaluate_text, read_hellaswag
+    from weights.listing import newest
 
-    text_model = TextModel.load(config.model, config.device, config.dtype, convert_weights=False)
+    name = config.model or newest("language model")
+    text_model = TextModel.load(name, config.device, config.dtype, convert_weights=False)
     tokenizer = text_model.tokenizer
     if config.hellaswag is not None:
         figures = evaluate_hellaswag(text_model, read_hellaswag(*config.hellaswag), config.batch_size)
@@ -75,7 +77,7 @@ def main(config: Config) -> None:
             f"loss {figures['loss']:.4f} nats per token, perplexity {figures['perplexity']:,.3f}, "
             f"{figures['bits_per_byte']:.4f} bits per byte, on {figures['tokens']:,} tokens"
         )
-    print(json.dumps({"model": str(config.model), **figures}) if config.json else line)
+    print(json.dumps({"model": str(name), **figures}) if config.json else line)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from system.cli import run
 class Config:
     out: Path
     """folder to write"""
-    model: Path = Path("checkpoints/pretrained.pt")
-    """checkpoint to export: a language model, an adapter (it is merged with its base model) or a classifier"""
+    model: Path | None = None
+    """checkpoint to export: a language model, an adapter (it is merged with its base model) or a classifier; by default
+    the newest in checkpoints/"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """precision of the weights"""
     trim_vocab: bool = False
@@ -30,10 +31,11 @@ def main(config: Config) -> None:
 
     from generation.config import SamplingConfig
     from weights import huggingface
+    from weights.listing import newest
     from weights.loading import load_checkpoint
 
     huggingface.check_export_folder(config.out, config.overwrite)
-    checkpoint = load_checkpoint(config.model, verify=True, kinds=("base", "sft", "classifier"))
+    checkpoint = load_checkpoint(config.model or newest("model"), verify=True, kinds=("base", "sft", "classifier"))
     sampling = SamplingConfig()
     generation = {
         "temperature": sampling.temperature,

@@ -4,7 +4,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
@@ -16,8 +16,19 @@ from system.threads import GENERATION, limit_spinning
 
 @dataclass(frozen=True)
 class Config(SamplingConfig):
-    model: Path = Path("checkpoints/pretrained.pt")
-    """checkpoint to load, or gpt2 or another model of the Hugging Face Hub"""
+    first_in_help: ClassVar[tuple[str, ...]] = (
+        "model",
+        "prompt",
+        "chat",
+        "instruction",
+        "context",
+        "list",
+        "max_new_tokens",
+        "temperature",
+        "seed",
+    )
+    model: Path | None = None
+    """checkpoint to load, or gpt2 or another model of the Hugging Face Hub; by default the newest in checkpoints/"""
     prompt: str | None = None
     """text to complete; by default standard input, or the lines that you type on a terminal"""
     chat: bool = False
@@ -26,6 +37,8 @@ class Config(SamplingConfig):
     """an instruction for a fine-tuned model to answer"""
     context: str = ""
     """text that the instruction refers to"""
+    list: bool = False
+    """list the models in checkpoints/, and write nothing"""
     num_samples: int = 1
     """number of completions, generated as one batch, or in batches that fit into the memory"""
     logprobs: int | None = None
@@ -66,9 +79,15 @@ def main(config: Config) -> None:
     from generation.text_model import TextModel
     from interface import terminal
     from interface.lens_table import lens_table
+    from weights import listing
 
+    if config.list:
+        print(listing.table())
+        return
+    is_chat = config.chat or config.instruction is not None
+    name = config.model or listing.newest("chat model" if is_chat else "language model")
     text_model = TextModel.load(
-        config.model,
+        name,
         config.device,
         config.dtype,
         quantize=config.quantize,
@@ -76,38 +95,37 @@ def main(config: Config) -> None:
         compile=config.compile == "on",
     )
 
-    def write(prompt: str, ids: list[int]) -> None:
+    def write(prompt: str, ids: list[int], sampling: SamplingConfig) -> None:
         terminal.write(
             text_model,
             prompt,
             ids,
-            config,
+            sampling,
             num_samples=config.num_samples,
             top_logprobs=config.logprobs,
             as_json=config.json,
             strip=config.instruction is not None,
         )
 
-    def complete(prompt: str) -> None:
+    def complete(prompt: str, sampling: SamplingConfig = config) -> None:
         if config.lens:
             print("\n".join(lens_table(text_model, prompt, shutil.get_terminal_size().columns)))
             return
-        write(prompt, text_model.prompt_ids(prompt))
+        write(prompt, text_model.prompt_ids(prompt), sampling)
 
     if config.chat:
         if not text_model.template:
             raise UserError(
-                f"{config.model} only completes text: drop --chat, or fine-tune it: "
-                f"python train_sft.py --model {config.model}"
+                f"{name} only completes text: drop --chat, or fine-tune it: python train_sft.py --model {name}"
             )
         terminal.chat(text_model, config)
     elif config.instruction is not None:
         message = {"role": "user", "content": config.instruction, "input": config.context}
-        write("", text_model.answer_ids([message], config))
+        write("", text_model.answer_ids([message], config), config)
     elif config.prompt is not None:
         complete(config.prompt)
     elif sys.stdin.isatty():
-        terminal.complete_lines(text_model, complete)
+        terminal.complete_lines(text_model, config, complete)
     else:
         complete(terminal.read_standard_input())
 

@@ -5,14 +5,14 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
 import prepare_data
 from system.cli import run
 from system.errors import UserError, require
-from system.locks import releases_locks
+from system.locks import hold, releases_locks
 from training.config import TrainerConfig
 
 NAMED_TEXTS = ("shakespeare", "war-and-peace", "pydocs")
@@ -49,6 +49,20 @@ class Model:
 
 @dataclass(frozen=True)
 class Config(Model, TrainerConfig):
+    first_in_help: ClassVar[tuple[str, ...]] = (
+        "preset",
+        "data",
+        "out",
+        "init_from",
+        "vocab_size",
+        "max_steps",
+        "batch_size",
+        "learning_rate",
+        "sample_prompt",
+        "resume",
+        "overwrite",
+        "plan",
+    )
     preset: str = "gpt2"
     """gpt2, gpt2-medium, gpt2-large, gpt2-xl, modern, shakespeare or demo: the defaults of all other flags"""
     data: Path = Path("data")
@@ -163,7 +177,7 @@ def main(config: Config) -> None:
     if not resumed and config.init_from != "scratch":
         start = checkpoint.grow_vocabulary(load_checkpoint(config.init_from))
     if is_text(config.data):
-        folder = Path("data") / config.data.stem
+        folder = Path(hold(tempfile.TemporaryDirectory())) if config.plan else Path("data") / config.data.stem
         is_prepared = is_prepared_from(folder, str(config.data))
         prepare(config, folder, is_prepared, start["tokenizer"] if start else None, processes.world_size)
         config = dataclasses.replace(config, data=folder)

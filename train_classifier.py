@@ -16,6 +16,21 @@ from training.config import TrainerConfig
 
 @dataclass(frozen=True)
 class Config(TrainerConfig):
+    first_in_help: ClassVar[tuple[str, ...]] = (
+        "preset",
+        "input",
+        "dataset",
+        "text_column",
+        "label_column",
+        "model",
+        "out",
+        "epochs",
+        "batch_size",
+        "learning_rate",
+        "resume",
+        "overwrite",
+        "plan",
+    )
     preset: str = "gpt2"
     """gpt2 or demo: the defaults of all other flags"""
     input: Path | None = None
@@ -29,7 +44,7 @@ class Config(TrainerConfig):
     model: Path = Path("checkpoints/pretrained.pt")
     """the language model to start from"""
     out: Path = Path("checkpoints/spam.pt")
-    """checkpoint to write; the log, the plots and the file for --resume are named after it"""
+    """checkpoint to write; the log, the plots, the report and the file for --resume are named after it"""
     train_layers: Literal["all", "head"] | int = "all"
     """what trains: all, the head alone, or the head and this many of the last blocks"""
     class_weights: bool = False
@@ -138,7 +153,7 @@ def main(config: Config) -> None:
         resumed=resumed,
         examples=Examples(lambda state: Classifier.of_run(state, tokenizer, labels).show(parts["val"][:5])),
     )
-    if processes.rank == 0:
+    if processes.rank == 0 and not config.plan:
         test(config, parts["test"])
 
 

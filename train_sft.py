@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
@@ -16,6 +16,20 @@ from training.config import TrainerConfig
 
 @dataclass(frozen=True)
 class Config(TrainerConfig):
+    first_in_help: ClassVar[tuple[str, ...]] = (
+        "preset",
+        "model",
+        "data",
+        "out",
+        "epochs",
+        "batch_size",
+        "learning_rate",
+        "lora_rank",
+        "sample_prompt",
+        "resume",
+        "overwrite",
+        "plan",
+    )
     preset: str = "gpt2"
     """gpt2, lora or demo: the defaults of all other flags"""
     model: Path = Path("checkpoints/pretrained.pt")
@@ -23,7 +37,7 @@ class Config(TrainerConfig):
     data: Path = Path("data")
     """folder written by prepare_sft_data.py"""
     out: Path = Path("checkpoints/sft.pt")
-    """checkpoint to write; the log, the plot and the file for --resume are named after it"""
+    """checkpoint to write; the log, the plot, the report and the file for --resume are named after it"""
     epochs: int = 5
     """passes over all conversations"""
     max_steps: int | None = None  # type: ignore[assignment]

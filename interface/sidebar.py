@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from dataclasses import dataclass
-from pathlib import Path
-
 import streamlit as st
 
 from generation.config import SamplingConfig
 from system.untrusted import is_text
+from weights.files import FOLDER, CheckpointFile, checkpoint_files
 
 NO_MODEL = """There is no model yet. Make one with either of these:
 
@@ -17,33 +14,19 @@ NO_MODEL = """There is no model yet. Make one with either of these:
     python prepare_data.py && python train.py    # GPT-2, on a GPU"""
 
 
-@dataclass(frozen=True)
-class CheckpointFile:
-    """A checkpoint on the disk. A new file under the old name has another `modified`."""
-
-    path: Path
-    modified: float
-    """time of its last change, in seconds since 1970"""
-
-
 def pick_checkpoint() -> CheckpointFile | None:
     """Offers the checkpoints under `checkpoints/`, the newest first. Returns None if there are none."""
-    times = {}
-    for path in Path("checkpoints").rglob("*.pt"):
-        with contextlib.suppress(OSError):  # a file that is deleted meanwhile
-            if not path.name.endswith(".last.pt") and is_text(str(path)):  # the page can show UTF-8 only
-                times[path] = path.stat().st_mtime
-    if not times:
+    files = {file.path: file for file in checkpoint_files() if is_text(str(file.path))}  # the page can show UTF-8 only
+    if not files:
         st.title("GPT-2")
         st.info(NO_MODEL)
         return None
-    paths = sorted(times, key=lambda path: times[path], reverse=True)
     previous = st.session_state.get("model")
-    if previous is not None and previous not in paths:
+    if previous is not None and previous not in files:
         st.warning("The chosen model no longer exists:")
         st.text(previous)
-    path = st.selectbox("Model", paths, key="model", format_func=lambda path: str(path.relative_to("checkpoints")))
-    return CheckpointFile(path, times[path])
+    path = st.selectbox("Model", list(files), key="model", format_func=lambda path: str(path.relative_to(FOLDER)))
+    return files[path]
 
 
 @st.fragment  # a change here neither redraws the whole page nor stops an answer

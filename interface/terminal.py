@@ -31,9 +31,16 @@ HELP = """/reset        clear the conversation
 /undo         take back the last exchange
 /retry        answer the last message again
 /NAME VALUE   set temperature, top-k, top-p, min-p, repetition-penalty, max-new-tokens or seed; some can be none
+/NAME         show its value
 /save FILE    write the conversation as one line of JSON
 /load FILE    continue a saved conversation
 /help         show this; /quit or Ctrl-D ends; Ctrl-C stops an answer; Alt-Enter begins a new line"""
+HELP_OF_COMPLETION = """\
+/NAME VALUE   set temperature, top-k, top-p, min-p, repetition-penalty, max-new-tokens or seed; some can be none
+/NAME         show its value
+/help         show this; /quit or Ctrl-D ends; Ctrl-C stops a completion; Alt-Enter begins a new line"""
+START_OF_CHAT = "Type a message. /help lists the commands; /quit or Ctrl-D ends."
+START_OF_COMPLETION = "Type the beginning of a text. /help lists the commands; /quit or Ctrl-D ends."
 OPTIONS: dict[str, Callable[[str], float]] = {
     "temperature": float,
     "top-k": int,
@@ -44,7 +51,8 @@ OPTIONS: dict[str, Callable[[str], float]] = {
     "seed": int,
 }
 CAN_BE_NONE = ("top-k", "top-p", "min-p", "seed")
-CYAN, RESET = "\x1b[36m", "\x1b[0m"
+CYAN, BOLD, RESET = "\x1b[36m", "\x1b[1m", "\x1b[0m"
+LABEL_OF_ANSWER = "model> "
 
 
 def write(
@@ -173,33 +181,55 @@ class LineReader:
             return next(self.lines).strip()
         while True:
             try:
-                typed = self.session.prompt(ANSI(f"\x1b[1m{self.label}{RESET}"))
+                typed = self.session.prompt(ANSI(f"{BOLD}{self.label}{RESET}"))
                 return Notes().clean(typed, "standard input").strip()
             except KeyboardInterrupt:
                 continue
             except EOFError:
                 raise StopIteration from None
 
+    def confirm(self, question: str) -> bool:
+        """Asks a question; whether the user types y or yes. If standard input is not a terminal, nobody does."""
+        if self.session is None:
+            return False
+        try:
+            return self.session.prompt(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+        except (KeyboardInterrupt, EOFError):
+            return False
 
-def complete_lines(text_model: TextModel, complete: Callable[[str], None]) -> None:
-    """Calls `complete` with each line that the user types, until Ctrl-D or /quit."""
-    print_note(text_model.description)
-    print_note("Type the beginning of a text; /quit or Ctrl-D ends; Ctrl-C stops a completion.")
+
+def complete_lines(
+    text_model: TextModel, config: SamplingConfig, complete: Callable[[str, SamplingConfig], None]
+) -> None:
+    """Calls `complete` with each line that the user types, until Ctrl-D or /quit. Commands change the config.
+
+    A text may begin with a slash, unless its first word is a command.
+    """
+    print_note(f"{text_model.description}\n{START_OF_COMPLETION}")
     for line in LineReader("text> "):
-        if line == "/quit":
+        command, _, argument = line.partition(" ")
+        if command == "/quit":
             return
-        if line:
-            try:
-                complete(line)
-            except KeyboardInterrupt:
-                continue
+        try:
+            if command == "/help":
+                print_note(HELP_OF_COMPLETION)
+            elif command.startswith("/") and command[1:] in OPTIONS:
+                config = set_or_keep(config, command[1:], argument.strip())
+                print_note(show_option(config, command[1:]))
+            elif line:
+                complete(line, config)
+        except UserError as error:
+            print_note(f"error: {error}")
+        except KeyboardInterrupt:
+            continue
 
 
 def chat(text_model: TextModel, config: SamplingConfig) -> None:
     """Holds a conversation with the user, until Ctrl-D or /quit."""
     conversation = Chat(text_model, config)
-    print_note(f"{text_model.description}\n{HELP}")
-    for line in LineReader("you> "):
+    print_note(f"{text_model.description}\n{START_OF_CHAT}")
+    reader = LineReader("you> ")
+    for line in reader:
         command, _, argument = line.partition(" ")
         if command == "/quit":
             return
@@ -211,7 +241,7 @@ def chat(text_model: TextModel, config: SamplingConfig) -> None:
                 else:
                     answer(conversation, message)
             elif command.startswith("/"):
-                print_note(obey(conversation, command[1:], argument.strip()))
+                print_note(obey(conversation, command[1:], argument.strip(), reader.confirm))
             elif line:
                 answer(conversation, line)
         except UserError as error:
@@ -221,9 +251,12 @@ def chat(text_model: TextModel, config: SamplingConfig) -> None:
 
 
 def answer(conversation: Chat, message: str) -> None:
-    """Streams the answer to a message. Ctrl-C stops it, and the conversation keeps the text so far."""
+    """Streams the answer to a message, on a terminal behind a label. Ctrl-C stops it; the text so far is kept."""
     pieces = conversation.reply(message)
-    print_code(CYAN)
+    if isinstance(sys.stdout, SafeTerminal):
+        print_code(BOLD)
+        sys.stdout.write(LABEL_OF_ANSWER)
+        print_code(RESET + CYAN)
     try:
         print_stream(pieces)
     except KeyboardInterrupt:
@@ -232,8 +265,11 @@ def answer(conversation: Chat, message: str) -> None:
         print_code(RESET)
 
 
-def obey(conversation: Chat, command: str, argument: str) -> str:
-    """Carries out a command. Returns what to print. Raises UserError if the command or its argument is wrong."""
+def obey(conversation: Chat, command: str, argument: str, confirm: Callable[[str], bool]) -> str:
+    """Carries out a command. Returns what to print. `confirm` asks the user a question.
+
+    Raises UserError if the command or its argument is wrong.
+    """
     if command == "help":
         return HELP
     if command == "reset":
@@ -245,14 +281,14 @@ def obey(conversation: Chat, command: str, argument: str) -> str:
     if command in ("save", "load"):
         require_file(command, argument)
     if command == "save":
-        save_conversation(Path(argument), conversation.messages)
+        save_conversation(Path(argument), conversation.messages, confirm)
         return f"saved {len(conversation.messages) // 2} exchanges in {argument}"
     if command == "load":
         conversation.messages[:] = load_conversation(Path(argument))
         return f"loaded {len(conversation.messages) // 2} exchanges"
     if command in OPTIONS:
-        conversation.config = set_option(conversation.config, command, argument)
-        return f"{command} is {getattr(conversation.config, command.replace('-', '_'))}"
+        conversation.config = set_or_keep(conversation.config, command, argument)
+        return show_option(conversation.config, command)
     raise UserError(f"unknown command /{command}: /help lists the commands")
 
 
@@ -265,10 +301,17 @@ def require_file(command: str, argument: str) -> None:
         raise UserError(f"{argument} is not a file: choose another name")
 
 
-def save_conversation(path: Path, messages: list[Message]) -> None:
-    """Writes a conversation as one line of JSON. Raises UserError if the file holds anything but its beginning."""
+def save_conversation(
+    path: Path, messages: list[Message], confirm: Callable[[str], bool] = lambda question: False
+) -> None:
+    """Writes a conversation as one line of JSON. If the file holds anything but its beginning, `confirm` asks the user.
+
+    Raises UserError if the user does not confirm.
+    """
     if path.exists() and not holds_beginning(path, messages):
-        raise UserError(f"{path} exists and is not the beginning of this conversation: choose another name")
+        problem = f"{path} exists and is not the beginning of this conversation"
+        if not confirm(f"{problem}. Replace it?"):
+            raise UserError(f"{problem}: choose another name")
     with atomic_write(path, "w") as file:
         file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
 
@@ -298,9 +341,20 @@ def load_conversation(path: Path) -> list[Message]:
 def set_option(config: SamplingConfig, name: str, value: str) -> SamplingConfig:
     """Returns a config with one option changed. Raises UserError if the option cannot have the value."""
     change: dict[str, Any] = {name.replace("-", "_"): None}
-    if name not in CAN_BE_NONE or value not in ("", "none"):
+    if name not in CAN_BE_NONE or value != "none":
         try:
             change[name.replace("-", "_")] = OPTIONS[name](value)
         except ValueError:
             raise UserError(f"/{name} needs a number, not {value!r}") from None
     return dataclasses.replace(config, **change)
+
+
+def set_or_keep(config: SamplingConfig, name: str, value: str) -> SamplingConfig:
+    """Returns a config with one option changed, or unchanged if no value is given. Raises UserError as `set_option`."""
+    return set_option(config, name, value) if value else config
+
+
+def show_option(config: SamplingConfig, name: str) -> str:
+    """Returns the value of an option in words."""
+    value = getattr(config, name.replace("-", "_"))
+    return f"{name} is {'none' if value is None else value}"

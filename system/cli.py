@@ -121,7 +121,9 @@ def parse(config_class: type[Config], arguments: list[str], presets: Mapping[str
     """Parses flags into a config dataclass with tyro. `--preset NAME` chooses the defaults; other flags override them.
 
     `--help` shows a field under the heading of the class that declares it first: a config class that inherits from
-    small dataclasses has a heading for each of them, with the first line of that class's docstring.
+    small dataclasses has a heading for each of them, with the first line of that class's docstring. The names in a
+    class variable `first_in_help` come before all headings, in that order; the other fields of the class then come
+    last.
 
     Raises UserError (status 2) for bad usage; exits with status 0 after `--help`.
     """
@@ -142,7 +144,7 @@ def parse(config_class: type[Config], arguments: list[str], presets: Mapping[str
     except SystemExit as exit_:
         if not exit_.code:
             read_flags()  # prints the help again, for the terminal, and exits
-        message = _explain(_first_paragraph(complaint.getvalue()), config_class)
+        message = _explain(_first_paragraph(complaint.getvalue()), config_class, arguments)
         raise UserError(f"{message} (see --help)", status=2) from None
     flags = {name: value for group in vars(groups).values() for name, value in vars(group).items()}
     for name, value in flags.items():
@@ -212,26 +214,47 @@ def _flags(config_class: type[DataclassInstance], preset: DataclassInstance | No
     append_action: Any = tyro.conf.UseAppendAction
     positional: Any = tyro.conf.Positional
     hints, help_texts = get_type_hints(config_class, include_extras=True), _help_texts(config_class)
-    groups: dict[type, list[tuple[str, Any, Any]]] = {cls: [] for cls in config_class.__mro__}
-    for field in dataclasses.fields(config_class):
-        default = getattr(preset, field.name) if preset else _default(field)
-        text = tyro.conf.arg(help=help_texts.get(field.name), metavar=_metavar(hints[field.name]))
-        hint = hints[field.name]
+    own, *bases = config_class.__mro__
+    first = getattr(config_class, "first_in_help", ())
+    order = [_First, *bases, own] if first else [own, *bases]
+    groups: dict[type, list[tuple[str, Any, Any]]] = {cls: [] for cls in order}
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    for name, field in {**{name: fields[name] for name in first}, **fields}.items():
+        default = getattr(preset, name) if preset else _default(field)
+        hint, help_text = hints[name], help_texts.get(name, "")
+        text = tyro.conf.arg(
+            help=help_text, metavar=_metavar(hint), help_behavior_hint=_default_in_words(default, help_text)
+        )
         marks = getattr(hint, "__metadata__", ())
         if REPEATABLE in marks:
             hint = append_action[hint]
         if POSITIONAL in marks:
             hint = positional[hint]
-        item = (field.name, Annotated[hint, text], dataclasses.field(default=default, kw_only=True))
-        groups[_first_class_with(field.name, config_class)].append(item)
+        item = (name, Annotated[hint, text], dataclasses.field(default=default, kw_only=True))
+        groups[_First if name in first else _first_class_with(name, config_class)].append(item)
     return dataclasses.make_dataclass(
         "Flags",
         [
-            (f"group_{i}", Annotated[_heading(cls, fields), tyro.conf.arg(name=_title(cls, config_class))])
+            (f"group_{i}", Annotated[_heading(cls, fields), tyro.conf.arg(name=_title(cls, own, bool(first)))])
             for i, (cls, fields) in enumerate(groups.items())
             if fields
         ],
     )
+
+
+class _First:
+    """The flags that most users need"""
+
+
+def _default_in_words(default: Any, help_text: str) -> str | None:
+    """Returns what `--help` says after the text of a flag about its default; None leaves a required flag to tyro."""
+    if default is dataclasses.MISSING:
+        return None
+    if isinstance(default, bool):
+        return f"(default: {'on' if default else 'off'})"
+    if default is None or default in ("", ()):
+        return "" if "default" in help_text else "(default: none)"
+    return f"(default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
 
 
 def _heading(cls: type, fields: list[tuple[str, Any, Any]]) -> type:
@@ -241,9 +264,11 @@ def _heading(cls: type, fields: list[tuple[str, Any, Any]]) -> type:
     return dataclasses.make_dataclass(cls.__name__, fields, namespace={"__doc__": doc})
 
 
-def _title(cls: type, config_class: type) -> str:
-    """Returns the name of a group of flags: of `LoggingConfig`, "logging"; of the script's own class, nothing."""
-    if cls is config_class:
+def _title(cls: type, own: type, is_own_last: bool) -> str:
+    """Returns the name of a group of flags: of `LoggingConfig`, "logging"; of the first group, nothing."""
+    if cls is own and is_own_last:
+        return "other"
+    if cls in (own, _First):
         return ""
     return re.sub("(?<=[a-z])(?=[A-Z])", " ", cls.__name__.removesuffix("Config")).lower()
 
@@ -272,35 +297,35 @@ def _help_texts(config_class: type) -> dict[str, str]:
 
 
 def _metavar(hint: Any) -> str | None:
-    """Returns what `--help` shows for an optional value, such as INT; None leaves the choice to tyro."""
-    if _optional(hint) is None:
-        return None
-    if get_origin(_optional(hint)) is tuple:
-        return f"[{_metavar(get_args(_optional(hint))[0] | None)}]"
-    if get_origin(_optional(hint)) is Literal:
-        return "{" + ",".join(map(str, get_args(_optional(hint)))) + "}"
-    return {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}.get(_optional(hint))
-
-
-def _optional(hint: Any) -> Any:
-    """Returns `T` for the type `T | None`, otherwise None."""
+    """Returns what `--help` shows for a union, such as INT or INT|auto; None leaves other types to tyro."""
     parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else ()
     others = [part for part in parts if part is not types.NoneType]
-    return others[0] if len(others) == 1 < len(parts) else None
+    if not others:
+        return None
+    if len(others) == 1 and get_origin(others[0]) is tuple:
+        return f"[{_metavar(get_args(others[0])[0] | None)}]"
+    if len(others) == 1 and get_origin(others[0]) is Literal:
+        return "{" + ",".join(map(str, get_args(others[0]))) + "}"
+    names = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
+    return "|".join(names.get(part) or "|".join(map(str, get_args(part))) for part in others)
 
 
-def _explain(complaint: str, config_class: type[DataclassInstance]) -> str:
+def _explain(complaint: str, config_class: type[DataclassInstance], arguments: list[str]) -> str:
     """Returns tyro's message about bad usage as one short sentence. A message of another kind stays as it is.
 
     tyro has no public hook for errors, so requirements.txt pins its version.
     """
     hints = {field.name: get_type_hints(config_class)[field.name] for field in dataclasses.fields(config_class)}
+    first = getattr(config_class, "first_in_help", ())
     quoted = r"""('.*?'|".*?")"""
     value = None
     if found := re.match(r"Unrecognized options: ([^\s,=]+)", complaint):
-        return _explain_unknown(found[1], hints)
+        return _explain_unknown(found[1], hints, first)
     if found := re.match(r"Missing from .*?: (--\S+)", complaint):
-        return f"{found[1]} is required"
+        flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+        names = {flag: flag.removeprefix("--").removeprefix("no-").replace("-", "_") for flag in flags}
+        unknown = next((flag for flag, name in names.items() if name not in hints), None)
+        return _explain_unknown(unknown, hints, first) if unknown else f"{found[1]} is required"
     if found := re.match(r"Error parsing (--\S+): Exceeds the limit", complaint):
         return f"{found[1]} must be below 2^63"
     if found := re.match(rf"Error parsing (--\S+): .*?{quoted}", complaint):
@@ -317,13 +342,57 @@ def _explain(complaint: str, config_class: type[DataclassInstance]) -> str:
     return f"{flag} takes {wanted}, not {value}" if value else f"{flag} needs a value: {wanted}"
 
 
-def _explain_unknown(argument: str, hints: dict[str, Any]) -> str:
+def _explain_unknown(argument: str, hints: dict[str, Any], first: tuple[str, ...]) -> str:
     if not argument.startswith("-"):
         return f"unexpected argument {argument!r}"
-    flags = [f"--{name.replace('_', '-')}" for name in hints]
-    flags += [f"--no-{name.replace('_', '-')}" for name, hint in hints.items() if hint is bool]
-    similar = difflib.get_close_matches(argument.replace("_", "-"), flags, n=1, cutoff=0.7)
-    return f"unknown flag {argument}: did you mean {similar[0]}?" if similar else f"unknown flag {argument}"
+    switches = [name.replace("_", "-") for name, hint in hints.items() if hint is bool]
+    flags = [name.replace("_", "-") for name in {**dict.fromkeys(first), **hints}]
+    wanted = argument.lstrip("-").replace("_", "-").lower()
+    found = _similar_flag(wanted, flags)
+    if wanted.startswith("no-") and (switch := _similar_flag(wanted.removeprefix("no-"), switches)):
+        found = f"no-{switch}"
+    return f"unknown flag {argument}: did you mean --{found}?" if found else f"unknown flag {argument}"
+
+
+_OTHER_NAMES = {  # in nanoGPT, transformers and others
+    "block-size": ("context", "context-length", "seq-len", "seq-length", "max-length"),
+    "eval-every": ("eval-interval", "eval-steps"),
+    "log-every": ("log-interval", "logging-steps"),
+    "save-every": ("save-interval", "save-steps"),
+    "grad-accum-steps": ("gradient-accumulation-steps", "accumulate"),
+    "init-from": ("model", "from", "checkpoint"),
+    "max-new-tokens": ("length", "max-tokens", "max-length"),
+    "max-steps": ("iters", "max-iters", "steps", "iterations"),
+    "model": ("checkpoint", "ckpt", "init-from"),
+    "n-embd": ("width", "dim", "hidden-size", "d-model"),
+    "num-samples": ("n",),
+    "out": ("output", "output-dir", "out-dir", "save"),
+    "overwrite": ("force", "replace"),
+    "data": ("dataset", "input"),
+    "input": ("data", "file", "files"),
+    "resume": ("continue",),
+    "warmup-steps": ("warmup-iters",),
+}
+
+
+def _similar_flag(wanted: str, flags: list[str]) -> str | None:
+    """Returns the flag that a user probably meant: the same letters, another program's name, initials such as lr, one
+    of its words such as epoch, or a misspelling. `flags` have no dashes in front; the important ones come first."""
+    letters, words = wanted.replace("-", ""), {word.removesuffix("s") for word in wanted.split("-")}
+
+    def words_of(flag: str) -> set[str]:
+        return {word.removesuffix("s") for word in flag.split("-")}
+
+    tests: tuple[Callable[[str], bool], ...] = (
+        lambda flag: flag.replace("-", "") == letters,
+        lambda flag: wanted in _OTHER_NAMES.get(flag, ()),
+        lambda flag: "-" in flag and "".join(word[0] for word in flag.split("-")) == letters,
+        lambda flag: words <= words_of(flag),
+        lambda flag: words_of(flag) < words and len(flag) > 3,
+        lambda flag: len(letters) >= 3 and flag.replace("-", "").startswith(letters),
+    )
+    found = (flag for test in tests for flag in flags if test(flag))
+    return next(found, None) or next(iter(difflib.get_close_matches(wanted, flags, n=1, cutoff=0.7)), None)
 
 
 def _describe_type(hint: Any) -> str:

@@ -4,9 +4,11 @@ import contextlib
 import ctypes
 import gc
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -103,6 +105,32 @@ def peak_memory(device: torch.device) -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def total_memory(device: torch.device) -> int:
+    """Returns how many bytes of memory this process can have at most: of the GPU, or of the machine or container."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # not on Windows
+    with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total
+
+
+def machine(device: torch.device) -> str:
+    """Returns the processor, the GPU if it is used, the memory, and the versions of the software, in one line."""
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    parts = [f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"]
+    if device.type == "cuda":
+        parts.append(torch.cuda.get_device_name(device))
+    parts.append(f"{total_memory(device) / 1e9:,.1f} GB of {'GPU ' if device.type == 'cuda' else ''}memory")
+    parts.append(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}")
+    return "; ".join(parts)
 
 
 def free_memory(device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import re
@@ -63,6 +64,13 @@ class Config(SharedConfig):
 
 
 @dataclass(frozen=True)
+class Ordered(Config):
+    first_in_help: ClassVar[tuple[str, ...]] = ("max_steps", "data")
+    mine: int = 1
+    """declared here, and not among the first"""
+
+
+@dataclass(frozen=True)
 class Required:
     out: Path
     """file to write"""
@@ -85,7 +93,7 @@ def test_help_groups_flags_by_the_class_that_declares_them_first(help_text):
     own, data, speed = re.split(" data options|speed of learning options", help_text)
     assert all(flag in own for flag in ("--preset STR", "--max-steps INT", "--verbose, --no-verbose"))
     assert all(text in data for text in ("What to read.", "--data PATH", "--stop STR"))
-    assert all(text in speed for text in ("How fast to learn.", "--learning-rate FLOAT", "--accumulate INT|{auto}"))
+    assert all(text in speed for text in ("How fast to learn.", "--learning-rate FLOAT", "--accumulate INT|auto"))
     assert "All that is shared." not in help_text
 
 
@@ -99,6 +107,48 @@ def test_help_shows_the_final_default_and_the_text_of_the_most_derived_class(hel
 def test_help_shows_optional_values_without_none(help_text):
     assert "{None}" not in help_text
     assert all(flag in help_text for flag in ("--max-steps INT", "--mode {fast,slow}", "--files [FILE]"))
+
+
+def test_help_says_the_default_in_words(help_text):
+    assert all(f"(default: {text})" in help_text for text in ("none", "auto", "off", "small"))
+    assert not any(text in help_text for text in ("None", "False", "True", "''", "()"))
+
+
+def test_help_begins_with_the_flags_that_a_class_names(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        parse(Ordered, ["--help"])
+    shown = capsys.readouterr().out
+    order = ["--max-steps", "--data", "data options", "--stop", "--learning-rate", "other options", "--mine"]
+    assert sorted(order, key=shown.index) == order
+    with pytest.raises(UserError, match="did you mean --max-steps"):
+        parse(Ordered, ["--step", "3"])
+
+
+MISTYPED = {  # script: pairs of a flag that a user may type, and the right one
+    "train": "lr learning-rate, batchsize batch-size, steps max-steps, layers n-layer, heads n-head, wd weight-decay, "
+    "max_iters max-steps, eval_interval eval-every, out_dir out, no-resum no-resume, dataset data, seeds seed",
+    "train_sft": "lr learning-rate, epoch epochs, rank lora-rank, bs batch-size, no-Resume no-resume, dataset data",
+    "train_classifier": "lr learning-rate, text text-column, label label-column, layers train-layers",
+    "generate": "temp temperature, max-tokens max-new-tokens, topk top-k, samples num-samples, checkpoint model, "
+    "tokens max-new-tokens, no-chats no-chat, penalty repetition-penalty",
+    "evaluate": "batchsize batch-size, texts text, checkpoint model",
+    "export": "output out, ckpt model, trim trim-vocab, force overwrite",
+    "classify": "file input, checkpoint model",
+    "prepare_data": "vocab vocab-size, vocabsize vocab-size, output out",
+    "prepare_sft_data": "context block-size, blocksize block-size, force overwrite",
+    "demo": "steps max-steps, file input, vocab vocab-size",
+}
+
+
+@pytest.mark.parametrize("script", MISTYPED)
+def test_a_mistyped_flag_of_every_script_suggests_the_right_one(script):
+    config_class = importlib.import_module(script).Config
+    for pair in MISTYPED[script].split(", "):
+        typed, meant = pair.split()
+        with pytest.raises(UserError) as error:
+            parse(config_class, [f"--{typed}"])
+        assert str(error.value) == f"unknown flag --{typed}: did you mean --{meant}? (see --help)"
 
 
 def test_flags_of_all_groups_fill_one_flat_config():
@@ -125,6 +175,12 @@ def test_flags_override_the_preset():
         ("--learningrate 3", "unknown flag --learningrate: did you mean --learning-rate?"),
         ("--learnin_rate=3", "unknown flag --learnin_rate: did you mean --learning-rate?"),
         ("--no-verbos", "unknown flag --no-verbos: did you mean --no-verbose?"),
+        ("--no_verbose_", "unknown flag --no_verbose_: did you mean --no-verbose?"),
+        ("--lr 3", "unknown flag --lr: did you mean --learning-rate?"),
+        ("--max-iters 3", "unknown flag --max-iters: did you mean --max-steps?"),
+        ("--no-datas", "unknown flag --no-datas: did you mean --data?"),
+        ("--verb", "unknown flag --verb: did you mean --verbose?"),
+        ("-rate 3", "unknown flag -rate: did you mean --learning-rate?"),
         ("--anything-else", "unknown flag --anything-else"),
         ("--hint x", "unknown flag --hint"),
         ("--max-steps many", "--max-steps takes a whole number, not 'many'"),

@@ -52,6 +52,9 @@ def test_chat_answers_line_by_line_and_knows_its_commands(toy):
     answers = result.stdout.splitlines()
     assert len(answers) == 3 and answers[0] == answers[2]  # /reset starts a new conversation
     assert "/reset" in result.stderr and "/unknown" in result.stderr
+    assert result.stderr.splitlines()[2:4] == ["Type a message. /help lists the commands; /quit or Ctrl-D ends."] + [
+        "/reset        clear the conversation"
+    ]
 
 
 def test_on_a_terminal_generate_completes_one_line_after_another(toy):
@@ -128,8 +131,8 @@ def test_the_demo_runs_through(tmp_path):
     stdout = succeed(tmp_path, "demo.py --input my.txt --vocab-size 400 --max-steps 3 --sft-steps 3")
     assert "bits per byte" in stdout and stdout.count(" answered word for word (") == 2
     assert "memory, not knowledge" in stdout and "generate.py --model checkpoints/demo/sft.pt --chat" in stdout
-    plots = sorted(path.name for path in (tmp_path / "plots").iterdir())
-    assert plots == ["demo_pretrained_loss.png", "demo_sft_loss.png"]
+    plots = sorted(path.name for path in (tmp_path / "plots/demo").iterdir())
+    assert plots == ["pretrained_loss.png", "sft_loss.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "data", "my.txt", "plots"]
 
 

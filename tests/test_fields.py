@@ -21,7 +21,7 @@ from model import GPT, GPTConfig
 from system.errors import UserError
 from text.token_files import read_tokens
 from training.evaluation import evaluate_text
-from weights import checkpoint
+from weights import checkpoint, huggingface
 from weights.loading import load_checkpoint
 
 CHANGED = {
@@ -123,6 +123,20 @@ def test_export_names_the_field_that_transformers_lacks(toy, tmp_path, name):
     checkpoint.save(tmp_path / "x.pt", checkpoint.pack(model, kind="base", tokenizer=spec, template=None))
     with pytest.raises(UserError, match=f"^cannot export the model: .* no setting for {name}=True; use .*"):
         export.main(export.Config(out=tmp_path / "out", model=tmp_path / "x.pt"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_refuses_what_it_does_not_know(toy, tmp_path, monkeypatch):
+    contents = torch.load(toy / "checkpoints/toy.pt", weights_only=True)
+    contents["config"]["n_experts"] = 8
+    torch.save(contents, tmp_path / "x.pt")
+    with pytest.raises(
+        UserError, match=r"newer version of this project \(its config has the unknown field 'n_experts'\)"
+    ):
+        export.main(export.Config(out=tmp_path / "out", model=tmp_path / "x.pt"))
+    monkeypatch.setattr(huggingface, "EXPORTED_FIELDS", huggingface.EXPORTED_FIELDS - {"n_head"})  # as a new field is
+    with pytest.raises(UserError, match="^cannot export the model: .* no setting for n_head=2; use .*"):
+        export.main(export.Config(out=tmp_path / "out", model=toy / "checkpoints/toy.pt"))
     assert not (tmp_path / "out").exists()
 
 

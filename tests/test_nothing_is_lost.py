@@ -28,13 +28,14 @@ from training.config import TrainerConfig
 from training.distributed import Processes
 from training.loader import Epochs, Windows
 from training.plots import save_figure
+from training.run_report import MARK
 from training.state import TrainingState
 from training.trainer import Trainer
 from weights.loading import load_checkpoint
 
 START = b'{"step": 0, "val_loss": 6.1, "seconds": 0.1}\n{"step": 10, "loss": 6.0, "seconds": 0.2}\n'
 LATER = START + b'{"step": 20, "val_loss": 5.9, "seconds": 0.3}\n'
-PLOT, EXISTS = "plots/a_loss.png", "exists: add "
+PLOT, REPORT, EXISTS = "plots/a_loss.png", "checkpoints/a.md", "exists: add "
 SNAPSHOT = "checkpoints/snapshots/a_step_5.pt"
 CLAIMS = [  # files that exist, options, a part of the refusal; None: the run may begin
     ({}, {}, None),
@@ -59,6 +60,11 @@ CLAIMS = [  # files that exist, options, a part of the refusal; None: the run ma
     ({"checkpoints/a.jsonl": b'{"text": "mine"}'}, {}, f"checkpoints/a.jsonl {EXISTS}"),
     ({"checkpoints/a.jsonl": b"notes"}, {}, f"checkpoints/a.jsonl {EXISTS}"),
     ({"checkpoints/a.pt": b"damaged"}, {}, f"checkpoints/a.pt {EXISTS}"),
+    ({REPORT: b"my notes"}, {}, f"{REPORT} would become the run's report, and holds something else: move it"),
+    ({REPORT: b"my notes"}, {"overwrite": True}, f"{REPORT} would become the run's report"),
+    ({REPORT: b"my notes", "checkpoints/a.last.pt": b"x"}, {"resume": True}, f"{REPORT} would become the run's report"),
+    ({REPORT: "report"}, {}, f"{REPORT} {EXISTS}"),
+    ({REPORT: "report"}, {"overwrite": True}, None),
     ({"checkpoints/a.last.pt": b"x", "checkpoints/a.pt": 0}, {}, "exists: add --resume to continue that run"),
 ]
 
@@ -71,6 +77,8 @@ def test_a_run_replaces_nothing_but_what_a_run_left_that_never_saved(tmp_path, m
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         if content == "plot":
             save_figure(Figure(figsize=(1, 1)), Path(name))
+        elif content == "report":
+            Path(name).write_text(MARK, encoding="utf-8")
         elif isinstance(content, int):
             torch.save({"step": content, "train_config": {}}, name)
         else:

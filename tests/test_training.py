@@ -197,7 +197,10 @@ def test_training_never_overwrites_a_checkpoint_unasked(toy):
 
 def test_plots_are_named_after_the_checkpoint(toy):
     names = {out: str(TrainerConfig(out=Path(out)).plot_path()) for out in ("checkpoints/demo/sft.pt", "a/b.pt")}
-    assert list(names.values()) == ["plots/demo_sft_loss.png", "a/b_loss.png"]
+    assert list(names.values()) == ["plots/demo/sft_loss.png", "a/b_loss.png"]
+    outs = ["checkpoints/a/b.pt", "checkpoints/a_b.pt", "checkpoints/a/b_loss.pt", "checkpoints/a_b/loss.pt", "a/b.pt"]
+    plots = {TrainerConfig(out=Path(out)).plot_path(what) for out in outs for what in ("loss", "confusion")}
+    assert len(plots) == 2 * len(outs)
     assert TrainerConfig(out=Path("checkpoints.pt")).plot_path() == Path("checkpoints_loss.png")
     (toy / "plots/folder_loss.png").mkdir(parents=True)
     arguments = ["--data", "data/toy", *TOY_SHAPE, "--out", "checkpoints/folder.pt", "--max-steps", "1"]

@@ -25,6 +25,7 @@ from training.distributed import Processes
 from training.optim import Muon
 from training.plots import is_plot
 from training.run_log import holds_only_a_beginning
+from training.run_report import is_report
 from training.state import Listener, StepFigures, StopReason, TrainingState
 from weights import checkpoint
 from weights.loading import load_checkpoint
@@ -38,8 +39,10 @@ def claim_output(
 
     Returns the loaded state to resume from, which must be of one of the `kinds`, or None for a new run. Raises
     UserError if another process writes the output, if a run would overwrite another unasked or one of its `inputs`, or
-    if there is nothing to resume.
+    if there is nothing to resume. A run that only plans writes nothing, so it claims nothing.
     """
+    if config.plan:
+        return None
     for path in inputs:
         if any(_is_same_file(path, out) for out in _outputs(config)):
             raise UserError(f"the run would write to {path}, which it reads: choose another --out")
@@ -51,7 +54,14 @@ def _outputs(config: TrainerConfig) -> list[Path]:
     """Returns the files that a run writes, and the snapshots of an older run that it might replace."""
     snapshots = config.out.parent.glob(f"snapshots/{glob.escape(config.out.stem)}_step_*.pt")
     plots = [config.plot_path(what) for what in config.plots]
-    return [config.out, config.last_path, config.log_path, *plots, *(snapshots if config.snapshot_every else ())]
+    return [
+        config.out,
+        config.last_path,
+        config.log_path,
+        config.report_path,
+        *plots,
+        *(snapshots if config.snapshot_every else ()),
+    ]
 
 
 def _is_same_file(a: Path, b: Path) -> bool:
@@ -72,10 +82,13 @@ def _lock_output(config: TrainerConfig) -> None:
         require(not plot.is_dir(), f"the plot {plot} is a folder: choose another --out")
         if plot.exists() and not is_plot(plot):
             raise UserError(f"{plot} would become a plot, and holds something else: choose another --out")
+    report = config.report_path
+    if report.exists() and not is_report(report):
+        raise UserError(f"{report} would become the run's report, and holds something else: move it")
     lock = out.with_name(f".{out.name}.lock")
     refusal, remedy = f"{out} is being written by another run", "wait for it, or choose another --out"
     if hold(locked(lock, refusal, remedy)):  # so whoever left temporary files there was killed
-        for path in (out, last, config.log_path):
+        for path in (out, last, config.log_path, report):
             remove_temporaries(path.parent, glob.escape(path.name))
         remove_temporaries(out.parent / "snapshots", f"{glob.escape(out.stem)}_step_*.pt")
     if config.resume:

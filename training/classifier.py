@@ -19,6 +19,7 @@ from text.tokenizer import Tokenizer
 from training.config import TrainerConfig
 from training.loader import Batch, Epochs, stack
 from training.plots import draw_confusion_matrix
+from training.run_report import add_test
 from training.state import TrainingState
 from weights import checkpoint
 from weights.loading import load_checkpoint
@@ -140,7 +141,8 @@ class Classifier:
 def test(config: TrainerConfig, examples: list[Example]) -> None:
     """Tests the saved weights on examples that nothing was chosen by, and adds the figures to the checkpoint.
 
-    Prints precision, recall and F1 of each label, accuracy and balanced accuracy, and draws the confusion matrix.
+    Prints precision, recall and F1 of each label, accuracy and balanced accuracy, draws the confusion matrix,
+    and adds accuracy to the report.
     """
     from sklearn import metrics
 
@@ -160,4 +162,5 @@ def test(config: TrainerConfig, examples: list[Example]) -> None:
     checkpoint.save(config.out, {**load_checkpoint(config.out, kinds=("classifier",)), "test": figures})
     plot_path = config.plot_path("confusion")
     draw_confusion_matrix(figures["confusion"], labels, plot_path)
+    add_test(config, figures["accuracy"], figures["balanced_accuracy"], len(examples))
     print(f"confusion matrix in {plot_path}; now try: python classify.py --model {config.out} 'a text'")

@@ -14,11 +14,13 @@ class Output:
     """What a run writes, and whether it may continue or replace another"""
 
     out: Path = Path("checkpoints/pretrained.pt")
-    """checkpoint to write; the log, the plot and the file for --resume are named after it"""
+    """checkpoint to write; the log, the plot, the report and the file for --resume are named after it"""
     resume: bool = False
     """continue an interrupted run"""
     overwrite: bool = False
     """replace an existing checkpoint"""
+    plan: bool = False
+    """measure a few steps, print the time, memory and disk space that the run takes, and write nothing"""
     plots: ClassVar[tuple[str, ...]] = ("loss",)
 
     @property
@@ -31,12 +33,19 @@ class Output:
         """The log, one JSON object per line: `checkpoints/pretrained.jsonl`."""
         return self.out.with_suffix(".jsonl")
 
+    @property
+    def report_path(self) -> Path:
+        """The report for people, in Markdown: `checkpoints/pretrained.md`."""
+        return self.out.with_suffix(".md")
+
     def plot_path(self, what: str = "loss") -> Path:
-        """A plot: `plots/demo_sft_loss.png` for `checkpoints/demo/sft.pt`, otherwise beside the checkpoint."""
-        first, *others = self.out.with_suffix("").parts
-        if first == "checkpoints" and others:
-            return Path("plots") / f"{'_'.join(others)}_{what}.png"
-        return self.out.with_name(f"{self.out.stem}_{what}.png")
+        """A plot: `plots/demo/sft_loss.png` for `checkpoints/demo/sft.pt`, otherwise beside the checkpoint.
+
+        The folders below `plots` are those below `checkpoints`, so that no two checkpoints share a plot.
+        """
+        beside = self.out.with_name(f"{self.out.stem}_{what}.png")
+        first, *others = beside.parts
+        return Path("plots", *others) if first == "checkpoints" and others else beside
 
 
 @dataclass(frozen=True)
@@ -130,3 +139,4 @@ class TrainerConfig(Output, Optimization, Logging, Hardware):
         require(0 <= self.beta2 < 1, "--beta2 must be at least 0 and below 1")
         require(self.grad_accum_steps == "auto" or self.grad_accum_steps >= 1, "--grad-accum-steps must be at least 1")
         require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
+        require(not (self.resume and self.plan), "--plan is for new runs: it excludes --resume")

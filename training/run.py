@@ -16,9 +16,11 @@ from training.checkpointing import Checkpointer, changed_options, restore
 from training.config import TrainerConfig
 from training.distributed import Processes
 from training.loader import Epochs, Windows
+from training.plan import print_plan
 from training.plots import LossPlot
 from training.report import Examples, ProgressBar, Report, Samples, Summary
 from training.run_log import RunLog
+from training.run_report import RunReport
 from training.state import Listener, StopReason, TrainingState
 from training.trainer import Trainer
 
@@ -40,7 +42,7 @@ def train(
     examples: Examples | None = None,
     has_random_weights: bool = False,
 ) -> StopReason:
-    """Trains a model, and writes `--out`, the resume file, the log and the plot.
+    """Trains a model, and writes `--out`, the resume file, the log, the plot and the report. `--plan` measures only.
 
     `metadata` (kind, tokenizer, template and the like) is stored in the checkpoints. `resumed` is a loaded resume file,
     whose weights `model` has. `has_random_weights` says that the first loss is known. Raises
@@ -56,6 +58,10 @@ def train(
     if resumed:
         restore(state, resumed)
     trainer = Trainer(state, train_data, val_data)
+    if config.plan:
+        print_plan(trainer, metadata["kind"])
+        processes.leave()
+        return StopReason.DONE
     background = Background()
     checkpointer = Checkpointer(metadata, background)
     if processes.rank > 0:
@@ -72,6 +78,7 @@ def train(
         samples,
         checkpointer,
         LossPlot(background),
+        RunReport(log, train_data, val_data, metadata["kind"], samples),
     ]
     with outlive_output() as broken:
         reason = trainer.run([listener for listener in listeners if listener])

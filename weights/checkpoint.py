@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from model import GPT, GPTConfig
 from system.errors import UserError
 from system.files import atomic_write
-from system.untrusted import is_integer, is_text
+from system.untrusted import brief, is_integer, is_text
 from text import tokenizer as tokenizers
 from weights.validation import require_valid
 
@@ -101,7 +101,9 @@ def from_contents(contents: dict[str, Any], path: str | Path) -> Checkpoint:
     except (KeyError, TypeError, AttributeError) as error:
         raise _not_a_checkpoint(path, error) from None
     if unknown_fields or version > FORMAT_VERSION:
-        raise UserError(f"{path} is from a newer version of this project: update the project")
+        fields = ", ".join(sorted(brief(name) for name in unknown_fields))
+        because = f" (its config has the unknown field {fields})" if fields else ""
+        raise UserError(f"{path} is from a newer version of this project{because}: update the project")
     return _checked({**contents, "config": GPTConfig(**config)}, path)
 
 

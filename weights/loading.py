@@ -16,7 +16,7 @@ def load_checkpoint(name: str | Path, verify: bool = False, kinds: tuple[str, ..
     UserError if the model is missing, damaged, foreign, of another kind, or from a newer version of this project.
     """
     path = Path(name)
-    checkpoint = _load_file(path, verify) if path.is_file() else _load_folder(path)
+    checkpoint = load_file(path, verify) if path.is_file() else _load_folder(path)
     if checkpoint["kind"] == "lora" and "lora" not in kinds:
         checkpoint = lora.merge_into_base(checkpoint, load_base(checkpoint, path), path)
     _require_kind(checkpoint["kind"], path, kinds)
@@ -31,7 +31,11 @@ def load_base(adapter: Checkpoint, path: str | Path) -> Checkpoint:
     return grow_vocabulary(load_checkpoint(lora.find_base(adapter, path)))
 
 
-def _load_file(path: Path, verify: bool) -> Checkpoint:
+def load_file(path: Path, verify: bool = False) -> Checkpoint:
+    """Loads a `.pt` file, ours or nanoGPT's, of any kind; an adapter stays apart from its base model.
+
+    Raises UserError as `load_checkpoint` does.
+    """
     contents = read_contents(path, verify)
     if nanogpt.is_nanogpt(contents):
         return nanogpt.from_nanogpt(contents, path)

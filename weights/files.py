@@ -1,0 +1,28 @@
+"""The checkpoints under `checkpoints/`. Imports no torch, so that a page or a message need not wait for it."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER = Path("checkpoints")
+
+
+@dataclass(frozen=True)
+class CheckpointFile:
+    """A checkpoint on the disk. A new file under the old name has another `modified`."""
+
+    path: Path
+    modified: float
+    """time of its last change, in seconds since 1970"""
+
+
+def checkpoint_files() -> list[CheckpointFile]:
+    """Returns the checkpoints under `checkpoints/`, the newest first, without the files that only `--resume` reads."""
+    files = []
+    for path in FOLDER.rglob("*.pt"):
+        with contextlib.suppress(OSError):  # a file that is deleted meanwhile
+            if not path.name.endswith(".last.pt") and path.is_file():
+                files.append(CheckpointFile(path, path.stat().st_mtime))
+    return sorted(files, key=lambda file: (-file.modified, file.path))

@@ -1,0 +1,119 @@
+"""Which checkpoints there are: a table of them, and the newest that a script can use."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+from system.errors import UserError
+from system.untrusted import printable
+from weights.checkpoint import Checkpoint
+from weights.files import FOLDER, CheckpointFile, checkpoint_files
+from weights.loading import load_file
+
+Wanted = Literal["model", "language model", "chat model", "classifier"]
+"""What a script can use."""
+
+_FITS: dict[Wanted, Callable[[Checkpoint], bool]] = {
+    "model": lambda checkpoint: True,
+    "language model": lambda checkpoint: checkpoint["kind"] != "classifier",
+    "chat model": lambda checkpoint: bool(checkpoint.get("template")),
+    "classifier": lambda checkpoint: checkpoint["kind"] == "classifier",
+}
+_KINDS = {"base": "base", "sft": "chat", "lora": "chat (LoRA)", "classifier": "classifier"}
+_HEADINGS = ("name", "kind", "parameters", "loss", "data", "written", "made from")
+_MAX_NAMED = 5
+_MAKE_ONE = "make demo, or python train.py --data TEXT.txt"
+
+
+def newest(wanted: Wanted) -> str:
+    """Returns the newest checkpoint under `checkpoints/` that is what is wanted, and names it on standard error.
+
+    Snapshots and damaged files do not count. Raises UserError, which says what there is instead, and how to get one.
+    """
+    others = []
+    for file, checkpoint, _ in _headers():
+        if file.path.parent.name == "snapshots":
+            continue
+        if checkpoint and _FITS[wanted](checkpoint):
+            print(printable(f"model: {file.path}, the newest {wanted} in {FOLDER}/"), file=sys.stderr)
+            return str(file.path)
+        others.append((str(file.path), checkpoint))
+    commands = {"classifier": "python train_classifier.py", "chat model": "python train_sft.py"}
+    command = commands.get(wanted, _MAKE_ONE)
+    base = next((name for name, checkpoint in others if checkpoint and checkpoint["kind"] == "base"), None)
+    if base and wanted in commands:
+        command += f" --model {base}"
+    if wanted == "chat model" and not base:
+        command = "make demo"
+    named = [f"{name} ({_KINDS[checkpoint['kind']] if checkpoint else 'damaged'})" for name, checkpoint in others]
+    there_is = f", only {', '.join(named[:_MAX_NAMED])}" if named else ""
+    if len(named) > _MAX_NAMED:
+        there_is += f" and {len(named) - _MAX_NAMED:,} more"
+    raise UserError(f"no {wanted} in {FOLDER}/{there_is}: make one with {command}, or name one with --model")
+
+
+def table() -> str:
+    """Returns a line for each checkpoint under `checkpoints/`, the newest first: name, kind, parameters, the validation
+    loss of its weights, data, time, and the model that it was fine-tuned from. A damaged file has a line that says so.
+    """
+    rows: list[tuple[str, ...]] = [_HEADINGS]
+    problems = {}
+    for file, checkpoint, problem in _headers():
+        name = str(file.path)
+        if checkpoint is None:
+            problems[len(rows)] = problem.removeprefix(name).lstrip(": ")
+            rows.append((name, *[""] * (len(_HEADINGS) - 1)))
+        else:
+            *facts, parent = _facts(checkpoint)
+            written = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.modified))
+            rows.append((name, *facts, written, parent))
+    if len(rows) == 1:
+        return f"no model in {FOLDER}/: make one with {_MAKE_ONE}"
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for i, row in enumerate(rows):
+        cells = [
+            cell.rjust(width) if heading in ("parameters", "loss") else cell.ljust(width)
+            for cell, width, heading in zip(row, widths, _HEADINGS, strict=True)
+        ]
+        lines.append("  ".join(cells[:1] + [problems[i]] if i in problems else cells).rstrip())
+    return printable("\n".join(lines))
+
+
+def _headers() -> Iterator[tuple[CheckpointFile, Checkpoint | None, str]]:
+    """Yields each checkpoint file, the newest first, with its content, or with None and what is wrong with it.
+
+    The weights stay on the disk: they are mapped, and nothing reads them.
+    """
+    for file in checkpoint_files():
+        try:
+            yield file, load_file(file.path), ""
+        except UserError as error:
+            yield file, None, str(error)
+
+
+def _facts(checkpoint: Checkpoint) -> tuple[str, str, str, str, str]:
+    """Returns kind, parameters, loss, data and parent of a checkpoint, "-" for what it does not say."""
+    options, history = checkpoint.get("train_config") or {}, checkpoint.get("history") or [{}]
+    loss = history[-1].get("val_loss")
+    return (
+        _KINDS[checkpoint["kind"]],
+        f"{sum(tensor.numel() for tensor in checkpoint['model'].values()):,}",
+        "-" if loss is None else f"{loss:.4f}",
+        data_of(options) or "-",
+        parent_of(options) or "-",
+    )
+
+
+def data_of(train_config: Mapping[str, Any]) -> str:
+    """Returns the data that a run with these options reads: a folder, a file, the name of a data set, or ""."""
+    return next((str(train_config[name]) for name in ("data", "input", "dataset") if train_config.get(name)), "")
+
+
+def parent_of(train_config: Mapping[str, Any]) -> str:
+    """Returns the model that a run with these options starts from, or nothing for random weights."""
+    parent = train_config.get("model") or train_config.get("init_from") or "scratch"
+    return "" if parent == "scratch" else str(parent)
