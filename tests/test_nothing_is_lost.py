@@ -172,7 +172,7 @@ def test_a_resumed_run_keeps_the_data_that_its_text_was_prepared_as(toy):
     before = contents(toy / "data/book")
     text.write_text("Something else altogether. " * 300)
     stdout = succeed(toy, "train.py", *run, "--resume", "--max-steps", "3")  # and without --vocab-size
-    assert "the data is data/book, as it was prepared; later changes of book.txt do not count" in stdout
+    assert "reading data/book, which was prepared from book.txt; changes of book.txt since then are ignored" in stdout
     assert "resuming at step 2 with other options than before: --max-steps 3 (was 2), --vocab-size" in stdout
     result = run_script(toy, "train.py", "--data", "data/toy", *run[2:], "--resume", "--max-steps", "3")
     assert result.returncode == 1 and "data/toy was prepared with the tokenizer" in result.stderr.splitlines()[-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import math
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -212,7 +213,7 @@ def changed_options(config: TrainerConfig, resumed: dict[str, Any], data: list[s
 
 def _shown(value: object) -> str:
     text = str(value)
-    return text if text.isprintable() and len(text) <= 100 else brief(value)
+    return shlex.quote(text) if text.isprintable() and len(text) <= 100 else brief(value)
 
 
 def restore(state: TrainingState, resumed: dict[str, Any]) -> None:
