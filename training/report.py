@@ -75,15 +75,16 @@ class ProgressBar(Listener):
     """
 
     def __init__(self) -> None:
-        self.progress = Progress(None)
+        self.progress: Progress | None = None
         self.tokens_before, self.peak_flops, self.flops_per_token = 0, 0.0, 0
 
     def on_start(self, state: TrainingState) -> None:
-        self.progress, self.tokens_before = Progress(state.config.max_steps, state.step), state.tokens
         self.peak_flops = (peak_flops(state.processes.device) or 0.0) * state.processes.world_size
         self.flops_per_token = state.model.flops_per_token()
 
     def on_step(self, state: TrainingState, figures: StepFigures, loss: float) -> None:
+        if self.progress is None:  # the clock starts late: the first step compiles, and comes after an evaluation
+            self.progress, self.tokens_before = Progress(state.config.max_steps, figures.step), figures.tokens
         if not self.progress.is_due():
             return
         rate = (figures.tokens - self.tokens_before) / self.progress.seconds
@@ -93,13 +94,14 @@ class ProgressBar(Listener):
         self.progress.show(figures.step, text)
 
     def on_evaluation(self, state: TrainingState, entry: dict[str, Any], is_best: bool) -> None:
-        self.progress.clear()
+        self.close()
 
     def on_end(self, state: TrainingState, reason: StopReason) -> None:
-        self.progress.clear()
+        self.close()
 
     def close(self) -> None:
-        self.progress.clear()
+        if self.progress:
+            self.progress.clear()
 
 
 class Summary(Listener):
