@@ -38,9 +38,9 @@ PLOT, EXISTS = "plots/a_loss.png", "exists: add "
 SNAPSHOT = "checkpoints/snapshots/a_step_5.pt"
 CLAIMS = [  # files that exist, options, a part of the refusal; None: the run may begin
     ({}, {}, None),
-    ({PLOT: b"notes"}, {}, f"{PLOT} would become a plot, and holds something else"),
-    ({PLOT: b"notes"}, {"overwrite": True}, f"{PLOT} would become a plot"),
-    ({PLOT: b"\x89PNG\r\n\x1a\n of a camera"}, {"overwrite": True}, f"{PLOT} would become a plot"),
+    ({PLOT: b"notes"}, {}, f"the run would draw its plot into {PLOT}, which is no plot"),
+    ({PLOT: b"notes"}, {"overwrite": True}, f"the run would draw its plot into {PLOT}"),
+    ({PLOT: b"\x89PNG\r\n\x1a\n of a camera"}, {"overwrite": True}, f"the run would draw its plot into {PLOT}"),
     ({PLOT: "plot"}, {}, f"{PLOT} {EXISTS}"),
     ({PLOT: "plot"}, {"overwrite": True}, None),
     ({SNAPSHOT: b"x"}, {"snapshot_every": 5}, f"{SNAPSHOT} {EXISTS}"),

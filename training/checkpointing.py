@@ -72,7 +72,7 @@ def _lock_output(config: TrainerConfig) -> None:
     for plot in map(config.plot_path, config.plots):
         require(not plot.is_dir(), f"the plot {plot} is a folder: choose another --out")
         if plot.exists() and not is_plot(plot):
-            raise UserError(f"{plot} would become a plot, and holds something else: choose another --out")
+            raise UserError(f"the run would draw its plot into {plot}, which is no plot: choose another --out")
     lock = out.with_name(f".{out.name}.lock")
     refusal, remedy = f"{out} is being written by another run", "wait for it, or choose another --out"
     if hold(locked(lock, refusal, remedy)):  # so whoever left temporary files there was killed
