@@ -5,6 +5,7 @@ Its models are small and know little. Every step is real, and its result is meas
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder
 from generation.config import SamplingConfig
 from system.cli import run
 from system.errors import UserError, require
+from system.wording import duration
 
 if TYPE_CHECKING:
     from generation.text_model import TextModel
@@ -31,6 +33,10 @@ PROMPTS = [
     "The optional argument specifies",
     "A class that represents",
 ]
+FINE_TUNING = """\
+There are few answers, each with many wordings of its question, so the model memorizes them. The training loss falls
+towards 0. The validation loss, on wordings that it does not train on, falls at first and then rises: the model becomes
+surer of its wrong answers too. The demo keeps the weights of the last step all the same."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,8 @@ class Config:
 def main(config: Config) -> None:
     """Runs the steps and prints their results."""
     from generation.text_model import TextModel
-    from text.token_files import read_tokens
+    from text.token_files import read_token_meta, read_tokens
+    from text.tokenizer import tokenizer_of_data
     from training.recall import recall_report
 
     start = time.perf_counter()
@@ -60,29 +67,33 @@ def main(config: Config) -> None:
 
     title("1. Raw text becomes tokens")
     script("prepare_data.py", *corpus, *out, "--vocab-size", config.vocab_size, "--val-fraction", "0.05")
-    title("2. A GPT learns to predict the next token")
-    script("train.py", "--preset", "demo", "--overwrite", *flag("--max-steps", config.max_steps))
-
-    title("3. It completes texts")
-    text_model = TextModel.load("checkpoints/demo/pretrained.pt")
     prompts = PROMPTS
     if config.input:
-        prompts = line_beginnings(text_model.tokenizer.decode(read_tokens(DATA / "val.bin").tolist()))
-    print_completions(text_model, prompts)
+        tokenizer = tokenizer_of_data(DATA, read_token_meta(DATA))
+        prompts = line_beginnings(tokenizer.decode(read_tokens(DATA / "val.bin").tolist()))
+
+    title("2. A GPT learns to predict the next token")
+    print("It begins with random weights. At every evaluation it continues the same words, so you see it learn.")
+    sample_prompt = [f"--sample-prompt={prompts[0]}"] if prompts else []  # with "=", since a line may begin with "--"
+    script("train.py", "--preset", "demo", "--overwrite", *sample_prompt, *flag("--max-steps", config.max_steps))
+
+    title("3. It completes texts")
+    print_completions(TextModel.load("checkpoints/demo/pretrained.pt"), prompts)
 
     title("4. Questions and answers become tokens, with a mask that hides the questions from the loss")
     conversations = ["--dataset", "builtins-qa", "--block-size", "128"]
     script("prepare_sft_data.py", *conversations, *out)
     title("5. It learns to answer")
+    print(FINE_TUNING)
     script("train_sft.py", "--preset", "demo", "--overwrite", *flag("--max-steps", config.sft_steps))
 
     title("6. It answers")
     text_model = TextModel.load("checkpoints/demo/sft.pt")
     print("Questions in words that it was taught:", recall_report(text_model, DATA, "train"))
     print("Questions in words that it has never seen:", recall_report(text_model, DATA, "val"))
-    print("The answers are memory, not knowledge. It has learned to recognize a question in other words.")
+    print("The answers are memory, not knowledge: it recognizes a question and repeats the answer that it was taught.")
 
-    title(f"Done in {time.perf_counter() - start:.0f} seconds. Now try")
+    title(f"Done in {duration(time.perf_counter() - start)}. Now try")
     print(
         "  .venv/bin/python generate.py --model checkpoints/demo/sft.pt --chat\n"
         "  .venv/bin/python generate.py --model checkpoints/demo/pretrained.pt\n"
@@ -104,7 +115,7 @@ def flag(name: str, value: object) -> list[object]:
 def script(name: str, *arguments: object) -> None:
     """Shows the command of a script and runs it. Raises UserError if the script fails; it has said why."""
     command = [name, *map(str, arguments)]
-    print(f"$ python {' '.join(command)}", flush=True)
+    print(f"$ python {shlex.join(command)}", flush=True)
     status = subprocess.run([sys.executable, str(HERE / name), *command[1:]], check=False).returncode
     if status:
         raise UserError(f"{name} failed with status {status}", status=max(status, 1))  # below 0: ended by a signal

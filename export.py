@@ -43,7 +43,7 @@ def main(config: Config) -> None:
         "max_new_tokens": sampling.max_new_tokens,
     }
     huggingface.write_folder(checkpoint, config.out, getattr(torch, config.dtype), config.trim_vocab, generation)
-    print(f"{config.out}: " + ", ".join(sorted(path.name for path in config.out.iterdir())))
+    print(f"wrote {config.out}: " + ", ".join(sorted(path.name for path in config.out.iterdir())))
 
 
 if __name__ == "__main__":

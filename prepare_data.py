@@ -38,8 +38,8 @@ class Config:
     tokenizer: Path | None = None
     """use this tokenizer.json, for example the one beside the data of a model that you want to train further"""
     val_fraction: float = 0.1
-    """share of the documents to hold out; if there are fewer than 20, the end of each document. openwebtext has
-    nanoGPT's split, fineweb-edu holds out its first shard"""
+    """share of the text to hold out for validation. With 20 documents or more, random documents are held out; with
+    fewer, the end of each document. openwebtext has nanoGPT's split, fineweb-edu holds out its first shard"""
     max_tokens: int | None = None
     """stop after this many tokens, training and validation together"""
     shard_tokens: int | None = None
@@ -72,12 +72,12 @@ class Config:
         require(self.workers is None or self.workers <= 1024, "--workers must be at most 1024")
 
 
-def main(config: Config) -> None:
-    """Prepares one corpus."""
+def main(config: Config, in_brief: bool = False) -> None:
+    """Prepares one corpus, and prints what its token files hold, `in_brief` on one line."""
     from system.files import claim_folder
     from text.corpora import open_corpus, training_text
     from text.preparation import write_corpus
-    from text.token_files import count_tokens, report
+    from text.token_files import count_tokens, report, summary
     from text.tokenizer import gpt2, load_tokenizer, train_bpe
 
     if config.inspect:
@@ -89,8 +89,11 @@ def main(config: Config) -> None:
     claim_folder(config.out, "meta.json", written, config.overwrite)
     corpus = open_corpus(config.dataset, config.input, config.text_column, config.config, config.split, config.revision)
     if config.vocab_size:
+        print(f"training a tokenizer of {config.vocab_size:,} tokens on the text")
         pieces = corpus.pieces(config.val_fraction, config.seed)
         tokenizer = train_bpe(training_text(pieces), config.vocab_size)
+        if tokenizer.end_of_text < config.vocab_size:
+            print(f"the text is too short for that: the tokenizer has {tokenizer.end_of_text:,} tokens")
     else:
         tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else gpt2()
     counts = write_corpus(
@@ -104,7 +107,7 @@ def main(config: Config) -> None:
         shard_tokens=config.shard_tokens,
         max_tokens=config.max_tokens,
     )
-    print(report(counts, tokenizer, config.out))
+    print(summary(counts, tokenizer) if in_brief else report(counts, tokenizer, config.out))
     for line in corpus.notes.lines():
         print(line)
     print(f"wrote {config.out}, tokenizer {tokenizer.name}")

@@ -31,7 +31,8 @@ class Config:
     block_size: int = 1024
     """longest conversation in tokens (the model's context): longer ones lose their oldest exchanges"""
     max_conversations: int | None = None
-    """stop after this many conversations (of builtins-qa and pydocs-qa: answers, each in many conversations)"""
+    """stop after this many conversations; for builtins-qa and pydocs-qa, after this many answers, each of which is in
+    many conversations"""
     val_fraction: float = 0.05
     """share of the conversations to hold out (oasst1 has its own split; builtins-qa and pydocs-qa hold out wordings)"""
     seed: int = 1337

@@ -237,7 +237,7 @@ def prepare(config: Config, folder: Path, is_prepared: bool, tokenizer: str | No
     """
     name = str(config.data)
     if config.resume and is_prepared:
-        print(f"the data is {folder}, as it was prepared; later changes of {name} do not count")
+        print(f"reading {folder}, which was prepared from {name}; changes of {name} since then are ignored")
         return
     if n_processes > 1:
         raise UserError(f"several processes cannot prepare {name} together: run prepare_data.py first")
@@ -248,7 +248,8 @@ def prepare(config: Config, folder: Path, is_prepared: bool, tokenizer: str | No
         elif tokenizer != "gpt2":
             options["tokenizer"] = Path(temporary) / "tokenizer.json"
             options["tokenizer"].write_text(tokenizer, encoding="utf-8")
-        prepare_data.main(prepare_data.Config(**options, out=folder, overwrite=config.overwrite or is_prepared))
+        to_prepare = prepare_data.Config(**options, out=folder, overwrite=config.overwrite or is_prepared)
+        prepare_data.main(to_prepare, in_brief=True)
 
 
 if __name__ == "__main__":

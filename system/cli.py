@@ -52,7 +52,7 @@ _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 def run(
     main: Callable[[Config], None], config_class: type[Config], presets: Mapping[str, Config] | None = None
 ) -> None:
-    """Runs a script: parses `sys.argv` into its config, prints what is not default, calls `main(config)`, and exits.
+    """Runs a script: parses `sys.argv` into its config, prints what the user chose, calls `main(config)`, and exits.
 
     An error that the user can correct ends in one line on standard error and exit status 1 (2 for bad usage); Ctrl-C
     ends in status 130.
@@ -61,11 +61,13 @@ def run(
     _replace_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # print a substitute for characters that the terminal lacks
+            # Print a substitute for characters that the terminal lacks. A log file gets each line at once, in order.
+            stream.reconfigure(errors="replace", line_buffering=True)
+    _drop_variables_of_tqdm()
     config = None
     try:
         config = parse(config_class, sys.argv[1:], presets)
-        print(printable(f"{os.path.basename(sys.argv[0])}: {describe(config)}"), file=sys.stderr)
+        print(printable(f"{os.path.basename(sys.argv[0])}: {describe(config, presets)}"), file=sys.stderr)
         if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.isatty():
             sys.stdout = SafeTerminal(sys.stdout.detach(), sys.stdout.encoding, "replace", line_buffering=True)
         _require_current_folder()
@@ -107,6 +109,12 @@ def _replace_closed_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+
+
+def _drop_variables_of_tqdm() -> None:
+    """Removes variables such as TQDM_MININTERVAL: `datasets` imports tqdm, and a wrong value ends in a traceback."""
+    for name in [name for name in os.environ if name.startswith("TQDM_") and name != "TQDM_DISABLE"]:
+        del os.environ[name]
 
 
 def _require_current_folder() -> None:
@@ -170,13 +178,20 @@ def _parse_in_wide_terminal(*arguments: Any, **options: Any) -> Any:
             os.environ["COLUMNS"] = before
 
 
-def describe(config: DataclassInstance) -> str:
-    """Returns the preset and the options that differ from the defaults of the config's class, as `name=value`."""
-    defaults = {field.name: _default(field) for field in dataclasses.fields(config)}
-    options = {name: value for name, value in plain(config).items() if getattr(config, name) != defaults[name]}
-    if hasattr(config, "preset"):
-        options = {"preset": config.preset, **options}
-    return " ".join(f"{name}={_quoted(value)}" for name, value in options.items()) or "all options at their defaults"
+def describe(config: Config, presets: Mapping[str, Config] | None = None) -> str:
+    """Returns what the user chose: the preset, if there are presets, and the options that differ from its defaults."""
+    name = getattr(config, "preset", "")
+    preset = presets[name] if presets else None
+    values = plain(config)
+    options = [
+        f"{field.name}={_quoted(values[field.name])}"
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != (getattr(preset, field.name) if preset else _default(field))
+    ]
+    parts = [f"preset {name}"] if preset else []
+    if options:
+        parts.append(" ".join(options))
+    return ", ".join(parts) or "all options at their defaults"
 
 
 def plain(config: DataclassInstance) -> dict[str, Any]:

@@ -224,10 +224,15 @@ def test_missing_and_unexpected_arguments_get_one_line():
         parse(Required, ["word", "--out", "x"])
 
 
-def test_a_run_describes_only_what_is_not_default():
-    assert describe(Config()) == "preset=small"
-    assert describe(PRESETS["large"]) == "preset=large learning_rate=1.0 max_steps=9 verbose=True"
-    assert describe(Config(stop=("a b",), data=Path("my data"))) == "preset=small data='my data' stop=['a b']"
+def test_a_run_describes_only_what_the_user_chose():
+    for arguments, described in {
+        "": "preset small",
+        "--preset large": "preset large",
+        "--preset=large --max-steps 9": "preset large",
+        "--max-steps 3 --preset large --no-verbose": "preset large, max_steps=3 verbose=False",
+    }.items():
+        assert describe(parse(Config, arguments.split(), PRESETS), PRESETS) == described
+    assert describe(Config(stop=("a b",), data=Path("my data")), PRESETS) == "preset small, data='my data' stop=['a b']"
     assert describe(DataConfig()) == "all options at their defaults"
     assert describe(Required(Path("x"))) == "out=x"
 

@@ -129,6 +129,13 @@ def test_alpaca_instructions_end_to_end(toy):
 def test_the_demo_runs_through(tmp_path):
     (tmp_path / "my.txt").write_bytes((REPOSITORY / "data/samples/chat.jsonl").read_bytes())
     stdout = succeed(tmp_path, "demo.py --input my.txt --vocab-size 400 --max-steps 3 --sft-steps 3")
+    samples = stdout.split("what it wrote after '")[1].splitlines()[1:4]
+    assert [line.split()[0] for line in samples] == ["step", "0", "3"] and max(map(len, samples)) <= 100
+    pretraining, finetuning = stdout.split("=== 5. It learns to answer")
+    assert "memorizes" in finetuning and "validation loss, on wordings that it does not train on" in finetuning
+    assert "(the best so far)" in pretraining and "(the best so far)" not in finetuning
+    assert "last validation loss" in finetuning and "best validation loss" not in finetuning
+    assert "=== Done in" in finetuning and " s. Now try" in finetuning
     assert "bits per byte" in stdout and stdout.count(" answered word for word (") == 2
     assert "memory, not knowledge" in stdout and "generate.py --model checkpoints/demo/sft.pt --chat" in stdout
     plots = sorted(path.name for path in (tmp_path / "plots/demo").iterdir())

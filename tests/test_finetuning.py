@@ -181,7 +181,7 @@ def test_what_it_says_before_and_after_is_kept(here, capsys):
     assert [e["output"] for e in before] != [e["output"] for e in after]
     assert not any("<|" in text for e in before + after for text in e.values())
     assert all(e["input"] and e["expected"] for e in before)
-    loss = f"held-out loss {entries[0]['val_loss']:.4f} before, {entries[1]['val_loss']:.4f} after"
+    loss = f"validation loss {entries[0]['val_loss']:.4f} before, {entries[1]['val_loss']:.4f} after"
     assert loss in out and len(re.findall(r"^  (before|after|wanted) ", out, re.M)) == 3 * n
     log = [json.loads(line) for line in Path("checkpoints/sft.jsonl").read_text().splitlines()]
     assert [entry["examples"] for entry in log if "examples" in entry][-1] == after

@@ -39,9 +39,9 @@ PLOT, REPORT, EXISTS = "plots/a_loss.png", "checkpoints/a.md", "exists: add "
 SNAPSHOT = "checkpoints/snapshots/a_step_5.pt"
 CLAIMS = [  # files that exist, options, a part of the refusal; None: the run may begin
     ({}, {}, None),
-    ({PLOT: b"notes"}, {}, f"{PLOT} would become a plot, and holds something else"),
-    ({PLOT: b"notes"}, {"overwrite": True}, f"{PLOT} would become a plot"),
-    ({PLOT: b"\x89PNG\r\n\x1a\n of a camera"}, {"overwrite": True}, f"{PLOT} would become a plot"),
+    ({PLOT: b"notes"}, {}, f"the run would draw its plot into {PLOT}, which is no plot"),
+    ({PLOT: b"notes"}, {"overwrite": True}, f"the run would draw its plot into {PLOT}"),
+    ({PLOT: b"\x89PNG\r\n\x1a\n of a camera"}, {"overwrite": True}, f"the run would draw its plot into {PLOT}"),
     ({PLOT: "plot"}, {}, f"{PLOT} {EXISTS}"),
     ({PLOT: "plot"}, {"overwrite": True}, None),
     ({SNAPSHOT: b"x"}, {"snapshot_every": 5}, f"{SNAPSHOT} {EXISTS}"),
@@ -60,7 +60,7 @@ CLAIMS = [  # files that exist, options, a part of the refusal; None: the run ma
     ({"checkpoints/a.jsonl": b'{"text": "mine"}'}, {}, f"checkpoints/a.jsonl {EXISTS}"),
     ({"checkpoints/a.jsonl": b"notes"}, {}, f"checkpoints/a.jsonl {EXISTS}"),
     ({"checkpoints/a.pt": b"damaged"}, {}, f"checkpoints/a.pt {EXISTS}"),
-    ({REPORT: b"my notes"}, {}, f"{REPORT} would become the run's report, and holds something else: move it"),
+    ({REPORT: b"my notes"}, {}, f"{REPORT} which is no report: move it"),
     ({REPORT: b"my notes"}, {"overwrite": True}, f"{REPORT} would become the run's report"),
     ({REPORT: b"my notes", "checkpoints/a.last.pt": b"x"}, {"resume": True}, f"{REPORT} would become the run's report"),
     ({REPORT: "report"}, {}, f"{REPORT} {EXISTS}"),
@@ -180,7 +180,7 @@ def test_a_resumed_run_keeps_the_data_that_its_text_was_prepared_as(toy):
     before = contents(toy / "data/book")
     text.write_text("Something else altogether. " * 300)
     stdout = succeed(toy, "train.py", *run, "--resume", "--max-steps", "3")  # and without --vocab-size
-    assert "the data is data/book, as it was prepared; later changes of book.txt do not count" in stdout
+    assert "reading data/book, which was prepared from book.txt; changes of book.txt since then are ignored" in stdout
     assert "resuming at step 2 with other options than before: --max-steps 3 (was 2), --vocab-size" in stdout
     result = run_script(toy, "train.py", "--data", "data/toy", *run[2:], "--resume", "--max-steps", "3")
     assert result.returncode == 1 and "data/toy was prepared with the tokenizer" in result.stderr.splitlines()[-1]

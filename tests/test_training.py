@@ -1,5 +1,6 @@
 """The training loop, in real processes: killed, interrupted, resumed and split."""
 
+import ast
 import dataclasses
 import importlib.util
 import json
@@ -20,12 +21,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from model import GPT, GPTConfig
 from system.device import multiplies_faster_in_bfloat16
+from system.untrusted import printable
 from training.config import TrainerConfig
 from training.distributed import Processes
 from training.loader import Windows
 from training.optim import Muon, build_optimizers, learning_rate_at, set_learning_rate
 from training.state import TrainingState
 from training.trainer import Trainer
+from weights.loading import load_checkpoint
 
 SHAPE = GPTConfig(block_size=32, vocab_size=448, n_tokens=448, n_layer=2, n_head=2, n_embd=32)
 
@@ -264,16 +267,43 @@ def test_a_full_disk_while_saving_costs_one_line_and_keeps_the_former_checkpoint
     assert not list((toy / "checkpoints").glob(".*tmp"))
 
 
-def test_a_run_says_what_it_trains_and_what_it_came_to(toy):
-    stdout = succeed(
-        toy, "train.py", "--data", "data/toy", *TOY_SHAPE, "--out", "checkpoints/said.pt",
-        "--max-steps", "10", "--sample-prompt", "What is",
-    )  # fmt: skip
-    for line in (r"token embedding +14,336", r"in all +\d", r"batches of 4 sequences an epoch, \S+ TFLOP a step"):
-        assert re.search(line, stdout), line
-    assert re.search(r"best validation loss \S+, perplexity \S+, \S+ bits per byte\n", stdout)
-    assert re.search(r"\n2,560 tokens, \S+ per parameter", stdout)  # 10 steps of 4 × 64
-    assert stdout.count("  'What is") == 2 and "warning" not in stdout and "it writes" not in stdout
+@pytest.fixture(scope="module")
+def said(toy) -> str:
+    """What a run of 20 steps prints that evaluates, and writes a sample, at steps 0, 10 and 20."""
+    shape = ["--data", "data/toy", *TOY_SHAPE, "--max-steps", "20"]
+    return succeed(toy, "train.py", *shape, "--sample-prompt", "What is", "--out", "checkpoints/said.pt")
+
+
+def test_a_run_says_what_it_trains_and_what_it_came_to(said):
+    for line in (
+        r"token embedding +14,336", r"in all +\d",
+        r"training tokens, \d+ steps of 4 sequences an epoch; 20 steps are \S+ epochs, at \S+ TFLOP a step\n",
+        r"\nbest validation loss \S+, perplexity \S+, \S+ bits per byte\n",
+        r"\n5,120 tokens in \S+ s: \S+ tokens/s, peak memory \d+ MB\n",  # 20 steps of 4 × 64
+        r"\n\S+ tokens per parameter", r"\nnow try: python generate.py --model checkpoints/said.pt\n",
+    ):  # fmt: skip
+        assert re.search(line, said), line
+    assert "warning" not in said and "it writes" not in said
+
+
+def test_samples_of_all_evaluations_stand_below_each_other_at_the_end(toy, said):
+    before, table = said.split("what it wrote after 'What is':\n")
+    written = [ast.literal_eval(text) for text in re.findall(r"^  'What is' → (.*)$", before, re.MULTILINE)]
+    losses = [f"{entry['val_loss']:.3f}" for entry in log(toy / "checkpoints/said.jsonl") if "val_loss" in entry]
+    heading, *rows = table.splitlines()[:4]
+    assert heading.split() == ["step", "loss"] and len(set(written)) == 3
+    for step, loss, text, row in zip((0, 10, 20), losses, written, rows, strict=True):
+        assert row.split()[:2] == [str(step), loss] and len(row) <= 100
+        shown = row[20:].removesuffix("…")
+        assert " ".join(printable(text).split()).startswith(shown) and (len(row) == 100 or not row.endswith("…"))
+
+
+def test_only_weights_that_are_kept_as_the_best_are_called_the_best(toy, said):
+    assert "(the best so far)" in said and "best validation loss" in said
+    run = ["--data", "data/toy", *TOY_SHAPE, "--max-steps", "10", "--keep", "last", "--out", "checkpoints/last.pt"]
+    stdout = succeed(toy, "train.py", *run)
+    kept = load_checkpoint(toy / "checkpoints/last.pt")["history"][-1]["val_loss"]
+    assert f"\nlast validation loss {kept:.4f}, perplexity" in stdout and "best" not in stdout
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

@@ -6,17 +6,16 @@ import os
 import shlex
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from system.errors import UserError
 from system.files import atomic_folder, write_json
+from system.progress import Progress, with_progress
 from text.conversations import Conversation
 from text.corpora import CHUNK, Corpus, Piece
 from text.readers import Notes
@@ -57,11 +56,11 @@ def write_corpus(
         batches = _first_tokens(batches, max_tokens)
     with atomic_folder(out, last="meta.json") as folder:
         files = {split: TokenFiles(folder, split, tokenizer.n_tokens, shard_tokens) for split in SPLITS}
-        with Progress(corpus, max_tokens) as progress:
+        with Progress(max_tokens or corpus.total) as progress:
             for split, ids in batches:
                 files[split].write(ids)
-                progress.show(files, tokenizer)
-            progress.show(files, tokenizer, at_once=True)
+                if progress.is_due():
+                    _show(progress, corpus, files, tokenizer, max_tokens)
         for split in SPLITS:
             files[split].close()
         counts = {split: files[split].counts for split in SPLITS}
@@ -82,6 +81,19 @@ def write_corpus(
     return counts
 
 
+def _show(
+    progress: Progress, corpus: Corpus, files: dict[str, TokenFiles], tokenizer: Tokenizer, max_tokens: int | None
+) -> None:
+    """Shows how much of a corpus is tokenized."""
+    totals = statistics(np.sum([files[split].counts for split in SPLITS], axis=0), tokenizer)
+    megabytes = totals["bytes"] / 1e6
+    progress.show(
+        totals["tokens"] if max_tokens else corpus.position,
+        f"{totals['documents']:,} documents, {megabytes:,.1f} MB of text at {megabytes / progress.seconds:,.1f} MB/s, "
+        f"{totals['tokens']:,} tokens",
+    )
+
+
 def write_conversations(
     conversations: Iterable[tuple[str, Conversation]],
     tokenizer: Tokenizer,
@@ -100,7 +112,7 @@ def write_conversations(
     """
     with atomic_folder(out, last="sft_meta.json") as folder:
         files = {split: ConversationFiles(folder, split) for split in SPLITS}
-        for i, (split, messages) in enumerate(tqdm(conversations, unit=" conversations", desc="tokenizing"), 1):
+        for i, (split, messages) in enumerate(with_progress(conversations, None, "conversations"), 1):
             ids, mask = encode_conversation(messages, tokenizer, template)
             if len(ids) > block_size:
                 ids, mask = encode_conversation(messages, tokenizer, template, block_size)
@@ -223,26 +235,3 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-class Progress(tqdm):
-    """A progress bar of a corpus, with documents, MB of text per second, tokens and the time left."""
-
-    def __init__(self, corpus: Corpus, max_tokens: int | None) -> None:
-        total = max_tokens or corpus.total
-        bar = "{desc}: {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
-        super().__init__(desc="tokenizing", total=total, bar_format=bar if total else "{desc}: {elapsed}{postfix}")
-        self.corpus, self.max_tokens, self.started, self.shown = corpus, max_tokens, time.monotonic(), 0.0
-
-    def show(self, files: dict[str, TokenFiles], tokenizer: Tokenizer, at_once: bool = False) -> None:
-        """Redraws the bar, at most twice a second unless `at_once`."""
-        seconds = time.monotonic() - self.started
-        if seconds <= self.shown + 0.5 and not at_once:
-            return
-        self.shown = seconds
-        totals = statistics(np.sum([files[split].counts for split in SPLITS], axis=0), tokenizer)
-        self.n = totals["tokens"] if self.max_tokens else self.corpus.position
-        if self.total:
-            self.n = min(self.n, self.total)
-        rate = totals["bytes"] / 1e6 / seconds
-        self.set_postfix_str(f"{totals['documents']:,} documents, {rate:.1f} MB/s, {totals['tokens']:,} tokens")

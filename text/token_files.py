@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from system.errors import UserError
+from system.progress import with_progress
 from system.untrusted import is_file_name, is_integer, is_text, printable, read_json
+from system.wording import shorten
 from text.tokenizer import Tokenizer, require_same_tokenizer, tokenizer_of_data
 
 _SHARD_MAGIC, _LLAMA_SHARD_MAGIC, _SHARD_HEADER_BYTES = 20240520, 20240801, 1024  # of llm.c
@@ -270,7 +271,7 @@ def count_tokens(folder: Path) -> tuple[dict[str, np.ndarray], Tokenizer]:
         for name in (name for name in meta["files"] if split in name):
             tokens = read_tokens(folder / name)
             n_slices = math.ceil(len(tokens) / _SLICE)
-            for start, part in tqdm(slices(tokens), total=n_slices, desc=printable(name), leave=False):
+            for start, part in with_progress(slices(tokens), n_slices, f"slices of {printable(name)}"):
                 require_ids_below(part, tokenizer.n_tokens, folder / name, "prepare the data again", offset=start)
                 counts[split] += np.bincount(part, minlength=tokenizer.n_tokens)
     return counts, tokenizer
@@ -298,7 +299,16 @@ def report(counts: dict[str, np.ndarray], tokenizer: Tokenizer, folder: Path) ->
         [
             *(f"{name:16}" + "".join(f"{value:>17}" for value in values) for name, values in rows),
             f"tokenizer {tokenizer.name}: {tokenizer.n_tokens:,} tokens, 3 of them control tokens",
-            "the training text begins:",
-            tokenizer.decode(read_tokens(folder / first)[:1500].tolist())[:300],
+            f"the training text begins: {shorten(tokenizer.decode(read_tokens(folder / first)[:1500].tolist()), 74)}",
         ]
+    )
+
+
+def summary(counts: dict[str, np.ndarray], tokenizer: Tokenizer) -> str:
+    """Returns one line about what token files hold. `counts` is how often each id occurs, (ids,) by split."""
+    splits = {name: statistics(count, tokenizer) for name, count in counts.items()}
+    return (
+        f"{sum(split['characters'] for split in splits.values()):,} characters became "
+        f"{sum(split['tokens'] for split in splits.values()):,} tokens: {splits['train']['tokens']:,} to train on, "
+        f"{splits['val']['tokens']:,} to validate with"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import math
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,10 @@ def _lock_output(config: TrainerConfig) -> None:
     for plot in map(config.plot_path, config.plots):
         require(not plot.is_dir(), f"the plot {plot} is a folder: choose another --out")
         if plot.exists() and not is_plot(plot):
-            raise UserError(f"{plot} would become a plot, and holds something else: choose another --out")
+            raise UserError(f"the run would draw its plot into {plot}, which is no plot: choose another --out")
     report = config.report_path
     if report.exists() and not is_report(report):
-        raise UserError(f"{report} would become the run's report, and holds something else: move it")
+        raise UserError(f"the run would write its report to {report}, which is no report: move that file")
     lock = out.with_name(f".{out.name}.lock")
     refusal, remedy = f"{out} is being written by another run", "wait for it, or choose another --out"
     if hold(locked(lock, refusal, remedy)):  # so whoever left temporary files there was killed
@@ -225,7 +226,7 @@ def changed_options(config: TrainerConfig, resumed: dict[str, Any], data: list[s
 
 def _shown(value: object) -> str:
     text = str(value)
-    return text if text.isprintable() and len(text) <= 100 else brief(value)
+    return shlex.quote(text) if text.isprintable() and len(text) <= 100 else brief(value)
 
 
 def restore(state: TrainingState, resumed: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ import numpy as np
 from system.background import Background
 from system.files import atomic_write
 from system.untrusted import as_utf8
-from training.report import before_and_after, shorten
+from system.wording import shorten
+from training.report import before_and_after
 from training.run_log import read_log
 from training.state import Listener, TrainingState
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from tqdm import tqdm
-
 from generation.config import SamplingConfig
 from generation.text_model import TextModel
+from system.progress import with_progress
 from training.loader import Conversations
 
 Exchange = tuple[list[int], list[int]]
@@ -30,8 +29,10 @@ def recall_report(text_model: TextModel, data: Path, split: str, n: int = 500, n
     conversations = Conversations(data, split, text_model.model.config.block_size, batch_size=1, seed=0)
     exchanges = conversations.first_exchanges(len(conversations))
     exchanges = random.Random(0).sample(exchanges, min(n, len(exchanges)))
-    n_recalled = sum(is_recalled(text_model, exchange) for exchange in tqdm(exchanges, unit=" questions", leave=False))
-    lines = [f"{n_recalled} of {len(exchanges)} answered word for word ({n_recalled / len(exchanges):.0%}). Some:"]
+    asked = with_progress(exchanges, len(exchanges), "questions")
+    n_recalled = sum(is_recalled(text_model, exchange) for exchange in asked)
+    n_asked = len(exchanges)
+    lines = [f"{n_recalled} of {n_asked} answered word for word ({n_recalled / n_asked:.0%}), for example:"]
     for ids, _ in exchanges[:n_shown]:
         question = text_model.tokenizer.decode(i for i in ids if i < text_model.tokenizer.end_of_text).strip()
         answer = "".join(text_model.stream(ids, SamplingConfig(greedy=True, max_new_tokens=60), strip=True))

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-import os
-import time
+import shlex
 from collections.abc import Callable
 from typing import Any
 
 from torch.nn.utils import parametrize
-from tqdm import tqdm
 
 from generation.config import SamplingConfig
 from generation.text_model import TextModel
 from model import GPT
 from system.device import peak_flops, peak_memory
+from system.progress import Progress
+from system.untrusted import printable
+from system.wording import duration, shorten
 from text.tokenizer import Tokenizer
 from training.evaluation import bits_per_byte, perplexity
 from training.loader import Epochs, Windows
@@ -23,6 +24,8 @@ from training.state import Listener, StepFigures, StopReason, TrainingState
 
 Examine = Callable[[TrainingState], "list[dict[str, str]]"]
 """Gives the model the same few held-out inputs each time; returns `input`, `expected` and `output` of each."""
+SAMPLE_COLUMNS = 100
+"""Longest line of a sample at the end of a run, in characters."""
 
 
 class Report(Listener):
@@ -35,7 +38,8 @@ class Report(Listener):
     def on_start(self, state: TrainingState) -> None:
         config, data, model = state.config, self.train_data, state.model
         tokens_per_batch = data.n_tokens / data.batches_per_epoch
-        print(parameter_table(model))
+        if not state.step:
+            print(parameter_table(model))
         n, n_trained = model.n_parameters(), sum(p.numel() for p in state.trained_parameters)
         if n_trained < n:
             n_adapter = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name or "role_rows" in name)
@@ -46,8 +50,9 @@ class Report(Listener):
                 f"take {partly / 1e6:,.1f} MB; training all parameters would take {fully / 1e6:,.1f} MB"
             )
         print(
-            f"{data.n_tokens:,} training tokens, {data.batches_per_epoch:,.0f} batches of {config.batch_size} "
-            f"sequences an epoch, {model.flops_per_token() * tokens_per_batch / 1e12:.3g} TFLOP a step"
+            f"{data.n_tokens:,} training tokens, {data.batches_per_epoch:,.0f} steps of {config.batch_size} sequences "
+            f"an epoch; {config.max_steps:,} steps are {config.max_steps / data.batches_per_epoch:,.1f} epochs, at "
+            f"{model.flops_per_token() * tokens_per_batch / 1e12:.3g} TFLOP a step"
         )
         if state.n_micro_batches > 1:
             print(f"each step adds up the gradients of {state.n_micro_batches} micro-batches")
@@ -56,55 +61,55 @@ class Report(Listener):
         text = f"step {state.step:,}: validation loss {entry['val_loss']:.4f}"
         if "bits_per_byte" in entry:
             text += f", {entry['bits_per_byte']:.3f} bits per byte"
-        if is_best and state.step:
+        if is_best and state.step and state.config.keep == "best":
             text += " (the best so far)"
-        tqdm.write(text)
+        print(text)
         if state.step == 0 and self.first_loss and abs(entry["val_loss"] - self.first_loss) > 0.5:
-            tqdm.write(f"warning: random weights should give about ln(vocabulary) = {self.first_loss:.2f}")
+            print(f"warning: the loss of random weights should be about ln(vocabulary) = {self.first_loss:.2f}")
 
 
 class ProgressBar(Listener):
-    """A bar with the step, loss, learning rate, tokens/s and, on GPUs with a known peak, model FLOPs utilization."""
+    """Shows the step, the loss, tokens/s and, on GPUs with a known peak, model FLOPs utilization.
+
+    It must come before the listeners that print, so that they do not print into the bar.
+    """
 
     def __init__(self) -> None:
-        self.bar: tqdm | None = None
-        self.start, self.tokens_before, self.peak_flops, self.flops_per_token = 0.0, 0, 0.0, 0
+        self.progress: Progress | None = None
+        self.tokens_before, self.peak_flops, self.flops_per_token = 0, 0.0, 0
 
     def on_start(self, state: TrainingState) -> None:
-        self.start, self.tokens_before = time.perf_counter(), state.tokens
         self.peak_flops = (peak_flops(state.processes.device) or 0.0) * state.processes.world_size
         self.flops_per_token = state.model.flops_per_token()
-        self.bar = tqdm(
-            total=state.config.max_steps,
-            initial=state.step,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.5 if os.isatty(2) else 30,
-        )
 
     def on_step(self, state: TrainingState, figures: StepFigures, loss: float) -> None:
-        assert self.bar is not None
-        rate = (figures.tokens - self.tokens_before) / (time.perf_counter() - self.start)
-        text = f"loss {loss:.3f}, lr {figures.learning_rate:.1e}, {rate:,.0f} tokens/s"
+        if self.progress is None:  # the clock starts late: the first step compiles, and comes after an evaluation
+            self.progress, self.tokens_before = Progress(state.config.max_steps, figures.step), figures.tokens
+        if not self.progress.is_due():
+            return
+        rate = (figures.tokens - self.tokens_before) / self.progress.seconds
+        text = f"step {figures.step:,} of {state.config.max_steps:,}, loss {loss:.3f}, {rate:,.0f} tokens/s"
         if self.peak_flops:
             text += f", MFU {rate * self.flops_per_token / self.peak_flops:.0%}"
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update()
+        self.progress.show(figures.step, text)
+
+    def on_evaluation(self, state: TrainingState, entry: dict[str, Any], is_best: bool) -> None:
+        self.close()
 
     def on_end(self, state: TrainingState, reason: StopReason) -> None:
         self.close()
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        if self.progress:
+            self.progress.clear()
 
 
 class Summary(Listener):
     """Prints what the run came to."""
 
-    def __init__(self, log: RunLog, is_text: bool, bytes_per_token: float | None):
-        """`is_text` is False for a classifier, whose loss has no perplexity."""
-        self.log, self.is_text, self.bytes_per_token = log, is_text, bytes_per_token
+    def __init__(self, log: RunLog, kind: str, bytes_per_token: float | None):
+        """`kind` is that of the checkpoint: base, sft, lora, or classifier, whose loss has no perplexity."""
+        self.log, self.kind, self.bytes_per_token = log, kind, bytes_per_token
 
     def on_end(self, state: TrainingState, reason: StopReason) -> None:
         config = state.config
@@ -116,49 +121,72 @@ class Summary(Listener):
         }[reason]
         print(f"{why} at step {state.step:,}; model in {config.out}, curves in {config.plot_path()}")
         if math.isfinite(state.best_val_loss):
-            text = f"best validation loss {state.best_val_loss:.4f}"
-            if self.is_text:
-                text += f", perplexity {perplexity(state.best_val_loss):,.2f}"
+            is_best = config.keep == "best"
+            loss = state.best_val_loss if is_best else state.history[-1]["val_loss"]
+            text = f"{'best' if is_best else 'last'} validation loss {loss:.4f}"
+            if self.kind != "classifier":
+                text += f", perplexity {perplexity(loss):,.2f}"
             if self.bytes_per_token:
-                text += f", {bits_per_byte(state.best_val_loss, self.bytes_per_token):.3f} bits per byte"
+                text += f", {bits_per_byte(loss, self.bytes_per_token):.3f} bits per byte"
             print(text)
-        per_parameter = state.tokens / state.model.n_parameters()
-        print(
-            f"{state.tokens:,} tokens, {per_parameter:.2g} per parameter "
-            "(compute-optimal: about 20, Hoffmann et al. 2022)"
-        )
         seconds = self.log.seconds
-        print(f"{seconds:,.0f} s, {state.tokens / max(seconds, 1e-9):,.0f} tokens/s")
-        print(f"peak memory {peak_memory(state.processes.device) / 1e6:,.0f} MB")
+        print(
+            f"{state.tokens:,} tokens in {duration(seconds)}: {state.tokens / max(seconds, 1e-9):,.0f} tokens/s, "
+            f"peak memory {peak_memory(state.processes.device) / 1e6:,.0f} MB"
+        )
+        if self.kind == "base":
+            per_parameter = state.tokens / state.model.n_parameters()
+            print(
+                f"{per_parameter:.2g} tokens per parameter; the compute-optimal number is about 20 "
+                "(Hoffmann et al. 2022)"
+            )
         if any("examples" in entry for entry in state.history):
             print(before_and_after(state.history))
+        if reason is not StopReason.INTERRUPTED and self.kind != "classifier":
+            chat = "" if self.kind == "base" else " --chat"
+            print(f"now try: python generate.py --model {shlex.quote(str(config.out))}{chat}")
 
 
 class Samples(Listener):
-    """Prints what the model writes: after every evaluation if there is a prompt, otherwise once at the end."""
+    """Prints what the model writes: with a prompt after every evaluation, otherwise once at the end.
+
+    At the end it prints the samples of all evaluations below each other, after `--resume` those since then.
+    """
 
     def __init__(self, tokenizer: Tokenizer, template: str | None, prompt: str):
         self.tokenizer, self.template, self.prompt = tokenizer, template, prompt
+        self.lines: list[str] = []
+        self.last: tuple[int, str] | None = None  # step and text: the report asks for the same text again
 
     def on_evaluation(self, state: TrainingState, entry: dict[str, Any], is_best: bool) -> None:
         if self.prompt:
-            tqdm.write(self.sample(state))
+            text = self.sample(state)
+            print(f"  {self.prompt!r} → {text!r}")
+            step_and_loss = f"{state.step:>9,} {entry['val_loss']:>8.3f}  "
+            self.lines.append(step_and_loss + shorten(printable(text), SAMPLE_COLUMNS - len(step_and_loss)))
 
     def on_end(self, state: TrainingState, reason: StopReason) -> None:
         if not self.prompt:
-            print(f"it writes:\n{self.sample(state)}")
+            print(f"it writes, for example:\n  {self.sample(state)!r}")
+        elif self.lines:
+            print(f"what it wrote after {self.prompt!r}:")
+            print(f"{'step':>9} {'loss':>8}")
+            print("\n".join(self.lines))
 
     def sample(self, state: TrainingState) -> str:
-        """Returns a completion of the prompt, or a chat model's answer to it."""
+        """Returns what the model writes after the prompt, or a chat model's answer to it."""
+        if self.last and self.last[0] == state.step:
+            return self.last[1]
         was_training = state.model.training
         text_model = TextModel(state.model.eval(), self.tokenizer, self.template, dtype=state.dtype)
         config = SamplingConfig(max_new_tokens=60, seed=state.config.seed)
         if self.template:
             text = "".join(text_model.answer([{"role": "user", "content": self.prompt}], config))
         else:
-            text = self.prompt + "".join(text_model.complete(self.prompt, config))
+            text = "".join(text_model.complete(self.prompt, config))
         state.model.train(was_training)
-        return f"  {text!r}"
+        self.last = state.step, text
+        return text
 
 
 class Examples(Listener):
@@ -216,21 +244,15 @@ def parameter_table(model: GPT) -> str:
 
 
 def before_and_after(history: list[dict[str, Any]], width: int = 160) -> str:
-    """Returns the held-out loss and the examples, before training and with the weights kept, as text."""
+    """Returns the validation loss and the examples, before training and with the weights kept, as text."""
     entries = [entry for entry in history if "examples" in entry]
     first, last = entries[0], entries[-1]
     lines = [
-        f"held-out loss {first['val_loss']:.4f} before, {last['val_loss']:.4f} after (step {last['step']:,}); "
-        "on held-out inputs, greedily:"
+        f"validation loss {first['val_loss']:.4f} before, {last['val_loss']:.4f} after (step {last['step']:,}); "
+        "examples from the validation data:"
     ]
     for before, after in zip(first["examples"], last["examples"], strict=False):
         lines.append(f"> {shorten(after['input'], width)}")
         for label, text in (("before", before["output"]), ("after", after["output"]), ("wanted", after["expected"])):
             lines.append(f"  {label:7} {shorten(text, width)}")
     return "\n".join(lines)
-
-
-def shorten(text: str, max_length: int) -> str:
-    """Returns a text on one line, cut to `max_length` characters."""
-    text = " ".join(text.split())
-    return text if len(text) <= max_length else text[: max_length - 1] + "…"

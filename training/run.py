@@ -52,8 +52,11 @@ def train(
     if config.dtype == "auto" and processes.device.type == "cpu" and not sharding:
         config = dataclasses.replace(config, dtype=cpu_precision(model, processes, resumed))
     metadata = {**metadata, "data": [train_data.fingerprint(), val_data.fingerprint()]}
-    if resumed and (changes := changed_options(config, resumed, metadata["data"])) and processes.rank == 0:
-        print(f"resuming at step {resumed['step']:,} with other options than before: {', '.join(changes)}")
+    if resumed:
+        changes = changed_options(config, resumed, metadata["data"])
+        if processes.rank == 0:
+            options = f" with other options than before: {', '.join(changes)}" if changes else ""
+            print(f"resuming at step {resumed['step']:,}{options}")
     state = TrainingState.create(model, config, processes, sharding)
     if resumed:
         restore(state, resumed)
@@ -68,14 +71,14 @@ def train(
         return trainer.run([checkpointer])
     log = RunLog()
     listeners: list[Listener | None] = [
-        # The order matters: examples belong in the log and in the checkpoint, lines are printed around the bar, and a
-        # checkpoint is written before its plot.
+        # The order matters: the bar goes before anything is printed, examples belong in the log and in the checkpoint,
+        # and a checkpoint is written before its plot.
+        ProgressBar(),
         examples,
         log,
         Report(train_data, math.log(model.config.vocab_size) if has_random_weights else None),
-        ProgressBar(),
-        Summary(log, is_text=metadata["kind"] != "classifier", bytes_per_token=val_data.bytes_per_token),
         samples,
+        Summary(log, metadata["kind"], val_data.bytes_per_token),
         checkpointer,
         LossPlot(background),
         RunReport(log, train_data, val_data, metadata["kind"], samples),
@@ -98,6 +101,7 @@ def cpu_precision(model: GPT, processes: Processes, resumed: dict[str, Any] | No
     is_slower = processes.any(not multiplies_faster_in_bfloat16(model.config.n_embd))
     if not is_slower and processes.rank == 0:
         print(
-            "training in bfloat16, in which this processor multiplies matrices faster (--dtype float32 for the other)"
+            "training in bfloat16: this processor multiplies matrices faster in it than in float32 "
+            "(--dtype float32 chooses that)"
         )
     return "float32" if is_slower else "bfloat16"

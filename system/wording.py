@@ -1,0 +1,23 @@
+"""How times and texts look in what is printed."""
+
+
+def duration(seconds: float) -> str:
+    """Returns a time in its two largest units: "4.2 s", "45 s", "2 min 5 s", "3 h 12 min", "2 d 4 h"."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 60 * 60:
+        return f"{whole // 60} min {whole % 60} s"
+    minutes = round(seconds / 60)
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24:,} d {hours % 24} h"
+
+
+def shorten(text: str, max_length: int) -> str:
+    """Returns a text on one line, cut to `max_length` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= max_length else text[: max_length - 1] + "…"
