@@ -3,20 +3,20 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
-from system.cli import run
+from system.cli import Help, run
 from system.errors import require, require_at_least
-
-DATASETS = ("openwebtext", "fineweb-edu", "shakespeare", "war-and-peace", "pydocs")
+from text.registry import TEXTS, listed
 
 
 @dataclass(frozen=True)
 class Config:
-    dataset: str = "openwebtext"
-    """openwebtext, fineweb-edu (10 billion tokens), shakespeare, war-and-peace, pydocs (Python's own documentation, no
-    download), or a data set of the Hugging Face Hub as org/name"""
+    dataset: Annotated[
+        str, Help(f"{', '.join(map(str, TEXTS.values()))}, or a data set of the Hugging Face Hub as org/name")
+    ] = "openwebtext"
     input: tuple[str, ...] = ()
     """files, folders or globs instead of a data set: .txt .md .py, or tables .jsonl .json .csv .tsv .parquet, in which
     every row is a document; all may be compressed, .gz or .zst"""
@@ -55,8 +55,8 @@ class Config:
     def __post_init__(self) -> None:
         on_hub = not self.input and "/" in self.dataset
         require(
-            on_hub or self.dataset in DATASETS,
-            f"no data set {self.dataset!r}: choose from {', '.join(DATASETS)}, or name one of the Hub as org/name",
+            on_hub or self.dataset in TEXTS,
+            f"no data set {self.dataset!r}: choose {listed(TEXTS)}, or name one of the Hub as org/name",
         )
         require(
             on_hub or (self.config, self.split, self.revision) == (None, "train", None),

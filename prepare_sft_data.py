@@ -3,20 +3,24 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
-from system.cli import run
+from system.cli import Help, run
 from system.errors import require
+from text.registry import CONVERSATIONS, listed
 
 
 @dataclass(frozen=True)
 class Config:
-    dataset: str = "oasst1"
-    """oasst1 (human conversations), alpaca-gpt4 (instructions), builtins-qa (small talk and questions about Python's
-    built-ins, no download), pydocs-qa (the same and the standard library), or a data set of the Hugging Face Hub as
-    org/name, with the same columns as --input"""
+    dataset: Annotated[
+        str,
+        Help(
+            f"{', '.join(map(str, CONVERSATIONS.values()))}, or a data set of the Hugging Face Hub as org/name, with "
+            "the columns of --input"
+        ),
+    ] = "oasst1"
     input: Path | None = None
     """a .json, .jsonl or .parquet file instead, perhaps compressed (.gz or .zst), with chat `messages`, or with
     Alpaca's instruction, input and output"""
@@ -39,9 +43,8 @@ class Config:
 
     def __post_init__(self) -> None:
         require(
-            self.dataset in ("oasst1", "alpaca-gpt4", "builtins-qa", "pydocs-qa") or "/" in self.dataset,
-            f"no data set {self.dataset!r}: choose oasst1, alpaca-gpt4, builtins-qa or pydocs-qa, or name one of the "
-            "Hub as org/name",
+            self.dataset in CONVERSATIONS or "/" in self.dataset,
+            f"no data set {self.dataset!r}: choose {listed(CONVERSATIONS)}, or name one of the Hub as org/name",
         )
         require(1e-6 <= self.val_fraction <= 0.5, "--val-fraction must be at least 0.000001 and at most 0.5")
         require(self.block_size >= 2, "--block-size must be at least 2")

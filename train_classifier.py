@@ -4,13 +4,14 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
-from system.cli import run
+from system.cli import Help, run
 from system.errors import UserError, require, require_at_least
 from system.locks import releases_locks
+from text.registry import LABELLED, listed
 from training.config import TrainerConfig
 
 
@@ -20,8 +21,9 @@ class Config(TrainerConfig):
     """gpt2 or demo: the defaults of all other flags"""
     input: Path | None = None
     """a .csv, .tsv, .jsonl, .json or .parquet file of labelled texts, also as .gz or .zst"""
-    dataset: str = "sms-spam"
-    """without --input: sms-spam, or org/name on the Hugging Face Hub"""
+    dataset: Annotated[
+        str, Help(f"without --input: {', '.join(map(str, LABELLED.values()))}, or org/name on the Hugging Face Hub")
+    ] = "sms-spam"
     text_column: str = "text"
     """column with the text; a number for a .csv or .tsv file without a header"""
     label_column: str = "label"
@@ -61,8 +63,8 @@ class Config(TrainerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            self.input is not None or self.dataset == "sms-spam" or "/" in self.dataset,
-            f"no data set {self.dataset!r}: --input FILE, sms-spam, or one of the Hub's as org/name",
+            self.input is not None or self.dataset in LABELLED or "/" in self.dataset,
+            f"no data set {self.dataset!r}: --input FILE, {listed(LABELLED)}, or one of the Hub's as org/name",
         )
         require_at_least(1, self, "epochs")
         require(0 <= self.dropout < 1, "--dropout must be at least 0 and below 1")

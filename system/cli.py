@@ -49,6 +49,13 @@ REPEATABLE, POSITIONAL = "repeatable", "positional"
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
+@dataclasses.dataclass(frozen=True)
+class Help:
+    """What `--help` says of a field, in place of a docstring, which cannot be computed: `Annotated[str, Help(…)]`."""
+
+    text: str
+
+
 def run(
     main: Callable[[Config], None], config_class: type[Config], presets: Mapping[str, Config] | None = None
 ) -> None:
@@ -215,9 +222,10 @@ def _flags(config_class: type[DataclassInstance], preset: DataclassInstance | No
     groups: dict[type, list[tuple[str, Any, Any]]] = {cls: [] for cls in config_class.__mro__}
     for field in dataclasses.fields(config_class):
         default = getattr(preset, field.name) if preset else _default(field)
-        text = tyro.conf.arg(help=help_texts.get(field.name), metavar=_metavar(hints[field.name]))
         hint = hints[field.name]
         marks = getattr(hint, "__metadata__", ())
+        computed = next((mark.text for mark in marks if isinstance(mark, Help)), None)
+        text = tyro.conf.arg(help=computed or help_texts.get(field.name), metavar=_metavar(hint))
         if REPEATABLE in marks:
             hint = append_action[hint]
         if POSITIONAL in marks:

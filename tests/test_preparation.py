@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from functools import partial
 from pydoc_data.topics import topics
 from unittest.mock import Mock
@@ -27,6 +28,7 @@ from hub_server import HubHandler
 from prepare_data import Config, main
 from prepare_sft_data import Config as SFTConfig
 from prepare_sft_data import main as main_sft
+from system.cli import parse
 from system.errors import UserError
 from system.files import atomic_folder
 from text import readers
@@ -34,7 +36,9 @@ from text import tokenizer as tokenizers
 from text.conversations import oasst1_trees
 from text.corpora import CHUNK, Files, OpenWebText, Texts, cut, draw_held_out, hold_out
 from text.readers import Notes
+from text.registry import CONVERSATIONS, LABELLED, TEXTS, Dataset
 from text.token_files import read_tokens
+from train_classifier import Config as ClassifierConfig
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +243,7 @@ def test_openwebtext_is_split_as_nanogpt_splits_it(hub, tmp_path):
     main(Config(out=tmp_path / "data"))
     reference = Dataset.from_dict({"text": texts}).train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     held_out = set(reference["test"]["text"])
-    assert len(held_out) == 3 and OpenWebText().is_val().sum() == 3
+    assert len(held_out) == 3 and OpenWebText(TEXTS["openwebtext"]).is_val().sum() == 3
     assert split_files(tmp_path / "data") == expected(("val" if text in held_out else "train", text) for text in texts)
 
 
@@ -307,6 +311,27 @@ def test_any_data_set_of_the_hub_is_read(hub, tmp_path):
     for complaint, wrong in {"no column 'text', but body": {}, "Bad split": {"split": "dev"}}.items():
         with pytest.raises(UserError, match=complaint):
             main(Config(dataset="org/name", out=tmp_path / "wrong", **wrong))
+
+
+@pytest.mark.parametrize(
+    ("config", "names"), [(Config, TEXTS), (SFTConfig, CONVERSATIONS), (ClassifierConfig, LABELLED)]
+)
+def test_help_lists_the_named_data_sets(capsys, config, names):
+    with pytest.raises(SystemExit):
+        parse(config, ["--help"])
+    shown = re.sub(r"[\s│]", "", capsys.readouterr().out)
+    assert names and all(re.sub(r"\s", "", str(dataset)) in shown for dataset in names.values())
+
+
+def test_a_named_data_set_is_one_entry_and_may_come_with_its_own_split(hub, tmp_path, monkeypatch):
+    for split in ("train", "validation"):
+        hub(f"org/stories/{split}.parquet", [{"story": f"{split} {i}"} for i in range(3)])
+    stories = Dataset("stories", "6 stories", "CC0-1.0", hub="org/stories", split="own", text_column="story")
+    monkeypatch.setitem(TEXTS, stories.name, stories)
+    main(Config(dataset="stories", out=tmp_path / "data"))
+    assert split_files(tmp_path / "data") == expected(
+        (split, f"{name} {i}") for split, name in (("train", "train"), ("val", "validation")) for i in range(3)
+    )
 
 
 def oasst1_row(id_, parent, role, text, rank=None, spam=0.0, **more):
@@ -402,17 +427,17 @@ def test_downloads_are_checked_and_kept(serve, tmp_path, monkeypatch):
     (tmp_path / "www/input.txt").write_text("First Citizen")
     url = serve(partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "www")) + "/input.txt"
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setitem(readers.DOWNLOADS, "shakespeare", (url, "0" * 64))
+    text = replace(TEXTS["shakespeare"], url=url, sha256="0" * 64)
     with pytest.raises(UserError, match="another SHA-256"):
-        readers.download("shakespeare", "…", tmp_path / "raw")
+        readers.download(text, "…", tmp_path / "raw")
     assert not list(tmp_path.glob("raw/*"))
-    monkeypatch.setitem(readers.DOWNLOADS, "shakespeare", (url, hashlib.sha256(b"First Citizen").hexdigest()))
-    path = readers.download("shakespeare", "…", tmp_path / "raw")
+    text = replace(text, sha256=hashlib.sha256(b"First Citizen").hexdigest())
+    path = readers.download(text, "…", tmp_path / "raw")
     (tmp_path / "www/input.txt").unlink()
-    assert readers.download("shakespeare", "…", tmp_path / "raw").read_text() == "First Citizen"
+    assert readers.download(text, "…", tmp_path / "raw").read_text() == "First Citizen"
     path.unlink()
     with pytest.raises(UserError, match="cannot fetch shakespeare"):
-        readers.download("shakespeare", "…", tmp_path / "raw")
+        readers.download(text, "…", tmp_path / "raw")
 
 
 def test_a_full_disk_prints_one_line_and_keeps_the_old_files(tmp_path):

@@ -15,6 +15,7 @@ from system.untrusted import brief
 from text import lessons
 from text.corpora import draw_held_out
 from text.readers import Notes, Row, hub_rows, load_hub, opened, records
+from text.registry import CONVERSATIONS
 from text.templates import Message
 
 Conversation = list[Message]
@@ -36,15 +37,13 @@ def open_conversations(
 
     `notes` counts what is left out. Raises UserError if there are fewer than two conversations.
     """
+    named = CONVERSATIONS.get(dataset)
     if path is None and dataset == "oasst1":
         return _first(load_oasst1(val_fraction, seed, notes), max_conversations, val_fraction)
-    if path is None and dataset in ("builtins-qa", "pydocs-qa"):
+    if path is None and named and named.split == "wordings":
         found_lessons = lessons.lessons(builtins_only=dataset == "builtins-qa")
         return lessons.conversations(list(islice(found_lessons, max_conversations)), seed)
-    if path:
-        found = read_file(path, notes)
-    else:
-        found = from_hub("vicgalle/alpaca-gpt4" if dataset == "alpaca-gpt4" else dataset, notes)
+    found = read_file(path, notes) if path else from_hub(named.hub if named else dataset, notes)
     conversations = list(islice(found, max_conversations))
     if len(conversations) < 2:
         raise UserError(
@@ -118,7 +117,7 @@ def _is_new(conversation: Conversation, seen: set[bytes]) -> bool:
 
 def load_oasst1(val_fraction: float, seed: int, notes: Notes) -> Iterator[tuple[str, Conversation]]:
     """Yields OpenAssistant's English conversations with the Hub's own split; if it has none, split by message tree."""
-    name = "OpenAssistant/oasst1"
+    name = CONVERSATIONS["oasst1"].hub
     rows, _ = load_hub(name, _INSTEAD)
     trees = oasst1_trees(hub_rows(name, rows["train"]), notes)
     split_trees: Iterator[tuple[str, list[Conversation]]]

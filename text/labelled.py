@@ -11,6 +11,7 @@ import numpy as np
 
 from system.errors import UserError
 from text.readers import Notes, hub_rows, load_hub, opened, records, text_of
+from text.registry import LABELLED
 
 SPLITS = ("train", "val", "test")
 
@@ -31,8 +32,8 @@ def read_examples(path: Path | None, dataset: str, text_column: str, label_colum
     notes = Notes()
     if path:
         examples = read_table(path, text_column, label_column, notes)
-    elif dataset == "sms-spam":
-        examples = from_hub("ucirvine/sms_spam", "sms", "label", notes)
+    elif named := LABELLED.get(dataset):
+        examples = from_hub(named.hub, named.text_column, named.label_column, notes)
     else:
         examples = from_hub(dataset, text_column, label_column, notes)
     for line in notes.lines():

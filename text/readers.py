@@ -28,6 +28,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from system.errors import UserError
 from system.files import atomic_write
+from text.registry import Dataset
 
 if TYPE_CHECKING:
     import pyarrow
@@ -54,19 +55,6 @@ MAX_NOTES = 50
 _JSON_CHUNK = 2**20  # characters of a JSON list to read at a time
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 _BEHIND_ITEM = re.compile(r"[ \t\n\r]*([,\]])")
-
-DOWNLOADS = {  # name: URL, SHA-256
-    "shakespeare": (
-        "https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e"
-        "/data/tinyshakespeare/input.txt",
-        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-    ),
-    "war-and-peace": (
-        "https://raw.githubusercontent.com/enerrio/jax-transformer/e00617e4555a0dc4d64d819307f917206aeec31c"
-        "/war-and-peace.txt",
-        "fef5d84055533ae89c5df8f8334f5bcf9110a5d36e0a01f0e587b847c9d5444e",
-    ),
-}
 
 
 class Notes(dict[str, tuple[int, str]]):
@@ -424,9 +412,9 @@ def hub_error(name: str, instead: str, error: Exception) -> UserError:
     )
 
 
-def download(name: str, instead: str, folder: Path = Path("data/raw")) -> Path:
-    """Returns the path of a text in `DOWNLOADS`, fetched once. Raises UserError if it cannot be had unchanged."""
-    url, sha256 = DOWNLOADS[name]
+def download(dataset: Dataset, instead: str, folder: Path = Path("data/raw")) -> Path:
+    """Returns the path of a text with a URL, fetched once. Raises UserError if it cannot be had unchanged."""
+    name, url = dataset.name, dataset.url
     path = folder / f"{name}.txt"
     try:
         content = path.read_bytes() if path.exists() else urllib.request.urlopen(url, timeout=30).read()
@@ -435,7 +423,7 @@ def download(name: str, instead: str, folder: Path = Path("data/raw")) -> Path:
             f"cannot fetch {name} from {url} ({getattr(error, 'reason', error)}); "
             f"put it at {path} by hand; without a network, {instead}"
         ) from None
-    if hashlib.sha256(content).hexdigest() != sha256:
+    if hashlib.sha256(content).hexdigest() != dataset.sha256:
         if path.exists():
             raise UserError(f"{path} is not the published {name} (another SHA-256): remove it to fetch it again")
         raise UserError(f"{url} is not the published {name} (another SHA-256): {instead}")
