@@ -68,10 +68,12 @@ class Notes(dict[str, tuple[int, str]]):
         self[message] = (number + n, first)
 
     def clean(self, text: str, where: str, line: int | None = None) -> str:
-        """Returns the text with U+FFFD instead of lone surrogates, which UTF-8 cannot encode, and counts them.
+        """Returns the text with `unix_line_ends`, and U+FFFD for lone surrogates, which UTF-8 cannot encode; counts
+        these.
 
         With `line`, the number of the text's first line, the note names the line.
         """
+        text = unix_line_ends(text)
         try:
             text.encode()
             return text
@@ -93,6 +95,15 @@ class Notes(dict[str, tuple[int, str]]):
     def as_json(self) -> dict[str, dict[str, int | str]]:
         """Returns the notes as JSON holds them."""
         return {message: {"number": number, "first": where} for message, (number, where) in self.items()}
+
+
+def unix_line_ends(text: str) -> str:
+    """Returns a text with "\\n" for every line end, also those of Windows and of old Macs.
+
+    Every text that a model reads, in training or as a prompt, obeys this rule. Files that are read in chunks get the
+    same from Python's universal newlines.
+    """
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def content_suffix(path: Path) -> str:
