@@ -94,7 +94,7 @@ def main(config: Config) -> None:
     """Trains one classifier, and tests it."""
     import torch
 
-    from text.labelled import counts, read_examples, split
+    from text.labelled import counts, one_of_each, read_examples, split
     from training.checkpointing import claim_output
     from training.classifier import Classifier, LabelledTexts, freeze, test
     from training.distributed import Processes
@@ -129,6 +129,7 @@ def main(config: Config) -> None:
     }
     if n_full := sum(part.n_full for part in data.values()):
         print(f"{n_full:,} texts fill the context of {block_size:,} tokens; longer texts are cut there")
+    shown = one_of_each(parts["val"], 5)
     config = dataclasses.replace(config, max_steps=config.max_steps or config.epochs * data["train"].batches_per_epoch)
     train(
         model,
@@ -138,7 +139,7 @@ def main(config: Config) -> None:
         processes,
         {"kind": "classifier", "tokenizer": tokenizer.spec, "template": None, "labels": labels},
         resumed=resumed,
-        examples=Examples(lambda state: Classifier.of_run(state, tokenizer, labels).show(parts["val"][:5])),
+        examples=Examples(lambda state: Classifier.of_run(state, tokenizer, labels).show(shown)),
     )
     if processes.rank == 0:
         test(config, parts["test"])

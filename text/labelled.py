@@ -127,6 +127,16 @@ def _require_enough(by_label: dict[str, list[Example]]) -> None:
         )
 
 
+def one_of_each(examples: list[Example], n: int) -> list[Example]:
+    """Returns at most `n` examples: one of each label, then another one of each, and so on."""
+    seen: Counter[str] = Counter()
+    ranked = []
+    for i, example in enumerate(examples):
+        ranked.append((seen[example.label], i))
+        seen[example.label] += 1
+    return [examples[i] for _, i in sorted(ranked)[:n]]
+
+
 def counts(examples: list[Example]) -> str:
     """Returns how many examples have each label, as text."""
     return ", ".join(f"{n:,} {label}" for label, n in sorted(Counter(example.label for example in examples).items()))

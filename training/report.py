@@ -216,12 +216,12 @@ def parameter_table(model: GPT) -> str:
 
 
 def before_and_after(history: list[dict[str, Any]], width: int = 160) -> str:
-    """Returns the held-out loss and the examples, before training and with the weights kept, as text."""
+    """Returns the validation loss and the examples, before training and with the weights kept, as text."""
     entries = [entry for entry in history if "examples" in entry]
     first, last = entries[0], entries[-1]
     lines = [
-        f"held-out loss {first['val_loss']:.4f} before, {last['val_loss']:.4f} after (step {last['step']:,}); "
-        "on held-out inputs, greedily:"
+        f"validation loss {first['val_loss']:.4f} before, {last['val_loss']:.4f} after (step {last['step']:,}); "
+        "the same examples before and after:"
     ]
     for before, after in zip(first["examples"], last["examples"], strict=False):
         lines.append(f"> {shorten(after['input'], width)}")
