@@ -37,6 +37,8 @@ PROMPTS = [
 class Config:
     input: tuple[str, ...] = ()
     """text files or folders to train on instead of Python's documentation"""
+    chats: Path | None = None
+    """conversations to teach instead of questions about Python, in a file that prepare_sft_data.py --input takes"""
     vocab_size: int = 2045
     """tokens of the vocabulary, a BPE trained on the text"""
     max_steps: int | None = None
@@ -51,7 +53,7 @@ class Config:
 def main(config: Config) -> None:
     """Runs the steps and prints their results."""
     from generation.text_model import TextModel
-    from text.token_files import read_tokens
+    from text.token_files import read_sft_meta, read_tokens
     from training.recall import recall_report
 
     start = time.perf_counter()
@@ -71,16 +73,21 @@ def main(config: Config) -> None:
     print_completions(text_model, prompts)
 
     title("4. Questions and answers become tokens, with a mask that hides the questions from the loss")
-    conversations = ["--dataset", "builtins-qa", "--block-size", "128"]
-    script("prepare_sft_data.py", *conversations, *out)
+    conversations = ["--input", config.chats] if config.chats else ["--dataset", "builtins-qa"]
+    script("prepare_sft_data.py", *conversations, "--block-size", "128", *out)
     title("5. It learns to answer")
     script("train_sft.py", "--preset", "demo", "--overwrite", *flag("--max-steps", config.sft_steps))
 
     title("6. It answers")
     text_model = TextModel.load("checkpoints/demo/sft.pt")
     print("Questions in words that it was taught:", recall_report(text_model, DATA, "train"))
-    print("Questions in words that it has never seen:", recall_report(text_model, DATA, "val"))
-    print("The answers are memory, not knowledge. It has learned to recognize a question in other words.")
+    if config.chats is None:
+        print("Questions in words that it has never seen:", recall_report(text_model, DATA, "val"))
+        print("The answers are memory, not knowledge. It has learned to recognize a question in other words.")
+    else:
+        if read_sft_meta(DATA).get("is_held_out", True):
+            print("Questions that it was not taught:", recall_report(text_model, DATA, "val"))
+        print("The answers are memory, not knowledge: it has learned your conversations by heart.")
 
     title(f"Done in {time.perf_counter() - start:.0f} seconds. Now try")
     print(
