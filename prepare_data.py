@@ -3,13 +3,16 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
 from system.cli import Help, run
 from system.errors import require, require_at_least
 from text.registry import TEXTS, listed
+
+if TYPE_CHECKING:
+    from text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class Config:
     """train a byte-level BPE of this many tokens on the first 200 million characters of the training text; by default
     GPT-2's tokenizer is used"""
     tokenizer: Path | None = None
-    """use this tokenizer.json, for example the one beside the data of a model that you want to train further"""
+    """use the tokenizer of this checkpoint, for example of a model that you want to train further, or a
+    tokenizer.json"""
     val_fraction: float = 0.1
     """share of the documents to hold out; if there are fewer than 20, the end of each document. openwebtext has
     nanoGPT's split, fineweb-edu holds out its first shard"""
@@ -72,27 +76,30 @@ class Config:
         require(self.workers is None or self.workers <= 1024, "--workers must be at most 1024")
 
 
-def main(config: Config) -> None:
-    """Prepares one corpus."""
+def main(config: Config, tokenizer: "Tokenizer | None" = None) -> None:
+    """Prepares one corpus. A `tokenizer` takes the place of the one that the config names."""
     from system.files import claim_folder
     from text.corpora import open_corpus, training_text
     from text.preparation import write_corpus
     from text.token_files import count_tokens, report
-    from text.tokenizer import gpt2, load_tokenizer, train_bpe
+    from text.tokenizer import gpt2, train_bpe
 
     if config.inspect:
         print(report(*count_tokens(config.inspect), config.inspect))
         return
     written = ["train*.bin", "val*.bin", "meta.json"]
-    if config.vocab_size or config.tokenizer:
+    if config.tokenizer:
+        from weights.loading import load_tokenizer  # imports torch: a second
+
+        tokenizer = load_tokenizer(config.tokenizer)
+    if config.vocab_size or tokenizer:
         written.append("tokenizer.json")
     claim_folder(config.out, "meta.json", written, config.overwrite)
     corpus = open_corpus(config.dataset, config.input, config.text_column, config.config, config.split, config.revision)
-    if config.vocab_size:
+    if tokenizer is None and config.vocab_size:
         pieces = corpus.pieces(config.val_fraction, config.seed)
         tokenizer = train_bpe(training_text(pieces), config.vocab_size)
-    else:
-        tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else gpt2()
+    tokenizer = tokenizer or gpt2()
     counts = write_corpus(
         corpus,
         tokenizer,
