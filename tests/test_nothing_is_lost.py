@@ -184,7 +184,7 @@ def test_text_for_a_model_to_start_from_is_prepared_with_its_tokenizer(toy, monk
     (toy / "more.txt").write_text("Once upon a time. " * 300)
     tokenizer = load_tokenizer("data/toy/tokenizer.json")
     config = train.Config(data=Path("more.txt"), vocab_size=300)
-    train.prepare(config, Path("data/more"), False, tokenizer.spec, n_processes=1)
+    train.prepare(config, tokenizer, Path("data/more"), False)
     assert tokenizer_of_data(Path("data/more"), read_token_meta(Path("data/more"))).name == tokenizer.name
 
 
