@@ -1,4 +1,5 @@
-# make demo             train a small GPT on this machine in minutes, and talk to it; INPUT=my.txt trains on your text
+# make demo             train a small GPT on this machine in minutes, and talk to it; INPUT=my.txt trains on your text,
+#                       CHATS=chats.jsonl on your conversations
 # make venv             the environment only; TORCH_INDEX=https://download.pytorch.org/whl/cpu chooses a build of PyTorch
 # make test, test-slow  lint, types and the tests; the tests that take minutes
 # make lint             lint, formatting and types only
@@ -7,6 +8,7 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 INPUT ?=
+CHATS ?=
 BIN = .venv/bin
 
 .PHONY: venv venv-dev demo lint test test-slow clean
@@ -26,7 +28,7 @@ venv-dev: .venv/installed-dev
 	@touch $@
 
 demo: venv
-	$(BIN)/python demo.py $(if $(INPUT),--input "$(INPUT)")
+	$(BIN)/python demo.py $(if $(INPUT),--input "$(INPUT)") $(if $(CHATS),--chats "$(CHATS)")
 
 lint: venv-dev
 	$(BIN)/ruff check

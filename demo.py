@@ -33,16 +33,21 @@ PROMPTS = [
     "The optional argument specifies",
     "A class that represents",
 ]
-FINE_TUNING = """\
+MEMORIZING = """\
 There are few answers, each with many wordings of its question, so the model memorizes them. The training loss falls
 towards 0. The validation loss, on wordings that it does not train on, falls at first and then rises: the model becomes
 surer of its wrong answers too. The demo keeps the weights of the last step all the same."""
+MEMORIZING_CHATS = """\
+There are few conversations, so the model memorizes them: the training loss falls towards 0. The loss on conversations
+that it does not train on would rise. The demo keeps the weights of the last step all the same."""
 
 
 @dataclass(frozen=True)
 class Config:
     input: tuple[str, ...] = ()
     """text files or folders to train on instead of Python's documentation"""
+    chats: Path | None = None
+    """conversations to teach instead of questions about Python, in a file that prepare_sft_data.py --input takes"""
     vocab_size: int = 2045
     """tokens of the vocabulary, a BPE trained on the text"""
     max_steps: int | None = None
@@ -57,7 +62,7 @@ class Config:
 def main(config: Config) -> None:
     """Runs the steps and prints their results."""
     from generation.text_model import TextModel
-    from text.token_files import read_token_meta, read_tokens
+    from text.token_files import read_sft_meta, read_token_meta, read_tokens
     from text.tokenizer import tokenizer_of_data
     from training.recall import recall_report
 
@@ -81,17 +86,22 @@ def main(config: Config) -> None:
     print_completions(TextModel.load("checkpoints/demo/pretrained.pt"), prompts)
 
     title("4. Questions and answers become tokens, with a mask that hides the questions from the loss")
-    conversations = ["--dataset", "builtins-qa", "--block-size", "128"]
-    script("prepare_sft_data.py", *conversations, *out)
+    conversations = ["--input", config.chats] if config.chats else ["--dataset", "builtins-qa"]
+    script("prepare_sft_data.py", *conversations, "--block-size", "128", *out)
     title("5. It learns to answer")
-    print(FINE_TUNING)
+    print(MEMORIZING_CHATS if config.chats else MEMORIZING)
     script("train_sft.py", "--preset", "demo", "--overwrite", *flag("--max-steps", config.sft_steps))
 
     title("6. It answers")
     text_model = TextModel.load("checkpoints/demo/sft.pt")
     print("Questions in words that it was taught:", recall_report(text_model, DATA, "train"))
-    print("Questions in words that it has never seen:", recall_report(text_model, DATA, "val"))
-    print("The answers are memory, not knowledge: it recognizes a question and repeats the answer that it was taught.")
+    if config.chats is None:
+        print("Questions in words that it has never seen:", recall_report(text_model, DATA, "val"))
+        print("The answers are memory, not knowledge: it recognizes a question and repeats the answer it was taught.")
+    else:
+        if read_sft_meta(DATA).get("is_held_out", True):
+            print("Questions that it was not taught:", recall_report(text_model, DATA, "val"))
+        print("The answers are memory, not knowledge: it has learned your conversations by heart.")
 
     title(f"Done in {duration(time.perf_counter() - start)}. Now try")
     print(

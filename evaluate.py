@@ -53,6 +53,7 @@ def main(config: Config) -> None:
 
     from generation.text_model import TextModel
     from system.files import read_utf8
+    from text.readers import unix_line_ends
     from text.token_files import read_prepared_tokens
     from training.evaluation import evaluate_hellaswag, evaluate_text, read_hellaswag
     from weights.listing import newest
@@ -68,7 +69,7 @@ def main(config: Config) -> None:
         if config.data:
             ids = read_prepared_tokens(config.data, tokenizer, text_model.model.config.vocab_size)
         else:
-            text = read_utf8(config.text)
+            text = unix_line_ends(read_utf8(config.text))
             ids = np.array([tokenizer.end_of_text, *tokenizer.encode(text)], dtype=np.uint16)
         if config.max_tokens:
             ids = ids[: config.max_tokens + 1]

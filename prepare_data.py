@@ -3,20 +3,23 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
-from system.cli import run
+from system.cli import Help, run
 from system.errors import require, require_at_least
+from text.registry import TEXTS, listed
 
-DATASETS = ("openwebtext", "fineweb-edu", "shakespeare", "war-and-peace", "pydocs")
+if TYPE_CHECKING:
+    from text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Config:
-    dataset: str = "openwebtext"
-    """openwebtext, fineweb-edu (10 billion tokens), shakespeare, war-and-peace, pydocs (Python's own documentation, no
-    download), or a data set of the Hugging Face Hub as org/name"""
+    dataset: Annotated[
+        str, Help(f"{', '.join(map(str, TEXTS.values()))}, or a data set of the Hugging Face Hub as org/name")
+    ] = "openwebtext"
     input: tuple[str, ...] = ()
     """files, folders or globs instead of a data set: .txt .md .py, or tables .jsonl .json .csv .tsv .parquet, in which
     every row is a document; all may be compressed, .gz or .zst"""
@@ -36,7 +39,8 @@ class Config:
     """train a byte-level BPE of this many tokens on the first 200 million characters of the training text; by default
     GPT-2's tokenizer is used"""
     tokenizer: Path | None = None
-    """use this tokenizer.json, for example the one beside the data of a model that you want to train further"""
+    """use the tokenizer of this checkpoint, for example of a model that you want to train further, or a
+    tokenizer.json"""
     val_fraction: float = 0.1
     """share of the text to hold out for validation. With 20 documents or more, random documents are held out; with
     fewer, the end of each document. openwebtext has nanoGPT's split, fineweb-edu holds out its first shard"""
@@ -55,8 +59,8 @@ class Config:
     def __post_init__(self) -> None:
         on_hub = not self.input and "/" in self.dataset
         require(
-            on_hub or self.dataset in DATASETS,
-            f"no data set {self.dataset!r}: choose from {', '.join(DATASETS)}, or name one of the Hub as org/name",
+            on_hub or self.dataset in TEXTS,
+            f"no data set {self.dataset!r}: choose {listed(TEXTS)}, or name one of the Hub as org/name",
         )
         require(
             on_hub or (self.config, self.split, self.revision) == (None, "train", None),
@@ -72,30 +76,34 @@ class Config:
         require(self.workers is None or self.workers <= 1024, "--workers must be at most 1024")
 
 
-def main(config: Config, in_brief: bool = False) -> None:
-    """Prepares one corpus, and prints what its token files hold, `in_brief` on one line."""
+def main(config: Config, tokenizer: "Tokenizer | None" = None, in_brief: bool = False) -> None:
+    """Prepares one corpus, and prints what its token files hold, `in_brief` on one line. A `tokenizer` takes the place
+    of the one that the config names."""
     from system.files import claim_folder
     from text.corpora import open_corpus, training_text
     from text.preparation import write_corpus
     from text.token_files import count_tokens, report, summary
-    from text.tokenizer import gpt2, load_tokenizer, train_bpe
+    from text.tokenizer import gpt2, train_bpe
 
     if config.inspect:
         print(report(*count_tokens(config.inspect), config.inspect))
         return
     written = ["train*.bin", "val*.bin", "meta.json"]
-    if config.vocab_size or config.tokenizer:
+    if config.tokenizer:
+        from weights.loading import load_tokenizer  # imports torch: a second
+
+        tokenizer = load_tokenizer(config.tokenizer)
+    if config.vocab_size or tokenizer:
         written.append("tokenizer.json")
     claim_folder(config.out, "meta.json", written, config.overwrite)
     corpus = open_corpus(config.dataset, config.input, config.text_column, config.config, config.split, config.revision)
-    if config.vocab_size:
+    if tokenizer is None and config.vocab_size:
         print(f"training a tokenizer of {config.vocab_size:,} tokens on the text")
         pieces = corpus.pieces(config.val_fraction, config.seed)
         tokenizer = train_bpe(training_text(pieces), config.vocab_size)
         if tokenizer.end_of_text < config.vocab_size:
             print(f"the text is too short for that: the tokenizer has {tokenizer.end_of_text:,} tokens")
-    else:
-        tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else gpt2()
+    tokenizer = tokenizer or gpt2()
     counts = write_corpus(
         corpus,
         tokenizer,

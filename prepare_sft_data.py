@@ -3,23 +3,31 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
-from system.cli import run
+from system.cli import Help, run
 from system.errors import require
+from text.registry import CONVERSATIONS, listed
+
+if TYPE_CHECKING:
+    from text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Config:
-    dataset: str = "oasst1"
-    """oasst1 (human conversations), alpaca-gpt4 (instructions), builtins-qa (small talk and questions about Python's
-    built-ins, no download), pydocs-qa (the same and the standard library), or a data set of the Hugging Face Hub as
-    org/name, with the same columns as --input"""
+    dataset: Annotated[
+        str,
+        Help(
+            f"{', '.join(map(str, CONVERSATIONS.values()))}, or a data set of the Hugging Face Hub as org/name, with "
+            "the columns of --input"
+        ),
+    ] = "oasst1"
     input: Path | None = None
-    """a .json, .jsonl or .parquet file instead, perhaps compressed (.gz or .zst), with chat `messages`, or with
-    Alpaca's instruction, input and output"""
+    """a .jsonl, .json, .csv, .tsv or .parquet file instead, perhaps compressed (.gz or .zst): each row has chat
+    `messages`, or a question (column prompt, question or instruction, and perhaps input) and its answer (response,
+    answer, output or completion)"""
     out: Path = Path("data")
     """output folder"""
     overwrite: bool = False
@@ -27,44 +35,50 @@ class Config:
     template: Literal["chat", "alpaca"] = "chat"
     """how the text marks turns"""
     tokenizer: Path | None = None
-    """a tokenizer.json; by default the tokenizer of the data in --out, or GPT-2's if there is no data"""
+    """the checkpoint whose tokenizer to use, or a tokenizer.json; by default the tokenizer of the data in --out, or
+    GPT-2's if there is no data"""
     block_size: int = 1024
     """longest conversation in tokens (the model's context): longer ones lose their oldest exchanges"""
     max_conversations: int | None = None
     """stop after this many conversations; for builtins-qa and pydocs-qa, after this many answers, each of which is in
     many conversations"""
-    val_fraction: float = 0.05
-    """share of the conversations to hold out (oasst1 has its own split; builtins-qa and pydocs-qa hold out wordings)"""
+    val_fraction: float | None = None
+    """share of the conversations to hold out, by default 0.05. With 0, and by default if there are fewer than 100, all
+    are trained on, and the validation loss is theirs. oasst1 has its own split; builtins-qa and pydocs-qa hold out
+    wordings"""
     seed: int = 1337
     """seed that draws the held-out conversations"""
 
     def __post_init__(self) -> None:
         require(
-            self.dataset in ("oasst1", "alpaca-gpt4", "builtins-qa", "pydocs-qa") or "/" in self.dataset,
-            f"no data set {self.dataset!r}: choose oasst1, alpaca-gpt4, builtins-qa or pydocs-qa, or name one of the "
-            "Hub as org/name",
+            self.dataset in CONVERSATIONS or "/" in self.dataset,
+            f"no data set {self.dataset!r}: choose {listed(CONVERSATIONS)}, or name one of the Hub as org/name",
         )
-        require(1e-6 <= self.val_fraction <= 0.5, "--val-fraction must be at least 0.000001 and at most 0.5")
+        require(
+            self.val_fraction is None or self.val_fraction == 0 or 1e-6 <= self.val_fraction <= 0.5,
+            "--val-fraction must be 0, or at least 0.000001 and at most 0.5",
+        )
         require(self.block_size >= 2, "--block-size must be at least 2")
         require(self.max_conversations is None or self.max_conversations >= 2, "--max-conversations must be at least 2")
 
 
-def main(config: Config) -> None:
-    """Prepares one set of conversations."""
+def main(config: Config, tokenizer: "Tokenizer | None" = None) -> None:
+    """Prepares one set of conversations. A `tokenizer` takes the place of the one that the config names."""
     from system.files import claim_folder
     from text.conversations import open_conversations
     from text.preparation import write_conversations
     from text.readers import Notes
     from text.token_files import read_meta
-    from text.tokenizer import gpt2, load_tokenizer, tokenizer_of_data
+    from text.tokenizer import gpt2, tokenizer_of_data
 
     claim_folder(config.out, "sft_meta.json", ["sft_*.bin", "sft_meta.json"], config.overwrite)
     if config.tokenizer:
+        from weights.loading import load_tokenizer  # imports torch: a second
+
         tokenizer = load_tokenizer(config.tokenizer)
-    elif (config.out / "meta.json").exists():
+    elif tokenizer is None and (config.out / "meta.json").exists():
         tokenizer = tokenizer_of_data(config.out, read_meta(config.out / "meta.json", "prepare_data.py"))
-    else:
-        tokenizer = gpt2()
+    tokenizer = tokenizer or gpt2()
     notes = Notes()
     conversations = open_conversations(
         config.dataset, config.input, config.max_conversations, config.val_fraction, config.seed, notes
@@ -83,6 +97,8 @@ def main(config: Config) -> None:
             f"{split}: {counts['conversations']:,} conversations, {counts['tokens']:,} tokens, "
             f"{counts['counted']:,} of them in the assistant's answers"
         )
+    if not meta["is_held_out"]:
+        print("all conversations are trained on, and the validation loss is theirs (--val-fraction holds some out)")
     for line in notes.lines():
         print(line)
     print(f"wrote {config.out}, tokenizer {tokenizer.name}, template {config.template}")

@@ -2,21 +2,22 @@
 
 import dataclasses
 import sys
-import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
 import prepare_data
-from system.cli import run
-from system.errors import UserError, require
-from system.locks import hold, releases_locks
+from system.cli import Help, run
+from system.errors import require
+from system.locks import releases_locks
+from text.registry import TEXTS, listed, small
 from training.config import TrainerConfig
 
-NAMED_TEXTS = ("shakespeare", "war-and-peace", "pydocs")
-"""data sets small enough that `--data NAME` prepares them first"""
+if TYPE_CHECKING:
+    from text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,9 @@ class Config(Model, TrainerConfig):
     )
     preset: str = "gpt2"
     """gpt2, gpt2-medium, gpt2-large, gpt2-xl, modern, shakespeare or demo: the defaults of all other flags"""
-    data: Path = Path("data")
-    """folder written by prepare_data.py; or a text file, shakespeare, war-and-peace or pydocs, prepared first"""
+    data: Annotated[
+        Path, Help(f"folder written by prepare_data.py; or a text file, {listed(small(TEXTS))}, prepared first")
+    ] = Path("data")
     init_from: str = "scratch"
     """start from random weights (scratch), a checkpoint, gpt2 or another model of the Hugging Face Hub"""
     vocab_size: int | None = None
@@ -161,11 +163,12 @@ def main(config: Config) -> None:
     import torch
 
     from model import GPT, GPTConfig
-    from text.token_files import is_prepared_from, read_token_meta
+    from text.token_files import read_token_meta
     from text.tokenizer import require_same_tokenizer, tokenizer_of_data
     from training.checkpointing import claim_data, claim_output
     from training.distributed import Processes
     from training.loader import Windows
+    from training.prepared import prepare_first
     from training.report import Samples
     from training.run import train
     from weights import checkpoint
@@ -176,11 +179,9 @@ def main(config: Config) -> None:
     start = resumed
     if not resumed and config.init_from != "scratch":
         start = checkpoint.grow_vocabulary(load_checkpoint(config.init_from))
-    if is_text(config.data):
-        folder = Path(hold(tempfile.TemporaryDirectory())) if config.plan else Path("data") / config.data.stem
-        is_prepared = is_prepared_from(folder, str(config.data))
-        prepare(config, folder, is_prepared, start["tokenizer"] if start else None, processes.world_size)
-        config = dataclasses.replace(config, data=folder)
+    prepare_it = partial(prepare, config, checkpoint.tokenizer_of(start) if start else None)
+    folder = prepare_first(config.data, small(TEXTS), "meta.json", config, processes.world_size, prepare_it)
+    config = dataclasses.replace(config, data=folder)
     claim_data(config.data, "meta.json", processes)
     meta = read_token_meta(config.data)
     tokenizer = tokenizer_of_data(config.data, meta)
@@ -223,33 +224,13 @@ def model_shape(config: Model) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(Model)}
 
 
-def is_text(data: Path) -> bool:
-    """Whether `--data` names a text file or a small data set, not a folder of prepared data."""
-    if data.is_dir():
-        return False
-    return str(data) in NAMED_TEXTS or bool(data.suffix) or data.is_file()
-
-
-def prepare(config: Config, folder: Path, is_prepared: bool, tokenizer: str | None, n_processes: int) -> None:
-    """Prepares the text that `--data` names into a folder, with the tokenizer of the model to start from, if any.
-
-    A resumed run goes on with what was prepared for it.
-    """
+def prepare(config: Config, tokenizer: "Tokenizer | None", folder: Path, overwrite: bool) -> None:
+    """Prepares the text that `--data` names, with the tokenizer of the model to start from, or without it a new one."""
     name = str(config.data)
-    if config.resume and is_prepared:
-        print(f"reading {folder}, which was prepared from {name}; changes of {name} since then are ignored")
-        return
-    if n_processes > 1:
-        raise UserError(f"several processes cannot prepare {name} together: run prepare_data.py first")
-    options: dict[str, Any] = {"dataset": name} if name in NAMED_TEXTS else {"input": (name,)}
-    with tempfile.TemporaryDirectory() as temporary:
-        if tokenizer is None:
-            options["vocab_size"] = config.vocab_size
-        elif tokenizer != "gpt2":
-            options["tokenizer"] = Path(temporary) / "tokenizer.json"
-            options["tokenizer"].write_text(tokenizer, encoding="utf-8")
-        to_prepare = prepare_data.Config(**options, out=folder, overwrite=config.overwrite or is_prepared)
-        prepare_data.main(to_prepare, in_brief=True)
+    options: dict[str, Any] = {"dataset": name} if name in small(TEXTS) else {"input": (name,)}
+    vocab_size = None if tokenizer else config.vocab_size
+    to_prepare = prepare_data.Config(**options, vocab_size=vocab_size, out=folder, overwrite=overwrite)
+    prepare_data.main(to_prepare, tokenizer, in_brief=True)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
-from system.cli import run
+from system.cli import Help, run
 from system.errors import UserError, require, require_at_least
 from system.locks import releases_locks
+from text.registry import LABELLED, listed
 from training.config import TrainerConfig
 
 
@@ -35,8 +36,9 @@ class Config(TrainerConfig):
     """gpt2 or demo: the defaults of all other flags"""
     input: Path | None = None
     """a .csv, .tsv, .jsonl, .json or .parquet file of labelled texts, also as .gz or .zst"""
-    dataset: str = "sms-spam"
-    """without --input: sms-spam, or org/name on the Hugging Face Hub"""
+    dataset: Annotated[
+        str, Help(f"without --input: {', '.join(map(str, LABELLED.values()))}, or org/name on the Hugging Face Hub")
+    ] = "sms-spam"
     text_column: str = "text"
     """column with the text; a number for a .csv or .tsv file without a header"""
     label_column: str = "label"
@@ -76,8 +78,8 @@ class Config(TrainerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            self.input is not None or self.dataset == "sms-spam" or "/" in self.dataset,
-            f"no data set {self.dataset!r}: --input FILE, sms-spam, or one of the Hub's as org/name",
+            self.input is not None or self.dataset in LABELLED or "/" in self.dataset,
+            f"no data set {self.dataset!r}: --input FILE, {listed(LABELLED)}, or one of the Hub's as org/name",
         )
         require_at_least(1, self, "epochs")
         require(0 <= self.dropout < 1, "--dropout must be at least 0 and below 1")
@@ -107,7 +109,7 @@ def main(config: Config) -> None:
     """Trains one classifier, and tests it."""
     import torch
 
-    from text.labelled import counts, read_examples, split
+    from text.labelled import counts, one_of_each, read_examples, split
     from training.checkpointing import claim_output
     from training.classifier import Classifier, LabelledTexts, freeze, test
     from training.distributed import Processes
@@ -142,6 +144,7 @@ def main(config: Config) -> None:
     }
     if n_full := sum(part.n_full for part in data.values()):
         print(f"{n_full:,} texts fill the context of {block_size:,} tokens; longer texts are cut there")
+    shown = one_of_each(parts["val"], 5)
     config = dataclasses.replace(config, max_steps=config.max_steps or config.epochs * data["train"].batches_per_epoch)
     train(
         model,
@@ -151,7 +154,7 @@ def main(config: Config) -> None:
         processes,
         {"kind": "classifier", "tokenizer": tokenizer.spec, "template": None, "labels": labels},
         resumed=resumed,
-        examples=Examples(lambda state: Classifier.of_run(state, tokenizer, labels).show(parts["val"][:5])),
+        examples=Examples(lambda state: Classifier.of_run(state, tokenizer, labels).show(shown)),
     )
     if processes.rank == 0 and not config.plan:
         test(config, parts["test"])

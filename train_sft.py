@@ -1,17 +1,24 @@
 """Step 5: a language model → one that answers. Fine-tunes on conversations; loss on the assistant's tokens only."""
 
 import dataclasses
+import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
-from system.cli import run
+import prepare_sft_data
+from system.cli import Help, run
 from system.errors import require, require_at_least
 from system.locks import releases_locks
+from text.registry import CONVERSATIONS, listed, small
 from training.config import TrainerConfig
+
+if TYPE_CHECKING:
+    from text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -34,22 +41,27 @@ class Config(TrainerConfig):
     """gpt2, lora or demo: the defaults of all other flags"""
     model: Path = Path("checkpoints/pretrained.pt")
     """the model to start from: a checkpoint, gpt2 or another model of the Hugging Face Hub"""
-    data: Path = Path("data")
-    """folder written by prepare_sft_data.py"""
+    data: Annotated[
+        Path,
+        Help(
+            "folder written by prepare_sft_data.py; or a file of conversations (see prepare_sft_data.py --input), or "
+            f"{listed(small(CONVERSATIONS))}, prepared first as the model needs them"
+        ),
+    ] = Path("data")
     out: Path = Path("checkpoints/sft.pt")
     """checkpoint to write; the log, the plot, the report and the file for --resume are named after it"""
-    epochs: int = 5
-    """passes over all conversations"""
+    epochs: int | None = None
+    """passes over all conversations; by default 5 (2 with --preset demo), and more if that is less than 100 steps"""
     max_steps: int | None = None  # type: ignore[assignment]
     """optimizer steps; by default as many as the epochs need"""
-    batch_size: int = 32
-    """conversations per optimizer step, over all processes"""
+    batch_size: int | None = None  # type: ignore[assignment]
+    """conversations per optimizer step, over all processes; by default 32, or 8 if that is less than 100 steps"""
     learning_rate: float = 2e-5
     """peak learning rate"""
     min_lr: float = 2e-6
     """learning rate at the last step, reached along a cosine"""
-    warmup_steps: int = 100
-    """steps over which the learning rate rises from 0"""
+    warmup_steps: int | None = None  # type: ignore[assignment]
+    """steps over which the learning rate rises from 0; by default a tenth of the steps, and at most 100"""
     eval_every: int = 200
     """steps between evaluations"""
     save_every: int = 200
@@ -75,6 +87,8 @@ class Config(TrainerConfig):
         )
 
 
+FEW_STEPS = 100
+
 PRESETS = {
     "gpt2": Config(),
     "lora": Config(preset="lora", out=Path("checkpoints/lora.pt"), lora_rank=16, learning_rate=2e-4, min_lr=2e-5),
@@ -83,7 +97,6 @@ PRESETS = {
         model=Path("checkpoints/demo/pretrained.pt"),
         data=Path("data/demo"),
         out=Path("checkpoints/demo/sft.pt"),
-        epochs=2,
         optimizer="muon",
         compile="off",
         learning_rate=5e-3,
@@ -107,6 +120,7 @@ def main(config: Config) -> None:
     from training.checkpointing import claim_data, claim_output
     from training.distributed import Processes
     from training.loader import Conversations
+    from training.prepared import prepare_first
     from training.report import Examples, Samples, greedy_answers
     from training.run import train
     from weights import checkpoint, lora
@@ -114,17 +128,20 @@ def main(config: Config) -> None:
 
     kind = "lora" if config.lora_rank else "sft"
     processes = Processes.join(config.device)
-    resumed = claim_output(config, processes, kind, inputs=(config.model,))
+    resumed = claim_output(config, processes, kind, inputs=(config.model, config.data))
     if resumed and kind == "sft":
         start = resumed
     elif resumed:
         start = load_base(resumed, config.out)
     else:
         start = checkpoint.grow_vocabulary(load_checkpoint(config.model))
+    tokenizer = checkpoint.tokenizer_of(start)
+    prepare_it = partial(prepare, config, start, tokenizer)
+    folder = prepare_first(config.data, small(CONVERSATIONS), "sft_meta.json", config, processes.world_size, prepare_it)
+    config = dataclasses.replace(config, data=folder)
     claim_data(config.data, "sft_meta.json", processes)
     meta = read_sft_meta(config.data)
-    tokenizer = checkpoint.tokenizer_of(start)
-    remedy = "prepare the conversations with the model's tokenizer (--tokenizer)"
+    remedy = f"prepare the conversations with its tokenizer: prepare_sft_data.py --tokenizer {config.model}"
     require_same_tokenizer(tokenizer.name, meta["tokenizer"], config.data, remedy)
 
     torch.manual_seed(config.seed)
@@ -138,12 +155,10 @@ def main(config: Config) -> None:
         metadata["lora"] = settings
         if resumed:
             lora.restore_adapter(model, resumed, config.out)
-    train_data, val_data = (
-        Conversations(config.data, split, model.config.block_size, config.batch_size, config.seed)
-        for split in ("train", "val")
-    )
-    config = dataclasses.replace(config, max_steps=config.max_steps or config.epochs * train_data.batches_per_epoch)
-    print(f"{len(train_data):,} conversations, {config.max_steps:,} steps")
+    read = partial(Conversations, config.data, block_size=model.config.block_size, seed=config.seed)
+    config = with_steps(config, len(read("train", batch_size=1)))
+    assert config.batch_size
+    train_data, val_data = (read(split, batch_size=config.batch_size) for split in ("train", "val"))
     exchanges = val_data.first_exchanges(5)
     train(
         model,
@@ -156,6 +171,35 @@ def main(config: Config) -> None:
         examples=Examples(lambda state: greedy_answers(state, tokenizer, exchanges)),
         samples=Samples(tokenizer, meta["template"], config.sample_prompt) if config.sample_prompt else None,
     )
+
+
+def prepare(config: Config, start: dict[str, Any], tokenizer: "Tokenizer", folder: Path, overwrite: bool) -> None:
+    """Prepares the conversations that `--data` names for the checkpoint `start`."""
+    name = str(config.data)
+    options: dict[str, Any] = {"dataset": name} if name in small(CONVERSATIONS) else {"input": config.data}
+    options |= {"template": start.get("template") or "chat", "block_size": start["config"].block_size}
+    prepare_sft_data.main(prepare_sft_data.Config(**options, out=folder, overwrite=overwrite), tokenizer)
+
+
+def with_steps(config: Config, n: int) -> Config:
+    """Returns the config for `n` conversations: what the user left open is chosen, so that there are enough steps.
+
+    Prints the choice, and a warning if the steps are few.
+    """
+    epochs = config.epochs or (2 if config.preset == "demo" else 5)
+    batch_size = config.batch_size or (32 if epochs * math.ceil(n / 32) >= FEW_STEPS else 8)
+    steps_per_epoch = math.ceil(n / batch_size)
+    if config.epochs is None:
+        epochs = max(epochs, math.ceil(FEW_STEPS / steps_per_epoch))
+    steps = config.max_steps or epochs * steps_per_epoch
+    warmup_steps = min(100, steps // 10) if config.warmup_steps is None else config.warmup_steps
+    print(
+        f"{n:,} conversations in batches of {min(n, batch_size)}: {steps:,} steps, "
+        f"{steps / steps_per_epoch:,.3g} epochs (--batch-size, --epochs and --max-steps change that)"
+    )
+    if steps < FEW_STEPS:
+        print(f"warning: {steps} steps teach a model little: leave --batch-size, --epochs and --max-steps out")
+    return dataclasses.replace(config, epochs=epochs, batch_size=batch_size, max_steps=steps, warmup_steps=warmup_steps)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from generation.lens import LayerPredictions, Trace, predictions_by_layer, trace
 from model import GPT
 from system.device import autocast, choose_device, choose_dtype
 from system.errors import UserError
+from text.readers import unix_line_ends
 from text.templates import Message, encode_prompt
 from text.tokenizer import Tokenizer
 from weights import checkpoint
@@ -195,7 +196,7 @@ class TextModel:
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Returns the ids of a text to complete. An empty text becomes `<|endoftext|>`, which opens every document."""
-        return self.tokenizer.encode(prompt) or [self.tokenizer.end_of_text]
+        return self.tokenizer.encode(unix_line_ends(prompt)) or [self.tokenizer.end_of_text]
 
     def complete(self, prompt: str, config: SamplingConfig) -> Generator[str, None, None]:
         """Continues a text; yields pieces of whole characters. An empty prompt begins a new document."""

@@ -23,7 +23,7 @@ from system.errors import UserError
 from system.files import atomic_write, read_utf8, read_utf8_lines
 from system.untrusted import MAX_JSON_BYTES, printable, read_json
 from text.conversations import read_file
-from text.readers import Notes
+from text.readers import Notes, unix_line_ends
 from text.templates import Message
 from text.tokenizer import Tokenizer
 
@@ -149,7 +149,7 @@ def token_lines(tokenizer: Tokenizer, sample: Sample) -> Iterator[str]:
 
 def read_standard_input() -> str:
     """Reads all of standard input, without a newline at its end. Raises UserError if it is not UTF-8, or is huge."""
-    return read_utf8(max_bytes=MAX_JSON_BYTES).removesuffix("\n")
+    return unix_line_ends(read_utf8(max_bytes=MAX_JSON_BYTES)).removesuffix("\n")
 
 
 class LineReader:

@@ -49,6 +49,13 @@ REPEATABLE, POSITIONAL = "repeatable", "positional"
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
+@dataclasses.dataclass(frozen=True)
+class Help:
+    """What `--help` says of a field, in place of a docstring, which cannot be computed: `Annotated[str, Help(…)]`."""
+
+    text: str
+
+
 def run(
     main: Callable[[Config], None], config_class: type[Config], presets: Mapping[str, Config] | None = None
 ) -> None:
@@ -236,11 +243,13 @@ def _flags(config_class: type[DataclassInstance], preset: DataclassInstance | No
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     for name, field in {**{name: fields[name] for name in first}, **fields}.items():
         default = getattr(preset, name) if preset else _default(field)
-        hint, help_text = hints[name], help_texts.get(name, "")
+        hint = hints[name]
+        marks = getattr(hint, "__metadata__", ())
+        computed = next((mark.text for mark in marks if isinstance(mark, Help)), None)
+        help_text = computed or help_texts.get(name, "")
         text = tyro.conf.arg(
             help=help_text, metavar=_metavar(hint), help_behavior_hint=_default_in_words(default, help_text)
         )
-        marks = getattr(hint, "__metadata__", ())
         if REPEATABLE in marks:
             hint = append_action[hint]
         if POSITIONAL in marks:

@@ -39,7 +39,7 @@ def test_a_completion_begins_with_its_prompt_and_a_seed_repeats_it(toy):
     one, other = several.removesuffix("\n").split("\n---\n")
     assert one.startswith("What is 日本") and other.startswith("What is 日本") and one != other
     piped = ["--model", "checkpoints/toy.pt", "--max-new-tokens", "20", "--device", "cpu", "--seed", "1"]
-    assert succeed(toy, "generate.py", *piped, stdin="What is 日本") == first
+    assert succeed(toy, "generate.py", *piped, stdin="What is 日本\r\n") == first
 
 
 def test_chat_answers_line_by_line_and_knows_its_commands(toy):
@@ -106,8 +106,6 @@ def test_training_takes_a_text_file_as_data_and_prepares_it_again_each_time(toy)
         meta = json.loads((toy / "data/story/meta.json").read_text())
         tokens.append(meta["splits"]["train"]["tokens"])
     assert meta["tokenizer"].startswith("bpe-") and tokens[1] > tokens[0]
-    start = ["--init-from", "checkpoints/story300.pt", "--out", "checkpoints/more.pt"]
-    succeed(toy, "train.py", "--data", "data/story", *start, *quick)
 
 
 def test_alpaca_instructions_end_to_end(toy):
@@ -126,17 +124,26 @@ def test_alpaca_instructions_end_to_end(toy):
     succeed(toy, "generate.py", "--model", "checkpoints/alpaca.pt", *instruction, "--max-new-tokens", "5")
 
 
-def test_the_demo_runs_through(tmp_path):
-    (tmp_path / "my.txt").write_bytes((REPOSITORY / "data/samples/chat.jsonl").read_bytes())
-    stdout = succeed(tmp_path, "demo.py --input my.txt --vocab-size 400 --max-steps 3 --sft-steps 3")
+@pytest.mark.parametrize(("n_chats", "n_reports"), [(0, 2), (30, 1)])
+def test_the_demo_runs_through(tmp_path, n_chats, n_reports):
+    chats = (REPOSITORY / "data/samples/chat.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "my.txt").write_text(chats, encoding="utf-8")
+    demo = "demo.py --input my.txt --vocab-size 400 --max-steps 3 --sft-steps 3"
+    if n_chats:
+        (tmp_path / "data").mkdir()
+        first = "".join(chats.splitlines(keepends=True)[:n_chats])
+        (tmp_path / "data/chats.jsonl").write_text(first, encoding="utf-8")
+        demo += " --chats data/chats.jsonl"
+    stdout = succeed(tmp_path, demo)
     samples = stdout.split("what it wrote after '")[1].splitlines()[1:4]
     assert [line.split()[0] for line in samples] == ["step", "0", "3"] and max(map(len, samples)) <= 100
     pretraining, finetuning = stdout.split("=== 5. It learns to answer")
-    assert "memorizes" in finetuning and "validation loss, on wordings that it does not train on" in finetuning
+    assert "memorizes" in finetuning and ("validation loss, on wordings that" in finetuning) == (not n_chats)
     assert "(the best so far)" in pretraining and "(the best so far)" not in finetuning
     assert "last validation loss" in finetuning and "best validation loss" not in finetuning
     assert "=== Done in" in finetuning and " s. Now try" in finetuning
-    assert "bits per byte" in stdout and stdout.count(" answered word for word (") == 2
+    assert "bits per byte" in stdout and stdout.count(" answered word for word (") == n_reports
+    assert not n_chats or f"of {n_chats} answered word for word" in stdout
     assert "memory, not knowledge" in stdout and "generate.py --model checkpoints/demo/sft.pt --chat" in stdout
     plots = sorted(path.name for path in (tmp_path / "plots/demo").iterdir())
     assert plots == ["pretrained_loss.png", "sft_loss.png"]
@@ -200,6 +207,11 @@ BAD_INPUT = [  # exit status, a part of the message, the command
     (1, "cannot fetch shakespeare", "train.py --preset shakespeare --out NEW"),
     (1, "run prepare_data.py first", "train.py --data data/none --out NEW"),
     (1, "no text in none.txt", "train.py --data none.txt --out NEW"),
+    (1, "cannot read none.csv: No such file", "SFT --data none.csv"),
+    (1, "expected an object or a row with `messages`, or with a question", "SFT --data bad/list.csv"),
+    (1, "not 1", "PREPARE_SFT --input bad/header.csv"),
+    (1, "the run would write to c.jsonl, which it reads", "SFT --data c.jsonl --out c.pt --overwrite"),
+    (1, "sft_train.bin exists: add --overwrite", "SFT --data toy.jsonl"),
     (1, "nothing to resume", "TRAIN --resume"),
     (1, "no checkpoint", "TRAIN --init-from checkpoints/none.pt"),
     (1, "not a checkpoint", "TRAIN --init-from bad/notes.pt"),
@@ -275,6 +287,7 @@ BAD_INPUT = [  # exit status, a part of the message, the command
     (1, "expected messages", "PREPARE_SFT --input bad/number.json"),
     (1, "fewer than two", "PREPARE_SFT --input bad/one.jsonl"),
     (1, "cannot read none.json: No such file", "PREPARE_SFT --dataset pydocs-qa --tokenizer none.json"),
+    (1, "no checkpoint none.pt", "PREPARE --dataset pydocs --tokenizer none.pt"),
     (1, "not a byte-level BPE", "PREPARE_SFT --dataset pydocs-qa --tokenizer bad/other.json"),
     (1, "no checkpoint", "GENERATE --model checkpoints/none.pt --prompt x"),
     (1, "not a checkpoint", "GENERATE --model bad/pickle.pt --prompt x"),
@@ -326,6 +339,7 @@ BAD_FILES = {
     "text.txt": b"not json",
     "meta/meta.json": b"{",
     "types/meta.json": b'{"files": 3, "tokenizer": "gpt2", "splits": []}',
+    "header.csv": b"1\n2\n",
     "quote.csv": b'text\nfine\n"and so on',
     "input.jsonl": json.dumps({"messages": [{**TURN, "input": 5}]}).encode(),
     "other.json": b'[{"a": 1}]',
@@ -356,6 +370,8 @@ def bad(toy):
     write_bad_checkpoints(folder, toy / "checkpoints/toy.pt")
     (toy / "my.txt").write_text("some text")
     (toy / "toy.txt").write_text("not what data/toy was made of")
+    for name in ("c", "toy"):
+        (toy / f"{name}.jsonl").write_text(json.dumps({"prompt": "x", "response": "y"}) + "\n")
     (toy / "t.jsonl").write_text('{"text": "x", "label": "y"}\n')
     succeed(toy, "prepare_data.py", "--input", "text", "--vocab-size", "300", "--out", "data/other")
     for name, tokens in (("ids", [60_000] * 5000), ("short", [1] * 5000)):  # GPT-2's ids end before 60,000

@@ -41,7 +41,7 @@ TEXTS = [
 ]
 CONVERSATION = [
     {"role": "user", "content": "  Hi there!\n"},
-    {"role": "assistant", "content": "Hello.  How are\nyou? 日本"},
+    {"role": "assistant", "content": "Hello.  How are\r\nyou? 日本"},
     {"role": "user", "content": "Translate to French", "input": " Good morning "},
     {"role": "assistant", "content": "Bonjour"},
     {"role": "user", "content": "'Thanks' 🙂"},

@@ -19,6 +19,7 @@ from matplotlib import image
 from torch.nn.functional import cross_entropy
 
 import export
+import train
 import train_classifier
 import train_sft
 from generation.config import SamplingConfig
@@ -31,7 +32,7 @@ from training.classifier import Classifier, LabelledTexts
 from training.evaluation import mean_loss
 from training.loader import Conversations
 from training.plots import draw_confusion_matrix, most_confused
-from training.recall import is_recalled
+from training.recall import is_recalled, recall_report
 from weights import checkpoint
 from weights.loading import load_checkpoint
 from weights.lora import add_adapter, restore_adapter
@@ -170,6 +171,61 @@ def test_a_vocabulary_without_role_tokens_grows_and_no_logit_changes(here):
         assert answer
 
 
+@pytest.mark.parametrize("preset", train.PRESETS)
+def test_more_text_is_prepared_with_the_tokenizer_of_the_model_to_start_from(here, preset):
+    Path("more.txt").write_text("Once upon a time there was another test. " * 300)
+    start = {"init_from": "checkpoints/pretrained.pt", "data": Path("more.txt"), "out": Path("more.pt")}
+    train.main(replace(train.PRESETS[preset], **start, max_steps=1, batch_size=2, device="cpu"))
+    tokenizers = [json.loads(Path(folder, "meta.json").read_text())["tokenizer"] for folder in ("data/more", "data")]
+    assert tokenizers[0] == tokenizers[1] and Path("more.pt").exists()
+
+
+@pytest.mark.parametrize("template", [None, "alpaca"])
+def test_a_file_of_chats_is_prepared_as_the_model_needs_it_and_learnt_by_heart(here, capsys, template):
+    base = torch.load("checkpoints/pretrained.pt", weights_only=True)
+    torch.save({**base, "kind": "sft" if template else "base", "template": template}, "checkpoints/pretrained.pt")
+    words = ["cat", "dog", "horse", "cow", "red", "green", "blue", "white"]
+    Path("chats.csv").write_text("question,answer\n" + "".join(f"Who is the {word}?,I am {word}.\n" for word in words))
+    learn = {"data": Path("chats.csv"), "max_steps": None, "batch_size": None, "optimizer": "muon", "device": "cpu"}
+    options = {**learn, "learning_rate": 2e-2, "min_lr": 0.0, "warmup_steps": None, "eval_every": 500}
+    train_sft.main(train_sft.Config(**options, save_every=50, epochs=50, out=Path("checkpoints/sft.pt")))
+    meta = json.loads(Path("data/chats/sft_meta.json").read_text())
+    assert (meta["template"], meta["block_size"]) == (template or "chat", 64)
+    assert meta["tokenizer"] == json.loads(Path("data/meta.json").read_text())["tokenizer"]
+    assert "8 conversations in batches of 8: 50 steps, 50 epochs" in capsys.readouterr().out
+    Path("chats.csv").write_text("question,answer\nother,text\nand,more\n")  # a resumed run does not read it
+    train_sft.main(train_sft.Config(**options, save_every=50, resume=True, out=Path("checkpoints/sft.pt")))
+    out = capsys.readouterr().out
+    assert "the data is data/chats, as it was prepared" in out and "8 conversations in batches of 8: 100 steps" in out
+    assert recall_report(TextModel.load("checkpoints/sft.pt"), Path("data/chats"), "train").startswith("8 of 8 ")
+    train_sft.main(train_sft.Config(**{**options, "max_steps": 1}, out=Path("checkpoints/new.pt")))
+    assert "2 conversations in batches of 2: 1 steps" in capsys.readouterr().out  # a new run does
+
+
+@pytest.mark.parametrize(
+    ("options", "n", "chosen"),
+    [  # batch size, steps, warm-up
+        ({}, 2, (8, 100, 10)),
+        ({}, 30, (8, 100, 10)),
+        ({}, 400, (8, 250, 25)),
+        ({}, 620, (32, 100, 10)),
+        ({}, 50_000, (32, 7815, 100)),
+        ({"preset": "demo"}, 50_000, (32, 3126, 100)),
+        ({"epochs": 3}, 30, (8, 12, 1)),
+        ({"epochs": 3, "batch_size": 32}, 30, (32, 3, 0)),
+        ({"batch_size": 4}, 30, (4, 104, 10)),
+        ({"max_steps": 7, "warmup_steps": 5}, 30, (8, 7, 5)),
+        ({"max_steps": 7}, 50_000, (32, 7, 0)),
+    ],
+)
+def test_few_conversations_get_enough_steps_unless_flags_say_otherwise(capsys, options, n, chosen):
+    config = train_sft.with_steps(train_sft.Config(**options), n)
+    assert (config.batch_size, config.max_steps, config.warmup_steps) == chosen
+    out = capsys.readouterr().out
+    assert f"{n:,} conversations in batches of {min(n, config.batch_size)}: {config.max_steps:,} steps" in out
+    assert ("warning" in out) == (config.max_steps < 100)
+
+
 def test_what_it_says_before_and_after_is_kept(here, capsys):
     state = sft(max_steps=6, learning_rate=1e-2)
     out = capsys.readouterr().out
@@ -245,7 +301,11 @@ def test_a_classifier_learns_and_is_tested(classifier):
     assert f"balanced accuracy {test['balanced_accuracy']:.4f}" in out and test["balanced_accuracy"] > 0.9
     assert sum(map(sum, test["confusion"])) == 48 and test["classes"]["number"]["support"] == 8
     assert state["labels"] == ["animal", "colour", "number"]
-    assert [len(e["examples"]) for e in state["history"] if "examples" in e] == [5, 5]
+    before, after = (entry["examples"] for entry in state["history"] if "examples" in entry)
+    assert len(before) == 5 and [e["input"] for e in before] == [e["input"] for e in after]
+    labels = [e["expected"] for e in after]  # the rare one too, and one of each first
+    assert {*labels[:3]} == {"animal", "colour", "number"} and max(map(labels.count, labels)) == 2
+    assert " after (step 100); the same examples before and after:" in out
     for name in ("spam_loss", "spam_confusion"):
         assert (classifier / f"plots/{name}.png").read_bytes().startswith(b"\x89PNG")
 

@@ -210,7 +210,7 @@ def test_a_device_is_no_file_to_save_to(tmp_path):
 
 def test_repeated_conversations_are_dropped_and_counted(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(chat(i)) for i in (1, 2, 1, 3, 1, 2)))
-    prepare_sft_data.main(prepare_sft_data.Config(input=tmp_path / "a.jsonl", out=tmp_path / "data"))
+    prepare_sft_data.main(prepare_sft_data.Config(input=tmp_path / "a.jsonl", out=tmp_path / "data", val_fraction=0.05))
     where = f"the first in {tmp_path}/a.jsonl, line 3"
     assert f"3 conversations that repeat another one were dropped, {where}" in capsys.readouterr().out
     splits = json.loads((tmp_path / "data/sft_meta.json").read_text())["splits"]
@@ -223,7 +223,9 @@ def test_a_split_without_conversations_is_refused(tmp_path, which):
     rows[0 if "train" in which else 1]["messages"][1]["content"] = "long " * 3000
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(UserError, match=rf"{which}.* \(1 conversations longer than 1,024 tokens"):
-        prepare_sft_data.main(prepare_sft_data.Config(input=tmp_path / "a.jsonl", out=tmp_path / "d"))
+        prepare_sft_data.main(
+            prepare_sft_data.Config(input=tmp_path / "a.jsonl", out=tmp_path / "d", val_fraction=0.05)
+        )
     assert not list(tmp_path.glob("d/*"))
 
 

@@ -61,8 +61,8 @@ CLAIMS = [  # files that exist, options, a part of the refusal; None: the run ma
     ({"checkpoints/a.jsonl": b"notes"}, {}, f"checkpoints/a.jsonl {EXISTS}"),
     ({"checkpoints/a.pt": b"damaged"}, {}, f"checkpoints/a.pt {EXISTS}"),
     ({REPORT: b"my notes"}, {}, f"{REPORT} which is no report: move it"),
-    ({REPORT: b"my notes"}, {"overwrite": True}, f"{REPORT} would become the run's report"),
-    ({REPORT: b"my notes", "checkpoints/a.last.pt": b"x"}, {"resume": True}, f"{REPORT} would become the run's report"),
+    ({REPORT: b"my notes"}, {"overwrite": True}, f"{REPORT}, which is no report"),
+    ({REPORT: b"my notes", "checkpoints/a.last.pt": b"x"}, {"resume": True}, f"{REPORT}, which is no report"),
     ({REPORT: "report"}, {}, f"{REPORT} {EXISTS}"),
     ({REPORT: "report"}, {"overwrite": True}, None),
     ({"checkpoints/a.last.pt": b"x", "checkpoints/a.pt": 0}, {}, "exists: add --resume to continue that run"),
@@ -192,7 +192,7 @@ def test_text_for_a_model_to_start_from_is_prepared_with_its_tokenizer(toy, monk
     (toy / "more.txt").write_text("Once upon a time. " * 300)
     tokenizer = load_tokenizer("data/toy/tokenizer.json")
     config = train.Config(data=Path("more.txt"), vocab_size=300)
-    train.prepare(config, Path("data/more"), False, tokenizer.spec, n_processes=1)
+    train.prepare(config, tokenizer, Path("data/more"), False)
     assert tokenizer_of_data(Path("data/more"), read_token_meta(Path("data/more"))).name == tokenizer.name
 
 

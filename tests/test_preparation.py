@@ -13,7 +13,9 @@ import resource
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from pydoc_data.topics import topics
 from unittest.mock import Mock
 
@@ -24,17 +26,24 @@ import pytest
 from conftest import ENVIRONMENT, REPOSITORY, command, hub_environment, run_script, succeed
 from hub_server import HubHandler
 
+from generation.config import SamplingConfig
+from generation.text_model import TextModel
 from prepare_data import Config, main
 from prepare_sft_data import Config as SFTConfig
 from prepare_sft_data import main as main_sft
+from system.cli import parse
 from system.errors import UserError
 from system.files import atomic_folder
 from text import readers
 from text import tokenizer as tokenizers
-from text.conversations import oasst1_trees
+from text.conversations import oasst1_trees, read_file
 from text.corpora import CHUNK, Files, OpenWebText, Texts, cut, draw_held_out, hold_out
 from text.readers import Notes
+from text.registry import CONVERSATIONS, LABELLED, TEXTS, Dataset
+from text.templates import encode_conversation
 from text.token_files import read_tokens
+from train_classifier import Config as ClassifierConfig
+from training.classifier import encode
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +86,26 @@ def test_the_tokens_are_those_of_every_document_for_any_number_of_workers(docume
         main(Config(input=(str(tmp_path / "*.txt"),), out=tmp_path / f"w{workers}", workers=workers))
         outputs.append(split_files(tmp_path / f"w{workers}"))
     assert outputs[0] == outputs[1] == expected(draw_held_out([*documents[:30], long], 0.1, 1337))
+
+
+def test_line_ends_of_windows_become_those_of_unix_in_every_input(toy, tmp_path):
+    unix, table = "one\ntwo\n\nthree\n" * 20, [f"row {i}\nof text" for i in range(25)]
+    data = {}
+    for end in ("\n", "\r\n", "\r"):
+        (tmp_path / "a.txt").write_bytes(unix.replace("\n", end).encode())
+        write_table(tmp_path / "b.jsonl", [text.replace("\n", end) for text in table])
+        main(Config(input=(str(tmp_path / "*.*"),), out=tmp_path / "data", overwrite=True))
+        question = [{"role": "user", "content": f"a{end}b", "input": f"c{end}d"}]
+        text_model = TextModel.load(toy / "checkpoints/sft.pt", device="cpu")
+        tokenizer = text_model.tokenizer
+        data[end] = (
+            split_files(tmp_path / "data"),
+            text_model.prompt_ids(unix.replace("\n", end)),
+            text_model.answer_ids(question, SamplingConfig()),
+            encode_conversation([*question, {"role": "assistant", "content": f"e{end}f"}], tokenizer, "alpaca"),
+            encode(f"a{end}b", tokenizer, 64),
+        )
+    assert data["\n"] == data["\r\n"] == data["\r"] and all(data["\n"])
 
 
 def test_cutting_changes_no_token():
@@ -240,7 +269,7 @@ def test_openwebtext_is_split_as_nanogpt_splits_it(hub, tmp_path):
     main(Config(out=tmp_path / "data"))
     reference = Dataset.from_dict({"text": texts}).train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     held_out = set(reference["test"]["text"])
-    assert len(held_out) == 3 and OpenWebText().is_val().sum() == 3
+    assert len(held_out) == 3 and OpenWebText(TEXTS["openwebtext"]).is_val().sum() == 3
     assert split_files(tmp_path / "data") == expected(("val" if text in held_out else "train", text) for text in texts)
 
 
@@ -310,6 +339,27 @@ def test_any_data_set_of_the_hub_is_read(hub, tmp_path):
             main(Config(dataset="org/name", out=tmp_path / "wrong", **wrong))
 
 
+@pytest.mark.parametrize(
+    ("config", "names"), [(Config, TEXTS), (SFTConfig, CONVERSATIONS), (ClassifierConfig, LABELLED)]
+)
+def test_help_lists_the_named_data_sets(capsys, config, names):
+    with pytest.raises(SystemExit):
+        parse(config, ["--help"])
+    shown = re.sub(r"[\s│]", "", capsys.readouterr().out)
+    assert names and all(re.sub(r"\s", "", str(dataset)) in shown for dataset in names.values())
+
+
+def test_a_named_data_set_is_one_entry_and_may_come_with_its_own_split(hub, tmp_path, monkeypatch):
+    for split in ("train", "validation"):
+        hub(f"org/stories/{split}.parquet", [{"story": f"{split} {i}"} for i in range(3)])
+    stories = Dataset("stories", "6 stories", "CC0-1.0", hub="org/stories", split="own", text_column="story")
+    monkeypatch.setitem(TEXTS, stories.name, stories)
+    main(Config(dataset="stories", out=tmp_path / "data"))
+    assert split_files(tmp_path / "data") == expected(
+        (split, f"{name} {i}") for split, name in (("train", "train"), ("val", "validation")) for i in range(3)
+    )
+
+
 def oasst1_row(id_, parent, role, text, rank=None, spam=0.0, **more):
     """Returns a message with all columns of OpenAssistant's data set."""
     return {
@@ -374,7 +424,7 @@ def test_oasst1_keeps_its_own_split_or_is_split_by_tree(hub, tmp_path, has_valid
 def test_alpaca_gpt4_gives_instructions_with_inputs(hub, tmp_path):
     rows = [{"instruction": f"Add {i}.", "input": "1 and" * (i % 2), "output": f"={i}", "text": "…"} for i in range(40)]
     hub("vicgalle/alpaca-gpt4/data/train-00000-of-00001.parquet", rows)
-    main_sft(SFTConfig(dataset="alpaca-gpt4", template="alpaca", out=tmp_path / "data"))
+    main_sft(SFTConfig(dataset="alpaca-gpt4", template="alpaca", val_fraction=0.05, out=tmp_path / "data"))
     text = tokenizers.gpt2().decode(read_tokens(tmp_path / "data/sft_train.bin").tolist())
     assert "### Instruction:\nAdd 7.\n\n### Input:\n1 and\n\n### Response:\n=7<|endoftext|>" in text
     assert (
@@ -389,7 +439,7 @@ def test_conversations_are_read_from_compressed_json_lines(tmp_path):
 
     with gzip.open(tmp_path / "chat.jsonl.gz", "wt", encoding="utf-8") as file:
         file.writelines(json.dumps({"messages": turns(i)}, ensure_ascii=False) + "\n" for i in range(3))
-    main_sft(SFTConfig(input=tmp_path / "chat.jsonl.gz", out=tmp_path / "data"))
+    main_sft(SFTConfig(input=tmp_path / "chat.jsonl.gz", out=tmp_path / "data", val_fraction=0.05))
     splits = json.loads((tmp_path / "data/sft_meta.json").read_text())["splits"]
     assert {name: counts["conversations"] for name, counts in splits.items()} == {"train": 2, "val": 1}
     text = tokenizers.gpt2().decode(read_tokens(tmp_path / "data/sft_train.bin").tolist())
@@ -398,22 +448,56 @@ def test_conversations_are_read_from_compressed_json_lines(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "columns", [("question", "answer"), ("prompt", "response"), ("prompt", "completion"), ("instruction", "output")]
+)
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.parquet"])
+def test_a_table_of_questions_and_answers_becomes_conversations(tmp_path, columns, name):
+    rows = [dict(zip(("id", *columns), (str(i), f"What is {i}, really?", f'"{i}"'), strict=True)) for i in range(3)]
+    if name == "a.parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name)
+    elif name == "a.jsonl":
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        with open(tmp_path / name, "w", newline="") as file:
+            tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None}
+            writer = csv.DictWriter(file, rows[0], **(tabs if name == "a.tsv" else {}))
+            writer.writeheader()
+            writer.writerows(rows)
+    assert list(read_file(tmp_path / name, Notes())) == [
+        [{"role": "user", "content": f"What is {i}, really?", "input": ""}, {"role": "assistant", "content": f'"{i}"'}]
+        for i in range(3)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("n", "val_fraction", "n_train", "n_val"),
+    [(99, None, 99, 99), (100, None, 95, 5), (200, 0, 200, 200), (5, 0.1, 4, 1)],
+)
+def test_of_few_conversations_none_is_held_out(tmp_path, capsys, n, val_fraction, n_train, n_val):
+    (tmp_path / "a.csv").write_text("prompt,response\n" + "".join(f"{i},yes\n" for i in range(n)))
+    main_sft(SFTConfig(input=tmp_path / "a.csv", out=tmp_path / "data", val_fraction=val_fraction))
+    meta = json.loads((tmp_path / "data/sft_meta.json").read_text())
+    assert [meta["splits"][split]["conversations"] for split in ("train", "val")] == [n_train, n_val]
+    assert meta["is_held_out"] == (n_val < n) == ("all conversations are trained on" not in capsys.readouterr().out)
+
+
 def test_downloads_are_checked_and_kept(serve, tmp_path, monkeypatch):
     (tmp_path / "www").mkdir()
     (tmp_path / "www/input.txt").write_text("First Citizen")
     url = serve(partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "www")) + "/input.txt"
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setitem(readers.DOWNLOADS, "shakespeare", (url, "0" * 64))
+    text = replace(TEXTS["shakespeare"], url=url, sha256="0" * 64)
     with pytest.raises(UserError, match="another SHA-256"):
-        readers.download("shakespeare", "…", tmp_path / "raw")
+        readers.download(text, "…", tmp_path / "raw")
     assert not list(tmp_path.glob("raw/*"))
-    monkeypatch.setitem(readers.DOWNLOADS, "shakespeare", (url, hashlib.sha256(b"First Citizen").hexdigest()))
-    path = readers.download("shakespeare", "…", tmp_path / "raw")
+    text = replace(text, sha256=hashlib.sha256(b"First Citizen").hexdigest())
+    path = readers.download(text, "…", tmp_path / "raw")
     (tmp_path / "www/input.txt").unlink()
-    assert readers.download("shakespeare", "…", tmp_path / "raw").read_text() == "First Citizen"
+    assert readers.download(text, "…", tmp_path / "raw").read_text() == "First Citizen"
     path.unlink()
     with pytest.raises(UserError, match="cannot fetch shakespeare"):
-        readers.download("shakespeare", "…", tmp_path / "raw")
+        readers.download(text, "…", tmp_path / "raw")
 
 
 def test_a_full_disk_prints_one_line_and_keeps_the_old_files(tmp_path):
@@ -460,9 +544,12 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path):
 
 def test_a_corpus_is_prepared_with_another_models_tokenizer(toy, tmp_path):
     (tmp_path / "a.txt").write_text("Hello there. " * 200)
-    main(Config(input=(str(tmp_path / "a.txt"),), out=tmp_path / "data", tokenizer=toy / "data/toy/tokenizer.json"))
-    meta = json.loads((tmp_path / "data/meta.json").read_text())
-    assert meta["tokenizer"] == json.loads((toy / "data/toy/meta.json").read_text())["tokenizer"]
+    for model in ("data/toy/tokenizer.json", "checkpoints/toy.pt", "checkpoints/sft.last.pt"):
+        main(Config(input=(str(tmp_path / "a.txt"),), out=tmp_path / "data", tokenizer=toy / model, overwrite=True))
+        meta = json.loads((tmp_path / "data/meta.json").read_text())
+        assert meta["tokenizer"] == json.loads((toy / "data/toy/meta.json").read_text())["tokenizer"]
+    main(Config(input=(str(tmp_path / "a.txt"),), out=tmp_path / "data", tokenizer=Path("gpt2"), overwrite=True))
+    assert json.loads((tmp_path / "data/meta.json").read_text())["tokenizer"] == "gpt2"
 
 
 @pytest.mark.parametrize("maker", ["nanoGPT", "llm.c"])

@@ -15,12 +15,17 @@ from system.untrusted import brief
 from text import lessons
 from text.corpora import draw_held_out
 from text.readers import Notes, Row, hub_rows, load_hub, opened, records
+from text.registry import CONVERSATIONS, listed
 from text.templates import Message
 
 Conversation = list[Message]
 
-COLUMNS = ["messages", "instruction", "input", "output"]
-
+QUESTIONS, ANSWERS = ("instruction", "prompt", "question"), ("output", "response", "answer", "completion")
+"""Columns of a table in which each row is one question and its answer."""
+COLUMNS = ["messages", *QUESTIONS, "input", *ANSWERS]
+VAL_FRACTION, FEW = 0.05, 100
+"""The share to hold out by default. Of fewer than FEW conversations none is: the user wants each of them to be learnt.
+"""
 _INSTEAD = "--dataset pydocs-qa and --input FILE work"
 _REPEATED = "conversations that repeat another one were dropped"
 
@@ -30,27 +35,28 @@ class Unusable(Exception):
 
 
 def open_conversations(
-    dataset: str, path: Path | None, max_conversations: int | None, val_fraction: float, seed: int, notes: Notes
+    dataset: str, path: Path | None, max_conversations: int | None, val_fraction: float | None, seed: int, notes: Notes
 ) -> Iterable[tuple[str, Conversation]]:
     """Returns the conversations of a file, or without `path` those of a data set, with their splits ("train", "val").
 
+    With a `val_fraction` of 0, and without one if there are fewer than FEW conversations, each has the split "both".
     `notes` counts what is left out. Raises UserError if there are fewer than two conversations.
     """
+    named = CONVERSATIONS.get(dataset)
     if path is None and dataset == "oasst1":
-        return _first(load_oasst1(val_fraction, seed, notes), max_conversations, val_fraction)
-    if path is None and dataset in ("builtins-qa", "pydocs-qa"):
+        share = val_fraction or VAL_FRACTION
+        return _first(load_oasst1(share, seed, notes), max_conversations, share)
+    if path is None and named and named.split == "wordings":
         found_lessons = lessons.lessons(builtins_only=dataset == "builtins-qa")
         return lessons.conversations(list(islice(found_lessons, max_conversations)), seed)
-    if path:
-        found = read_file(path, notes)
-    else:
-        found = from_hub("vicgalle/alpaca-gpt4" if dataset == "alpaca-gpt4" else dataset, notes)
+    found = read_file(path, notes) if path else from_hub(named.hub if named else dataset, notes)
     conversations = list(islice(found, max_conversations))
     if len(conversations) < 2:
-        raise UserError(
-            f"{path or dataset} holds fewer than two usable conversations: one is needed to train, one to validate"
-            f"{notes.in_brackets()}"
-        )
+        raise UserError(f"{path or dataset} holds fewer than two usable conversations: add more{notes.in_brackets()}")
+    if val_fraction is None:
+        val_fraction = VAL_FRACTION if len(conversations) >= FEW else 0
+    if val_fraction == 0:
+        return [("both", conversation) for conversation in conversations]
     return draw_held_out(conversations, max(val_fraction, 1 / len(conversations)), seed)
 
 
@@ -68,7 +74,8 @@ def _first(
 
 
 def read_file(path: Path, notes: Notes) -> Iterator[Conversation]:
-    """Yields the conversations of a .json (a list), .jsonl (one object per line) or .parquet file, perhaps compressed.
+    """Yields the conversations of a .json (a list), .jsonl (one object per line), .csv, .tsv or .parquet file, perhaps
+    compressed.
 
     Conversations that cannot be trained on are dropped; `notes` counts them. Raises UserError, naming the place, for
     anything that is not a conversation.
@@ -86,26 +93,36 @@ def from_hub(name: str, notes: Notes) -> Iterator[Conversation]:
 def usable(rows: Iterable[Row], notes: Notes) -> Iterator[Conversation]:
     """Yields the conversations that can be trained on, from rows with their places; `notes` counts the others.
 
-    A row has `messages`, as OpenAI and the Hub write them, or Alpaca's `instruction`, `input` and `output`. A
-    conversation that repeats another one is dropped: it might be in both splits. Raises UserError, naming the place,
-    for any other row.
+    A row has `messages`, as OpenAI and the Hub write them, or one of QUESTIONS and one of ANSWERS, and perhaps
+    `input`, as Alpaca's `instruction`, `input` and `output`. A conversation that repeats another one is dropped: it
+    might be in both splits. Raises UserError, naming the place, for any other row.
     """
     seen: set[bytes] = set()
     for where, row in rows:
-        if isinstance(row, dict) and "instruction" in row:
-            question = {"role": "user", "content": row["instruction"], "input": row.get("input") or ""}
-            messages = [question, {"role": "assistant", "content": row.get("output")}]
-        elif isinstance(row, dict) and "messages" in row:
-            messages = row["messages"]
-        else:
-            raise UserError(f"{where}: expected an object with `messages`, or with `instruction` and `output`")
         try:
-            conversation = check_messages(messages, where, notes)
+            conversation = check_messages(_messages_of(row, where), where, notes)
             if not _is_new(conversation, seen):
                 raise Unusable(_REPEATED)
             yield conversation
         except Unusable as reason:
             notes.add(str(reason), where)
+
+
+def _messages_of(row: object, where: str) -> object:
+    """Returns what a row has as `messages`, or a question and its answer. Raises UserError if it has neither."""
+    columns = row if isinstance(row, dict) else {}
+    if "messages" in columns:
+        return columns["messages"]
+    question = next((name for name in QUESTIONS if name in columns), None)
+    answer = next((name for name in ANSWERS if name in columns), None)
+    if question and answer:
+        turn = {"role": "user", "content": columns[question], "input": columns.get("input") or ""}
+        return [turn, {"role": "assistant", "content": columns[answer]}]
+    found = ", ".join(map(str, columns))[:100] if columns else f"a {type(row).__name__}"
+    raise UserError(
+        f"{where}: expected an object or a row with `messages`, or with a question (a column {listed(QUESTIONS)}) and "
+        f"its answer ({listed(ANSWERS)}), not {found}"
+    )
 
 
 def _is_new(conversation: Conversation, seen: set[bytes]) -> bool:
@@ -118,7 +135,7 @@ def _is_new(conversation: Conversation, seen: set[bytes]) -> bool:
 
 def load_oasst1(val_fraction: float, seed: int, notes: Notes) -> Iterator[tuple[str, Conversation]]:
     """Yields OpenAssistant's English conversations with the Hub's own split; if it has none, split by message tree."""
-    name = "OpenAssistant/oasst1"
+    name = CONVERSATIONS["oasst1"].hub
     rows, _ = load_hub(name, _INSTEAD)
     trees = oasst1_trees(hub_rows(name, rows["train"]), notes)
     split_trees: Iterator[tuple[str, list[Conversation]]]

@@ -21,7 +21,6 @@ import numpy as np
 from system.errors import UserError
 from text import pydocs
 from text.readers import (
-    DOWNLOADS,
     TABLES,
     Notes,
     content_suffix,
@@ -34,6 +33,8 @@ from text.readers import (
     records,
     text_of,
 )
+from text.registry import TEXTS as NAMED
+from text.registry import Dataset
 
 Item = TypeVar("Item")
 Piece = tuple[str, str, bool]
@@ -155,7 +156,7 @@ class Hub(Corpus):
         text_column: str = "text",
     ) -> None:
         """Raises UserError if the Hub cannot be reached, or has no such data set."""
-        self.name, self.text_column = name, text_column
+        self.name, self.config, self.text_column = name, config, text_column
         self.rows, self.files = load_hub(name, INSTEAD, config, split, revision)
 
     def _documents(self) -> Iterator[Iterable[str]]:
@@ -173,9 +174,9 @@ class OpenWebText(Hub):
 
     total: int
 
-    def __init__(self) -> None:
+    def __init__(self, dataset: Dataset) -> None:
         """Raises UserError if the Hub cannot be reached."""
-        super().__init__("Skylion007/openwebtext")
+        super().__init__(dataset.hub, dataset.config, text_column=dataset.text_column)
         try:
             self.total = count_rows(self.files["train"])
         except Exception as error:  # whatever the Hub's client raises
@@ -196,19 +197,27 @@ class OpenWebText(Hub):
         return _in_pieces(zip(splits, self, strict=True))
 
 
-class FineWebEdu(Hub):
-    """The sample of 10 billion tokens from FineWeb-Edu (Penedo et al. 2024); its first shard is held out, as usual."""
+class Shards(Hub):
+    """A data set of billions of tokens, such as FineWeb-Edu (Penedo et al. 2024), in shards; the first is held out."""
 
     default_shard_tokens = 100_000_000
     first_shard_val = True
 
-    def __init__(self) -> None:
-        """Raises UserError if the Hub cannot be reached."""
-        super().__init__("HuggingFaceFW/fineweb-edu", "sample-10BT")
-
     def split(self, val_fraction: float, seed: int) -> Iterator[Piece]:
         """Yields all documents in pieces, as training data: the first shard is split off by `write_corpus`."""
         return _in_pieces(("train", document) for document in self)
+
+
+class OwnSplits(Hub):
+    """A data set that comes with a split "validation"."""
+
+    def split(self, val_fraction: float, seed: int) -> Iterator[Piece]:
+        """Yields all documents in pieces, the held-out ones first: the arguments change nothing."""
+        documents = iter(self)
+        rows, _ = load_hub(self.name, INSTEAD, self.config, "validation")
+        held_out = self._texts_of_rows(hub_rows(self.name, rows), self.text_column)
+        yield from _in_pieces(("val", document) for document in held_out)
+        yield from _in_pieces(("train", document) for document in documents)
 
 
 def open_corpus(
@@ -226,15 +235,17 @@ def open_corpus(
     """
     if inputs:
         return Files(inputs, text_column)
-    if dataset == "pydocs":
+    named = NAMED.get(dataset)
+    if named is None:
+        return Hub(dataset, config, split, revision, text_column)
+    if named.url:
+        return Files([download(named, INSTEAD)])
+    if not named.hub:
         return Texts(pydocs.documents())
-    if dataset in DOWNLOADS:
-        return Files([download(dataset, INSTEAD)])
-    if dataset == "openwebtext":
-        return OpenWebText()
-    if dataset == "fineweb-edu":
-        return FineWebEdu()
-    return Hub(dataset, config, split, revision, text_column)
+    if named.split == "nanogpt":
+        return OpenWebText(named)
+    hub = {"first shard": Shards, "own": OwnSplits}.get(named.split, Hub)
+    return hub(named.hub, named.config, text_column=named.text_column)
 
 
 def find_files(patterns: Iterable[str]) -> list[Path]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from system.errors import UserError
 from text.readers import Notes, hub_rows, load_hub, opened, records, text_of
+from text.registry import LABELLED
 
 SPLITS = ("train", "val", "test")
 
@@ -31,8 +32,8 @@ def read_examples(path: Path | None, dataset: str, text_column: str, label_colum
     notes = Notes()
     if path:
         examples = read_table(path, text_column, label_column, notes)
-    elif dataset == "sms-spam":
-        examples = from_hub("ucirvine/sms_spam", "sms", "label", notes)
+    elif named := LABELLED.get(dataset):
+        examples = from_hub(named.hub, named.text_column, named.label_column, notes)
     else:
         examples = from_hub(dataset, text_column, label_column, notes)
     for line in notes.lines():
@@ -124,6 +125,16 @@ def _require_enough(by_label: dict[str, list[Example]]) -> None:
             f"the label {label!r} is seen {times}: one text each is needed to train, to validate and to test; "
             "add texts with that label, or remove it"
         )
+
+
+def one_of_each(examples: list[Example], n: int) -> list[Example]:
+    """Returns at most `n` examples: one of each label, then another one of each, and so on."""
+    seen: Counter[str] = Counter()
+    ranked = []
+    for i, example in enumerate(examples):
+        ranked.append((seen[example.label], i))
+        seen[example.label] += 1
+    return [examples[i] for _, i in sorted(ranked)[:n]]
 
 
 def counts(examples: list[Example]) -> str:

@@ -106,20 +106,22 @@ def write_conversations(
 ) -> dict:
     """Writes tokens, loss masks and offsets of conversations into `out`; returns the content of sft_meta.json.
 
-    Each conversation comes with its split. One that is longer than `block_size` tokens loses its oldest exchanges;
-    `notes` counts such conversations. The files appear together at the end; until then the old files stay unchanged.
-    Raises UserError if a split gets no conversation.
+    Each conversation comes with its split: "train", "val" or "both". One that is longer than `block_size` tokens loses
+    its oldest exchanges; `notes` counts such conversations. The files appear together at the end; until then the old
+    files stay unchanged. Raises UserError if a split gets no conversation.
     """
     with atomic_folder(out, last="sft_meta.json") as folder:
-        files = {split: ConversationFiles(folder, split) for split in SPLITS}
+        files, is_held_out = {split: ConversationFiles(folder, split) for split in SPLITS}, True
         for i, (split, messages) in enumerate(with_progress(conversations, None, "conversations"), 1):
             ids, mask = encode_conversation(messages, tokenizer, template)
             if len(ids) > block_size:
                 ids, mask = encode_conversation(messages, tokenizer, template, block_size)
                 outcome = "lost their oldest turns" if ids else "were dropped, since one exchange alone is too long"
                 notes.add(f"conversations longer than {block_size:,} tokens {outcome}", f"conversation {i:,}")
-            if ids:
-                files[split].write(ids, mask)
+            for name in SPLITS if ids else ():
+                if split in (name, "both"):
+                    files[name].write(ids, mask)
+            is_held_out = is_held_out and split != "both"
         for split in SPLITS:
             files[split].close()
         if not files["train"].counts["conversations"]:
@@ -134,6 +136,7 @@ def write_conversations(
             "tokenizer": tokenizer.name,
             "template": template,
             "block_size": block_size,
+            "is_held_out": is_held_out,
             "splits": {split: files[split].counts for split in SPLITS},
             "source": source,
             **_origin(notes),

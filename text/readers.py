@@ -28,6 +28,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from system.errors import UserError
 from system.files import atomic_write
+from text.registry import Dataset
 
 if TYPE_CHECKING:
     import pyarrow
@@ -55,19 +56,6 @@ _JSON_CHUNK = 2**20  # characters of a JSON list to read at a time
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 _BEHIND_ITEM = re.compile(r"[ \t\n\r]*([,\]])")
 
-DOWNLOADS = {  # name: URL, SHA-256
-    "shakespeare": (
-        "https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e"
-        "/data/tinyshakespeare/input.txt",
-        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-    ),
-    "war-and-peace": (
-        "https://raw.githubusercontent.com/enerrio/jax-transformer/e00617e4555a0dc4d64d819307f917206aeec31c"
-        "/war-and-peace.txt",
-        "fef5d84055533ae89c5df8f8334f5bcf9110a5d36e0a01f0e587b847c9d5444e",
-    ),
-}
-
 
 class Notes(dict[str, tuple[int, str]]):
     """What was repaired or skipped while reading: message -> (how often, where first)."""
@@ -80,10 +68,12 @@ class Notes(dict[str, tuple[int, str]]):
         self[message] = (number + n, first)
 
     def clean(self, text: str, where: str, line: int | None = None) -> str:
-        """Returns the text with U+FFFD instead of lone surrogates, which UTF-8 cannot encode, and counts them.
+        """Returns the text with `unix_line_ends`, and U+FFFD for lone surrogates, which UTF-8 cannot encode; counts
+        these.
 
         With `line`, the number of the text's first line, the note names the line.
         """
+        text = unix_line_ends(text)
         try:
             text.encode()
             return text
@@ -105,6 +95,15 @@ class Notes(dict[str, tuple[int, str]]):
     def as_json(self) -> dict[str, dict[str, int | str]]:
         """Returns the notes as JSON holds them."""
         return {message: {"number": number, "first": where} for message, (number, where) in self.items()}
+
+
+def unix_line_ends(text: str) -> str:
+    """Returns a text with "\\n" for every line end, also those of Windows and of old Macs.
+
+    Every text that a model reads, in training or as a prompt, obeys this rule. Files that are read in chunks get the
+    same from Python's universal newlines.
+    """
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def content_suffix(path: Path) -> str:
@@ -424,9 +423,9 @@ def hub_error(name: str, instead: str, error: Exception) -> UserError:
     )
 
 
-def download(name: str, instead: str, folder: Path = Path("data/raw")) -> Path:
-    """Returns the path of a text in `DOWNLOADS`, fetched once. Raises UserError if it cannot be had unchanged."""
-    url, sha256 = DOWNLOADS[name]
+def download(dataset: Dataset, instead: str, folder: Path = Path("data/raw")) -> Path:
+    """Returns the path of a text with a URL, fetched once. Raises UserError if it cannot be had unchanged."""
+    name, url = dataset.name, dataset.url
     path = folder / f"{name}.txt"
     try:
         content = path.read_bytes() if path.exists() else urllib.request.urlopen(url, timeout=30).read()
@@ -435,7 +434,7 @@ def download(name: str, instead: str, folder: Path = Path("data/raw")) -> Path:
             f"cannot fetch {name} from {url} ({getattr(error, 'reason', error)}); "
             f"put it at {path} by hand; without a network, {instead}"
         ) from None
-    if hashlib.sha256(content).hexdigest() != sha256:
+    if hashlib.sha256(content).hexdigest() != dataset.sha256:
         if path.exists():
             raise UserError(f"{path} is not the published {name} (another SHA-256): remove it to fetch it again")
         raise UserError(f"{url} is not the published {name} (another SHA-256): {instead}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from text.readers import unix_line_ends
 from text.tokenizer import ASSISTANT, END_OF_TEXT, USER, Tokenizer
 
 Message = dict[str, str]
@@ -16,7 +17,8 @@ def encode_turn(message: Message, tokenizer: Tokenizer, template: str) -> tuple[
     with its text, perhaps `### Input:` with its text, and the header `### Response:`; the assistant's turn is the text
     and `<|endoftext|>`. Loss counts on the assistant's text and its `<|endoftext|>` only.
     """
-    encode, text, given = tokenizer.encode, message["content"].strip(), message.get("input", "").strip()
+    encode = tokenizer.encode
+    text, given = (unix_line_ends(message.get(name, "")).strip() for name in ("content", "input"))
     is_assistant = message["role"] == "assistant"
     if template == "alpaca":
         if is_assistant:
@@ -96,8 +98,8 @@ def jinja_template(template: str) -> str:
 
 _JINJA = """{%- set ns = namespace(system='') -%}
 {%- for message in messages -%}
-{%- set text = message['content'] | trim -%}
-{%- set given = message['input'] | default('', true) | trim -%}
+{%- set text = message['content'] | replace('\\r\\n', '\\n') | replace('\\r', '\\n') | trim -%}
+{%- set given = message['input'] | default('', true) | replace('\\r\\n', '\\n') | replace('\\r', '\\n') | trim -%}
 {%- if message['role'] == 'system' and loop.first -%}
 {%- set ns.system = text ~ '\\n\\n' -%}
 {%- elif message['role'] == 'user' -%}

@@ -89,10 +89,10 @@ def read_token_meta(folder: Path) -> dict[str, Any]:
     return {"files": names, "tokenizer": "gpt2", "splits": {}}
 
 
-def is_prepared_from(folder: Path, source: str) -> bool:
-    """Whether prepare_data.py made the data in a folder from this data set or this one file, and nothing else."""
-    meta = folder / "meta.json"
-    return meta.exists() and read_meta(meta, "prepare_data.py").get("source") in (source, [source])
+def is_prepared_from(meta: Path, source: str) -> bool:
+    """Whether a `meta.json` or `sft_meta.json` says that its data was made from this data set or this one file, and
+    nothing else."""
+    return meta.exists() and read_meta(meta, "the preparation").get("source") in (source, [source])
 
 
 def read_prepared_tokens(path: Path, tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from model import GPT
 from system.device import autocast, choose_device, choose_dtype
 from system.errors import UserError, require
 from text.labelled import Example
+from text.readers import unix_line_ends
 from text.tokenizer import Tokenizer
 from training.config import TrainerConfig
 from training.loader import Batch, Epochs, stack
@@ -31,7 +32,7 @@ def encode(text: str, tokenizer: Tokenizer, block_size: int) -> list[int]:
     The model classifies at that last token, as in the first GPT (Radford et al. 2018). Raises UserError for an empty
     text.
     """
-    if not (text := text.strip()):
+    if not (text := unix_line_ends(text).strip()):
         raise UserError("an empty text cannot be classified")
     return [*tokenizer.encode(text[: 64 * block_size])[: block_size - 1], tokenizer.end_of_text]
 

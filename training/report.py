@@ -249,7 +249,7 @@ def before_and_after(history: list[dict[str, Any]], width: int = 160) -> str:
     first, last = entries[0], entries[-1]
     lines = [
         f"validation loss {first['val_loss']:.4f} before, {last['val_loss']:.4f} after (step {last['step']:,}); "
-        "examples from the validation data:"
+        "the same examples before and after:"
     ]
     for before, after in zip(first["examples"], last["examples"], strict=False):
         lines.append(f"> {shorten(after['input'], width)}")

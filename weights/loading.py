@@ -3,8 +3,10 @@
 from pathlib import Path
 
 from system.errors import UserError
+from text import tokenizer as tokenizers
+from text.tokenizer import Tokenizer
 from weights import huggingface, lora, nanogpt
-from weights.checkpoint import Checkpoint, from_contents, grow_vocabulary, read_contents
+from weights.checkpoint import Checkpoint, from_contents, grow_vocabulary, read_contents, tokenizer_of
 
 
 def load_checkpoint(name: str | Path, verify: bool = False, kinds: tuple[str, ...] = ("base", "sft")) -> Checkpoint:
@@ -21,6 +23,18 @@ def load_checkpoint(name: str | Path, verify: bool = False, kinds: tuple[str, ..
         checkpoint = lora.merge_into_base(checkpoint, load_base(checkpoint, path), path)
     _require_kind(checkpoint["kind"], path, kinds)
     return checkpoint
+
+
+def load_tokenizer(name: str | Path) -> Tokenizer:
+    """Loads the tokenizer that the user names: a `tokenizer.json`, "gpt2", or any model that `load_checkpoint` knows.
+
+    Raises UserError as that function does, or if the file is no tokenizer.
+    """
+    if Path(name).suffix == ".json":
+        return tokenizers.load_tokenizer(name)
+    if str(name) == "gpt2":
+        return tokenizers.gpt2()
+    return tokenizer_of(load_checkpoint(name, kinds=("base", "sft", "classifier", "lora")))
 
 
 def load_base(adapter: Checkpoint, path: str | Path) -> Checkpoint:
