@@ -105,6 +105,8 @@ def smaller(script: str, arguments: list[str]) -> list[str]:
         is_chat = flags.get("--dataset", "oasst1") == "oasst1"
         arguments = with_flags(arguments, "--dataset oasst1")
         arguments += ["--input", "chats.jsonl" if is_chat else "tasks.json"]
+    if "--plan" in arguments:
+        arguments = with_flags(arguments, "--max-steps 100")  # it measures a few
     if "--grad-accum-steps" in flags:
         arguments = with_flags(arguments, "--grad-accum-steps 1")
     if script == "train.py" and flags.get("--preset") == "shakespeare":
@@ -192,9 +194,9 @@ class Session:
         return int(status), process.communicate()[0]
 
     def launch(self, arguments: list[str]) -> tuple[int, str]:
-        """Runs a command for several GPUs with one process on the CPU; test_distributed.py runs two."""
+        """Runs a command for several GPUs with two processes on the CPU."""
         i = arguments.index("train.py")
-        launcher = with_flags(arguments[:i], "--nproc-per-node 1")
+        launcher = with_flags(arguments[:i], "--nproc-per-node 2")
         script = [str(REPOSITORY / "train.py"), *with_flags(smaller("train.py", arguments[i + 1 :]), "--dtype float32")]
         result = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", *launcher, *script],
