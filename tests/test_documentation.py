@@ -1,7 +1,7 @@
 """README.md, CONTRIBUTING.md and docs/: every command of this project runs, all Python runs, all links lead somewhere.
 
-Commands run in the order of the pages, README first, in one folder, as a reader would type them. The tests add flags for
-small sizes, and local files in place of downloads; `smaller` has all of them.
+Commands run in the order of the pages, README first, in one folder, as a reader would type them. The tests add flags
+for small sizes, and local files in place of downloads; `smaller` has all of them.
 """
 
 import itertools
@@ -19,7 +19,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ENVIRONMENT, REPOSITORY, run_script, succeed
+from conftest import ENVIRONMENT, REPOSITORY, run_script
+from test_house import PACKAGES
 
 from model import GPT, GPTConfig
 from system import cli
@@ -95,8 +96,7 @@ def smaller(script: str, arguments: list[str]) -> list[str]:
     arguments = with_flags(arguments, SMALL[script])
     flags = {flag: value for flag, value in itertools.pairwise([*arguments, ""]) if flag.startswith("--")}
     if script == "prepare_data.py" and "--input" not in flags and "--inspect" not in flags:
-        if flags.get("--dataset") != "pydocs":  # the others are downloads
-            arguments = with_flags(with_flags(arguments, "--dataset pydocs"), "--input books")
+        arguments = [*with_flags(arguments, "--dataset pydocs"), "--input", "books"]
     if script == "prepare_data.py" and "--vocab-size" in flags:
         arguments = with_flags(arguments, "--vocab-size 400")
     if script == "prepare_sft_data.py" and flags.get("--dataset") == "builtins-qa":
@@ -158,7 +158,7 @@ class Session:
         return int(self.server.stdout.readline()), output.read_text(encoding="utf-8", errors="replace")
 
     def make(self, arguments: list[str]) -> tuple[int, str]:
-        """Asks `make` what it would run. Runs the demo with a reader's files, and nothing that installs, tests or deletes.
+        """Asks `make` what it would run. Runs the demo with a reader's files, nothing that installs, tests or deletes.
 
         The demo without files asks 1,000 questions at its end; test_commands.py runs it.
         """
@@ -310,15 +310,15 @@ def test_the_folder_for_a_space_holds_all_that_the_app_needs(session):
     [block] = (block for block in blocks("docs/app.md", "bash") if "<<'END'" in block)
     lines = [line for line in block.splitlines() if not line.startswith("hf ")]
     for path in REPOSITORY.iterdir():
-        if path.is_dir() or path.suffix in (".py", ".txt"):
-            if path.name not in (".git", "data", "checkpoints", "plots"):
-                (session.folder / path.name).symlink_to(path)
+        if path.suffix == ".py" or path.name in (*PACKAGES, "requirements.txt", ".streamlit"):
+            (session.folder / path.name).symlink_to(path)
     subprocess.run(["sh", "-ec", "\n".join(lines)], cwd=session.folder, check=True)
     space = session.folder / "space"
-    shutil.rmtree(space / "tests", ignore_errors=True)
-    code = "import app, interface.chat_view, interface.loaded_model as l; print(app.__file__, l.__file__)"
-    where = subprocess.run([sys.executable, "-c", code], cwd=space, env=ENVIRONMENT, capture_output=True, text=True)
-    assert where.stdout.split() == [str(space / "app.py"), str(space / "interface/loaded_model.py")], where.stderr
+    code = "from streamlit.testing.v1 import AppTest; print(AppTest.from_file('app.py').run(timeout=60).exception)"
+    page = subprocess.run(
+        [sys.executable, "-c", code], cwd=space, env=ENVIRONMENT, capture_output=True, encoding="utf-8"
+    )
+    assert page.stdout == "ElementList()\n", page.stdout + page.stderr[-2000:]
     assert (space / "checkpoints/sft.pt").exists() and "app_port" in (space / "README.md").read_text()
 
 
