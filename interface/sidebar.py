@@ -38,17 +38,25 @@ def pick_checkpoint() -> CheckpointFile | None:
         st.info(NO_MODEL)
         return None
     paths = sorted(times, key=lambda path: times[path], reverse=True)
-    previous = st.session_state.get("model")
-    if previous is not None and previous not in paths:
+    names = {path: str(path.relative_to("checkpoints")) for path in paths}
+    if "model" not in st.session_state:  # after a reload, the page's address names the model
+        st.session_state.model = next((p for p in paths if names[p] == st.query_params.get("model")), paths[0])
+    previous = st.session_state.model
+    if previous not in paths:
         st.warning("The chosen model no longer exists:")
         st.text(previous)
-    path = st.selectbox("Model", paths, key="model", format_func=lambda path: str(path.relative_to("checkpoints")))
+    path = st.selectbox("Model", paths, key="model", format_func=lambda path: names[path])
+    if st.query_params.get("model") != names[path]:
+        st.query_params["model"] = names[path]
     return CheckpointFile(path, times[path])
 
 
 @st.fragment  # a change here neither redraws the whole page nor stops an answer
 def pick_sampling() -> None:
-    """Draws the sampling controls, and stores their values for the next answer in the session."""
+    """Draws the sampling controls, and stores their values for the next answer in the session.
+
+    Draws the whole page again only if it shows probabilities that depend on the values; then no text is being written.
+    """
     temperature = st.slider(
         "Temperature",
         0.0,
@@ -73,7 +81,7 @@ def pick_sampling() -> None:
     seed = st.number_input(
         "Seed", 0, None, None, help="The same seed gives the same text. Empty: a new text each time."
     )
-    st.session_state.sampling = SamplingConfig(
+    sampling = SamplingConfig(
         max_new_tokens=length,
         temperature=temperature,
         top_k=top_k or None,
@@ -81,3 +89,6 @@ def pick_sampling() -> None:
         repetition_penalty=penalty,
         seed=seed,
     )
+    st.session_state.sampling = sampling
+    if st.session_state.get("drawn for") not in (None, sampling):  # the page shows bars, of other values
+        st.rerun()
