@@ -5,18 +5,21 @@ Start it with `streamlit run app.py`.
 
 import streamlit as st
 
+from interface.sessions import current_session
 from interface.sidebar import pick_checkpoint, pick_sampling
 from system.errors import UserError
 from system.threads import GENERATION, limit_spinning
+
+KEPT = ("prompt", "step", "tokens")  # Streamlit forgets a widget's value while another mode is shown, unless it is set
 
 
 def main() -> None:
     """Draws the page: first the sidebar, which needs no model, then the chosen mode."""
     limit_spinning(GENERATION)
     st.set_page_config("GPT-2", page_icon="💬", layout="centered")
-    for key in ("prompt", "step"):  # Streamlit forgets a widget's value while another mode is shown, unless it is set
-        if key in st.session_state:
-            st.session_state[key] = st.session_state[key]
+    state = st.session_state
+    state.update({key: state[key] for key in KEPT if key in state}, **{"drawn for": None})
+    session = current_session()
     with st.sidebar:
         file = pick_checkpoint()
     if file is None:
@@ -32,6 +35,7 @@ def main() -> None:
         from interface.completion_view import completion_view
         from interface.inside_view import inside_view
         from interface.loaded_model import load_model
+        from interface.streaming import escape
         from interface.training_view import training_view
 
         try:
@@ -39,14 +43,17 @@ def main() -> None:
         except (UserError, OSError) as error:
             problem = str(error)
     text_model = loaded.text_model if loaded else None
-    mode = top.segmented_control(
-        "Mode",
-        ("Chat", "Completion", "Inside", "Training"),
-        default="Chat" if text_model and text_model.template else "Completion",
-        required=True,
-        key=f"mode of {file.path}",
-        label_visibility="collapsed",
-    )
+    is_chat_model = bool(text_model and text_model.template)
+    with top:
+        st.title("GPT-2", anchor=False)
+        if loaded:
+            st.markdown(escape(loaded.introduction))
+        modes = ("Chat", "Completion", "Inside", "Training")
+        default = "Chat" if is_chat_model else "Completion"
+        key = f"mode of {file.path}"
+        mode = st.segmented_control(
+            "Mode", modes, default=default, required=True, key=key, label_visibility="collapsed"
+        )
     if loaded:
         with st.sidebar.expander("About this model"):
             st.text("\n".join(f"{name}: {value}" for name, value in loaded.facts.items()))
@@ -55,14 +62,14 @@ def main() -> None:
     elif problem:
         st.error("This model cannot be loaded.")
         st.text(problem)
-    elif text_model is None:
+    elif loaded is None or text_model is None:
         st.info(f"This model is a classifier. Ask it with `python classify.py --model {file.path}`.")
     elif mode == "Chat":
-        chat_view(text_model)
+        chat_view(text_model, session, loaded.prompts)
     elif mode == "Inside":
         inside_view(text_model)
     else:
-        completion_view(text_model, file)
+        completion_view(text_model, file, session, [] if is_chat_model else loaded.prompts)
 
 
 main()

@@ -19,7 +19,7 @@ def main(prompt: str) -> None:
     app.text_area(key="prompt").set_value(prompt)
     for _ in range(2):
         next(button for button in app.button if button.label == "Complete").click().run()
-    print(app.session_state.completion.speed)
+    print(app.session_state.session.completion.branch.speed)
 
 
 if __name__ == "__main__":

@@ -274,14 +274,27 @@ def sample(
     min_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draws one id a row, int64 (B,), from logits (B, n). Temperature 0 takes the likeliest id.
-
-    The filters apply in this order: temperature; the `top_k` likeliest tokens (Fan et al. 2018); the smallest set of
-    these whose probabilities reach `top_p` (nucleus sampling, Holtzman et al. 2019); of these the tokens with at least
-    `min_p` times the probability of the likeliest (Nguyen et al. 2024).
-    """
+    """Draws one id a row, int64 (B,), from logits (B, n), as `filtered_probabilities` says. Temperature 0 takes the
+    likeliest id."""
     if temperature == 0:
         return logits.argmax(dim=-1)
+    probabilities, ids = filtered_probabilities(logits, temperature, top_k, top_p, min_p)
+    # The draw of torch.multinomial, which would make the host wait for a GPU.
+    waiting_time = torch.empty_like(probabilities).exponential_(generator=generator)
+    choice = (probabilities / waiting_time).argmax(dim=-1, keepdim=True)  # (B, 1)
+    return (choice if ids is None else ids.gather(-1, choice))[:, 0]
+
+
+def filtered_probabilities(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Returns the probabilities (B, m) of logits (B, n) among which `sample` draws, and the ids (B, m) that have them,
+    or None if they are all ids in their order. A removed id has probability 0; the sum of a row may be below 1.
+
+    The filters apply in this order: temperature, above 0; the `top_k` likeliest tokens (Fan et al. 2018); the smallest
+    set of these whose probabilities reach `top_p` (nucleus sampling, Holtzman et al. 2019); of these the tokens with at
+    least `min_p` times the probability of the likeliest (Nguyen et al. 2024).
+    """
     logits, ids = logits.float() / temperature, None
     if top_k is not None and top_k < logits.size(-1):
         logits, ids = logits.topk(top_k, dim=-1)
@@ -294,10 +307,7 @@ def sample(
     if min_p is not None and min_p > 0:
         highest = probabilities.amax(dim=-1, keepdim=True)
         probabilities = probabilities.masked_fill(probabilities < min_p * highest, 0.0)
-    # The draw of torch.multinomial, which would make the host wait for a GPU.
-    waiting_time = torch.empty_like(probabilities).exponential_(generator=generator)
-    choice = (probabilities / waiting_time).argmax(dim=-1, keepdim=True)  # (B, 1)
-    return (choice if ids is None else ids.gather(-1, choice))[:, 0]
+    return probabilities, ids
 
 
 def _likeliest(probabilities: Tensor, mass: float) -> tuple[Tensor, Tensor]:

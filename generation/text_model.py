@@ -15,7 +15,14 @@ from torch import Tensor
 
 from generation.config import SamplingConfig
 from generation.cpu_linear import quantize_weights, speed_up_decoding
-from generation.decoding import CompiledDecoder, generate, one_step_ahead
+from generation.decoding import (
+    CompiledDecoder,
+    RepetitionPenalty,
+    filtered_probabilities,
+    generate,
+    next_token_logits,
+    one_step_ahead,
+)
 from generation.lens import LayerPredictions, Trace, predictions_by_layer, trace
 from model import GPT
 from system.device import autocast, choose_device, choose_dtype
@@ -38,6 +45,8 @@ class Token:
     """the likeliest ids at this position and their log-probabilities"""
     entropy: float | None = None
     """of the distribution at this position, in nats"""
+    n_context: int = 0
+    """tokens before this one that the model saw"""
 
 
 @dataclass
@@ -216,13 +225,18 @@ class TextModel:
         return encode_prompt(messages, self.tokenizer, self.template, max_tokens)
 
     def answer(
-        self, messages: list[Message], config: SamplingConfig, sample: Sample | None = None
+        self,
+        messages: list[Message],
+        config: SamplingConfig,
+        sample: Sample | None = None,
+        top_logprobs: int | None = None,
     ) -> Generator[str, None, None]:
         """Answers a conversation that ends with the user's turn; yields pieces of whole characters.
 
-        Records the answer in `sample`, if given. Raises UserError if the model was not fine-tuned to answer.
+        Records the answer in `sample`, if given; `top_logprobs` is as in `steps`. Raises UserError if the model was not
+        fine-tuned to answer.
         """
-        return self.stream(self.answer_ids(messages, config), config, sample, strip=True)
+        return self.stream(self.answer_ids(messages, config), config, sample, top_logprobs, strip=True)
 
     def stream(
         self,
@@ -329,6 +343,8 @@ class TextModel:
         if self.device.type == "cuda":  # on other devices this would only delay the first token
             generated = one_step_ahead(generated)
         ended, is_first = [False] * n, True
+        block_size = self.model.config.block_size
+        n_context = min(len(ids), block_size)
         while not all(ended):
             with self._autocast():  # for one step at a time: between two steps the caller computes
                 step = next(generated, None)
@@ -338,7 +354,10 @@ class TextModel:
             if is_first and not logits.isfinite().all():
                 raise UserError("the logits are not finite: the weights are damaged, or need --dtype float32")
             is_first = False
-            tokens = self._tokens(new_ids, logits, top_logprobs)
+            if n_context > block_size:  # here `generate` slides the window
+                n_context = max(1, block_size // 2)
+            tokens = self._tokens(new_ids, logits, top_logprobs, [n_context] * n)
+            n_context += 1
             ended = [e or token.id >= self.tokenizer.end_of_text for e, token in zip(ended, tokens, strict=True)]
             yield [None if e else token for e, token in zip(ended, tokens, strict=True)]
 
@@ -357,8 +376,17 @@ class TextModel:
             for start in range(0, len(ids) - 1, 128):  # all logits at once would need much memory
                 logits = self.model.lm_head(x[0, start : start + 128])[:, : self.tokenizer.n_tokens]
                 next_ids = rows[0, start + 1 : start + 1 + len(logits)]
-                tokens += self._tokens(next_ids, logits, top_logprobs)
+                n_contexts = range(start + 1, start + 1 + len(logits))
+                tokens += self._tokens(next_ids, logits, top_logprobs, n_contexts)
         return tokens
+
+    @torch.inference_mode()
+    def next_logits(self, ids: list[int]) -> Tensor:
+        """Returns the logits of the token that follows ids, at most as many as the context: float32 (n_tokens,), on the
+        CPU."""
+        with self._autocast():
+            hidden = self.model.hidden(torch.tensor([ids], device=self.device))  # (1, T, C)
+            return next_token_logits(self.model, hidden)[0].float().cpu()
 
     def trace(self, text: str, max_tokens: int | None = None) -> Trace:
         """Returns the attention weights and the residual stream of a text's last tokens: those that fit into the
@@ -381,24 +409,40 @@ class TextModel:
             return contextlib.nullcontext()
         return autocast(self.device, self.dtype)
 
-    def _tokens(self, ids: Tensor, logits: Tensor, top_logprobs: int | None) -> list[Token]:
-        """Returns ids (n,) as tokens, with what `logits` (n, n_tokens) say about them if `top_logprobs` is given."""
+    def _tokens(self, ids: Tensor, logits: Tensor, top_logprobs: int | None, n_contexts: Iterable[int]) -> list[Token]:
+        """Returns ids (n,) as tokens that follow `n_contexts` tokens each, with what `logits` (n, n_tokens) say about
+        them if `top_logprobs` is given."""
         if top_logprobs is None:
-            return [Token(i) for i in ids.tolist()]
+            return [Token(i, n_context=n) for i, n in zip(ids.tolist(), n_contexts, strict=True)]
         logprobs = logits.float().log_softmax(dim=-1)  # (n, n_tokens)
         entropies = torch.special.entr(logprobs.exp()).sum(dim=-1)  # (n,)
         top = logprobs.topk(min(top_logprobs, logprobs.size(-1)), dim=-1)  # (n, top_logprobs)
         return [
-            Token(i, logprob, tuple(zip(candidates, candidate_logprobs, strict=True)), entropy)
-            for i, logprob, candidates, candidate_logprobs, entropy in zip(
+            Token(i, logprob, tuple(zip(candidates, candidate_logprobs, strict=True)), entropy, n_context)
+            for i, logprob, candidates, candidate_logprobs, entropy, n_context in zip(
                 ids.tolist(),
                 logprobs.gather(-1, ids.to(logits.device)[:, None])[:, 0].tolist(),
                 top.indices.tolist(),
                 top.values.tolist(),
                 entropies.tolist(),
+                n_contexts,
                 strict=True,
             )
         ]
+
+
+def sampling_probabilities(logits: Tensor, ids: list[int], config: SamplingConfig) -> Tensor:
+    """Returns the probabilities (n_tokens,) with which a config draws the token that follows `ids`: those of the logits
+    (n_tokens,) after the repetition penalty, temperature and filters."""
+    rows = logits[None]
+    if config.repetition_penalty != 1:
+        rows = RepetitionPenalty(torch.tensor([ids]), len(logits), config.repetition_penalty).apply(rows)
+    if config.greedy or config.temperature == 0:
+        return torch.nn.functional.one_hot(rows[0].argmax(), len(logits)).float()
+    probabilities, kept = filtered_probabilities(rows, config.temperature, config.top_k, config.top_p, config.min_p)
+    if kept is not None:
+        probabilities = torch.zeros_like(rows).scatter_(1, kept, probabilities)
+    return probabilities[0] / probabilities.sum()
 
 
 @dataclass
@@ -410,14 +454,16 @@ class Chat:
     messages: list[Message] = field(default_factory=list)
     """what was said so far; user and assistant take turns"""
 
-    def reply(self, text: str, sample: Sample | None = None) -> Generator[str, None, None]:
+    def reply(
+        self, text: str, sample: Sample | None = None, top_logprobs: int | None = None
+    ) -> Generator[str, None, None]:
         """Answers a message; yields pieces of whole characters.
 
         The conversation keeps the message and the answer, also if the generator is closed early. Records the answer
-        in `sample`, if given.
+        in `sample`, if given; `top_logprobs` is as in `TextModel.steps`.
         """
         question, answer = {"role": "user", "content": text}, {"role": "assistant", "content": ""}
-        pieces = self.text_model.answer([*self.messages, question], self.config, sample)
+        pieces = self.text_model.answer([*self.messages, question], self.config, sample, top_logprobs)
         self.messages += [question, answer]
         for piece in pieces:
             answer["content"] += piece

@@ -4,53 +4,80 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field
 
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from generation.text_model import Chat, Sample, TextModel
-from interface.streaming import clip, generation_lock, show_stream, speed_line, wait_for_generation
-from text.templates import Message
+from interface.sessions import Answer, Conversation, Session
+from interface.streaming import clip, offer_prompts, show_stream, speed_line
+from interface.token_view import draw_bars, draw_chips
+
+GENERIC_PROMPTS = ("What can you do?", "What is the capital of France?", "Tell me a story.")
 
 
-@dataclass
-class Conversation:
-    """What a session keeps of its chat while the page is open."""
-
-    messages: list[Message] = field(default_factory=list)
-    speed: str = ""
-    """of the last answer"""
-
-
-def chat_view(text_model: TextModel) -> None:
-    """Draws the conversation, and answers a new message."""
+def chat_view(text_model: TextModel, session: Session, prompts: list[str]) -> None:
+    """Draws the conversation, and answers a new message. Offers `prompts` as the first one."""
     if not text_model.template:
         st.info("This model was not trained to chat. Choose Completion above, or another model.")
         return
-    state = st.session_state
-    conversation = state.setdefault("conversation", Conversation())
-    wait_for_generation()
-    chat = Chat(text_model, state.sampling, conversation.messages)
+    state, conversation = st.session_state, session.conversation
+    with session.lock:  # until a stopped answer is stored
+        chat = Chat(text_model, state.sampling, conversation.messages)
+    del conversation.answers[len(chat.messages) // 2 :]  # of messages that were taken back
     history, controls = st.container(), st.empty()
-    for message in chat.messages:
-        with history.chat_message(message["role"]):
-            st.text(clip(message["content"]))
     new_message = st.chat_input("Your message", submit_mode="disable") or state.pop("message to send", None)
+    with history:
+        draw_messages(chat, conversation)
+        if not new_message and not chat.messages:
+            offer_prompts(prompts or GENERIC_PROMPTS, lambda text: state.update({"message to send": text}))
     if new_message or not chat.messages:
         state.editing = False
     if new_message:
-        answer(chat, new_message, conversation, history, controls)
+        answer_message(chat, new_message, session, history, controls)
+        if state.get("tokens"):
+            st.rerun()  # the new answer as tokens
     if state.get("editing"):
         edit_form(chat, controls)
     elif chat.messages:
         buttons(chat, conversation.speed, controls)
 
 
-def answer(
-    chat: Chat, message: str, conversation: Conversation, history: DeltaGenerator, controls: DeltaGenerator
+def draw_messages(chat: Chat, conversation: Conversation) -> None:
+    """Draws what was said so far. If the user wants to see tokens, answers become chips."""
+    answers = {2 * i + 1: one for i, one in enumerate(conversation.answers)}
+    for i, message in enumerate(chat.messages):
+        with st.chat_message(message["role"]):
+            answer = answers.get(i)
+            if st.session_state.get("tokens") and answer and answer.model == chat.text_model.description:
+                draw_tokens(chat.text_model, answer, i)
+            else:
+                st.text(clip(message["content"]))
+
+
+def draw_tokens(text_model: TextModel, answer: Answer, i: int) -> None:
+    """Draws the tokens of the answer in message `i`, and the candidates at the token that the user clicked."""
+    state = st.session_state
+    message, position = state.get("clicked token", (None, 0))
+    is_here = message == i and position < len(answer.tokens)
+    draw_chips(
+        text_model.tokenizer,
+        answer.tokens,
+        0,
+        position if is_here else None,
+        f"chips {i}",
+        lambda position: state.update({"clicked token": (i, position)}),
+    )
+    if is_here:
+        ids = [*answer.prompt, *(token.id for token in answer.tokens[:position])]
+        draw_bars(text_model, ids, answer.tokens[position], f"bars {i}")
+
+
+def answer_message(
+    chat: Chat, message: str, session: Session, history: DeltaGenerator, controls: DeltaGenerator
 ) -> None:
     """Streams the answer to a message. If the user presses Stop, the text so far stays."""
+    conversation, text_model = session.conversation, chat.text_model
     sample = Sample()
     with history.chat_message("user"):
         st.text(clip(message))
@@ -58,11 +85,13 @@ def answer(
         placeholder = st.empty()
     controls.button("Stop", icon=":material/stop_circle:")
     start = time.monotonic()
-    with generation_lock():
+    ids = text_model.answer_ids([*chat.messages, {"role": "user", "content": message}], chat.config)
+    with session.lock:
+        conversation.answers.append(Answer(text_model.description, ids, sample.tokens))
         try:
-            show_stream(chat.reply(message, sample), placeholder, lambda: sample.text)
+            show_stream(chat.reply(message, sample, top_logprobs=0), placeholder, lambda: sample.text)
         finally:  # after Stop, this thread can no longer read the session state
-            conversation.speed = speed_line(sample, start, chat.text_model.model.config.block_size)
+            conversation.speed = speed_line(sample, start, text_model.model.config.block_size)
     if not sample.text:
         placeholder.caption("The model gave an empty answer.")
 
@@ -94,6 +123,9 @@ def buttons(chat: Chat, speed: str, controls: DeltaGenerator) -> None:
             icon=":material/download:",
             on_click="ignore",
             help="One line of JSON, which `prepare_sft_data.py --input` reads.",
+        )
+        st.toggle(
+            "Tokens", key="tokens", help="Shows how probable each token of an answer was. Click one for the others."
         )
         st.caption(speed)
 

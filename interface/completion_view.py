@@ -1,52 +1,46 @@
-"""The completion on the page: a prompt, its continuation, and the probabilities of every token."""
+"""The completion on the page: a prompt, its continuations, and the probabilities of every token."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from generation.config import SamplingConfig
 from generation.text_model import Sample, TextModel, Token
+from interface.sessions import Branch, Completion, Session
 from interface.sidebar import CheckpointFile
-from interface.streaming import clip, generation_lock, show_stream, speed_line, wait_for_generation
-from interface.token_view import N_CANDIDATES, token_view
+from interface.streaming import clip, escape, offer_prompts, show_stream, speed_line
+from interface.token_view import legible, logits_behind, token_view
+
+GENERIC_PROMPTS = ("Once upon a time", "The most important thing is", "In the beginning")
 
 
-@dataclass
-class Completion:
-    """A prompt and its continuation by a model, token by token."""
-
-    file: CheckpointFile
-    """the model's checkpoint"""
-    tokens: list[Token] = field(default_factory=list)
-    n_prompt: int = 0
-    """how many of `tokens` are the prompt"""
-    n_full_prompt: int = 0
-    """tokens of the prompt before it was cut to the context"""
-    speed: str = ""
-
-
-def completion_view(text_model: TextModel, file: CheckpointFile) -> None:
-    """Draws a prompt, its completion, and the model's probabilities at every token. `file` is the model's."""
+def completion_view(text_model: TextModel, file: CheckpointFile, session: Session, prompts: list[str]) -> None:
+    """Draws a prompt, its completion, and the model's probabilities at every token. `file` is the model's; `prompts`
+    are offered until one is completed."""
     state = st.session_state
-    prompt = st.text_area("Beginning of a text", key="prompt", placeholder="Once upon a time")
-    started, controls = st.button("Complete", type="primary", icon=":material/play_arrow:"), st.empty()
-    wait_for_generation()
-    completion: Completion | None = state.get("completion")
+    state.setdefault("prompt", session.prompt)
+    offers = st.container()
+    session.prompt = st.text_area("Beginning of a text", key="prompt", placeholder="Once upon a time")
+    started = st.button("Complete", type="primary", icon=":material/play_arrow:") or state.pop("start", False)
+    controls = st.empty()
+    with session.lock:  # until a stopped generation has stored its text
+        completion = session.completion
     if started:
-        completion = begin(text_model, prompt, file)
-        state.completion, state.step = completion, completion.n_prompt + 1
+        completion = session.completion = begin(text_model, session.prompt, file)
+        state.step = completion.branch.n_prompt + 1
     if completion is None or completion.file != file:
+        with offers:
+            offer_prompts(prompts or GENERIC_PROMPTS, lambda text: state.update(prompt=text, start=True))
         return
     with st.container(border=True):
         placeholder = st.empty()
     view = st.empty()  # empty while the model writes
     if started or state.pop("branched", False):
-        complete(text_model, state.sampling, completion, placeholder, controls)
-    placeholder.text(clip(decode(text_model, completion.tokens)))
+        complete(text_model, state.sampling, completion.branch, session, placeholder, controls)
+    placeholder.text(clip(decode(text_model, completion.branch.tokens)))
     with view.container():
         look_inside(text_model, completion)
 
@@ -55,51 +49,66 @@ def begin(text_model: TextModel, prompt: str, file: CheckpointFile) -> Completio
     """Returns a completion that holds only its prompt, cut to the last tokens that fit the context."""
     ids = text_model.prompt_ids(prompt)
     kept = ids[-text_model.model.config.block_size :]
-    return Completion(file, [Token(i) for i in kept], len(kept), len(ids))
+    return Completion(file, len(ids), Branch("1", [Token(i) for i in kept], len(kept)))
 
 
 def complete(
     text_model: TextModel,
     config: SamplingConfig,
-    completion: Completion,
+    branch: Branch,
+    session: Session,
     placeholder: DeltaGenerator,
     controls: DeltaGenerator,
 ) -> None:
-    """Streams the continuation of a completion's tokens. If the user presses Stop, the text so far stays."""
-    sample, before = Sample(), list(completion.tokens)
+    """Streams the continuation of a branch. If the user presses Stop, the text so far stays."""
+    sample, before = Sample(), list(branch.tokens)
     controls.button("Stop", icon=":material/stop_circle:")
-    pieces = text_model.stream([token.id for token in before], config, sample, N_CANDIDATES)
+    pieces = text_model.stream([token.id for token in before], config, sample, top_logprobs=0)
     start = time.monotonic()
-    with generation_lock():
+    with session.lock:
         try:
             show_stream(pieces, placeholder, lambda: decode(text_model, before + sample.tokens))
         finally:
-            completion.tokens = before + sample.tokens
-            completion.speed = speed_line(sample, start, text_model.model.config.block_size)
+            branch.tokens = before + sample.tokens
+            branch.speed = speed_line(sample, start, text_model.model.config.block_size)
             if sample.finish_reason == "end":
-                completion.speed += " · the model ended the text"
+                branch.speed += " · the model ended the text"
     controls.empty()
 
 
 def look_inside(text_model: TextModel, completion: Completion) -> None:
-    """Draws the tokens with their probabilities. If the user chooses another token at a step, writes on from there."""
-    block_size = text_model.model.config.block_size
+    """Draws the tokens with their probabilities, and the branches if there are several."""
+    branch, block_size = completion.branch, text_model.model.config.block_size
     if completion.n_full_prompt > block_size:
         st.caption(
             f"The prompt has {completion.n_full_prompt:,} tokens. The model sees the last {block_size:,}, its context."
         )
-    st.caption(completion.speed)
-    prompt = completion.tokens[: completion.n_prompt]
+    st.caption(branch.speed)
+    if len(completion.branches) > 1:
+        st.caption("Branches")
+        with st.container(horizontal=True):
+            for one in completion.branches:
+                kind = "primary" if one is branch else "secondary"
+                st.button(escape(one.name), type=kind, key=f"branch {one.name}", on_click=completion.show, args=(one,))
+    prompt = branch.tokens[: branch.n_prompt]
     if any(token.logprob is None for token in prompt[1:]):
         with st.spinner("Computing the probabilities of the prompt"):
-            completion.tokens[: completion.n_prompt] = text_model.score([token.id for token in prompt], N_CANDIDATES)
-    branch = token_view(text_model.tokenizer, completion.tokens, completion.n_prompt)
-    if branch:
-        position, token = branch
-        completion.tokens[position:] = [token]
-        completion.n_prompt = min(completion.n_prompt, position)
-        st.session_state.branched = True
-        st.rerun()
+            branch.tokens[: branch.n_prompt] = text_model.score([token.id for token in prompt], top_logprobs=0)
+    token_view(
+        text_model, branch.tokens, branch.n_prompt, lambda i, choice: branch_off(text_model, completion, i, choice)
+    )
+
+
+def branch_off(text_model: TextModel, completion: Completion, position: int, choice: int) -> None:
+    """Lets the next drawing of the page continue from another token at a position of the branch on the page."""
+    tokens = completion.branch.tokens
+    logits = logits_behind(text_model, [token.id for token in tokens[:position]], tokens[position].n_context)
+    logprobs = logits.log_softmax(dim=-1)
+    old = tokens[position]
+    token = Token(choice, logprobs[choice].item(), (), old.entropy, old.n_context)
+    name = legible(text_model.tokenizer.decode_bytes([choice]))
+    completion.continue_from(position, token, f"{name} at step {position + 1}")
+    st.session_state.branched = True
 
 
 def decode(text_model: TextModel, tokens: list[Token]) -> str:

@@ -1,8 +1,9 @@
-"""Line charts: losses over a training run, values along a text."""
+"""Line charts: losses over training runs, values along a text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import altair as alt
 
@@ -10,18 +11,27 @@ BLUE, GREY, ORANGE = "#3b82f6", "#9ca3af", "#f59e0b"
 MAX_POINTS = 1000  # of one curve
 
 
-def loss_chart(entries: list[dict]) -> alt.LayerChart:
-    """Returns the training and validation losses of a log's entries over the optimizer steps."""
+def loss_chart(runs: Mapping[str, list[dict[str, Any]]]) -> alt.LayerChart:
+    """Returns the training and validation losses of runs over the optimizer steps: the entries of a log by name.
+
+    The colours tell the two losses of one run, or several runs, apart.
+    """
     layers = []
-    for key, name in (("loss", "training"), ("val_loss", "validation")):
-        rows = [{"step": entry["step"], "loss": entry[key], "split": name} for entry in entries if key in entry]
-        rows = rows[:: max(1, len(rows) // MAX_POINTS)]
-        line = alt.Chart(alt.Data(values=rows)).mark_line(point=key == "val_loss", opacity=0.8)
+    for key, split in (("loss", "training"), ("val_loss", "validation")):
+        rows = []
+        for name, entries in runs.items():
+            points = [{"step": entry["step"], "loss": entry[key]} for entry in entries if key in entry]
+            series = split if len(runs) == 1 else name
+            rows += [{**point, "series": series} for point in points[:: max(1, len(points) // MAX_POINTS)]]
+        line = alt.Chart(alt.Data(values=rows)).mark_line(
+            point=key == "val_loss", opacity=0.8 if len(runs) == 1 or key == "val_loss" else 0.35
+        )
+        colours = alt.Scale(range=[GREY, BLUE]) if len(runs) == 1 else alt.Scale(domain=list(runs))
         layers.append(
             line.encode(
                 x=alt.X("step:Q", title="optimizer step"),
                 y=alt.Y("loss:Q", title="loss (nats)", scale=alt.Scale(zero=False)),
-                color=alt.Color("split:N", title=None, scale=alt.Scale(range=[GREY, BLUE])),
+                color=alt.Color("series:N", title=None, scale=colours, legend=alt.Legend(orient="top", columns=2)),
             )
         )
     return alt.LayerChart(layer=layers).properties(height=360)

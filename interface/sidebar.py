@@ -21,17 +21,26 @@ def pick_checkpoint() -> CheckpointFile | None:
         st.title("GPT-2")
         st.info(NO_MODEL)
         return None
-    previous = st.session_state.get("model")
-    if previous is not None and previous not in files:
+    paths = list(files)
+    names = {path: str(path.relative_to(FOLDER)) for path in paths}
+    if "model" not in st.session_state:  # after a reload, the page's address names the model
+        st.session_state.model = next((p for p in paths if names[p] == st.query_params.get("model")), paths[0])
+    previous = st.session_state.model
+    if previous not in paths:
         st.warning("The chosen model no longer exists:")
         st.text(previous)
-    path = st.selectbox("Model", list(files), key="model", format_func=lambda path: str(path.relative_to(FOLDER)))
+    path = st.selectbox("Model", paths, key="model", format_func=lambda path: names[path])
+    if st.query_params.get("model") != names[path]:
+        st.query_params["model"] = names[path]
     return files[path]
 
 
 @st.fragment  # a change here neither redraws the whole page nor stops an answer
 def pick_sampling() -> None:
-    """Draws the sampling controls, and stores their values for the next answer in the session."""
+    """Draws the sampling controls, and stores their values for the next answer in the session.
+
+    Draws the whole page again only if it shows probabilities that depend on the values; then no text is being written.
+    """
     temperature = st.slider(
         "Temperature",
         0.0,
@@ -56,7 +65,7 @@ def pick_sampling() -> None:
     seed = st.number_input(
         "Seed", 0, None, None, help="The same seed gives the same text. Empty: a new text each time."
     )
-    st.session_state.sampling = SamplingConfig(
+    sampling = SamplingConfig(
         max_new_tokens=length,
         temperature=temperature,
         top_k=top_k or None,
@@ -64,3 +73,6 @@ def pick_sampling() -> None:
         repetition_penalty=penalty,
         seed=seed,
     )
+    st.session_state.sampling = sampling
+    if st.session_state.get("drawn for") not in (None, sampling):  # the page shows bars, of other values
+        st.rerun()

@@ -1,11 +1,12 @@
-"""What the chat and the completion share: a text that streams onto the page, one at a time in a session."""
+"""What the chat and the completion share: texts on the page, and one that streams onto it."""
 
 from __future__ import annotations
 
 import contextlib
-import threading
+import re
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
+from typing import Any
 
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
@@ -23,31 +24,34 @@ def clip(text: str) -> str:
     return f"… ({len(text) - MAX_CHARACTERS:,} characters)\n{text[-MAX_CHARACTERS:]}"
 
 
+def escape(text: str) -> str:
+    """Returns a text as Markdown that shows it as it is."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text)
+
+
+def offer_prompts(prompts: Iterable[str], on_click: Callable[[str], Any]) -> None:
+    """Draws texts to try as buttons. `on_click` gets the one that the user chooses."""
+    st.caption("Try one of these:")
+    with st.container(horizontal=True):
+        for i, text in enumerate(prompts):
+            st.button(escape(text), key=f"try {i}", on_click=on_click, args=(text,))
+
+
 def show_stream(pieces: Generator[str, None, None], placeholder: DeltaGenerator, text: Callable[[], str]) -> None:
     """Shows `text()` in a placeholder while the pieces arrive, as plain text.
 
     When the user presses Stop, Streamlit runs the page again in a new thread. In this thread, the next use of Streamlit
     raises an exception, which ends the generation.
     """
+    st.session_state["drawn for"] = None  # the sampling controls must not stop the text
     with contextlib.closing(pieces):
         drawn = time.monotonic()
         for _ in pieces:
-            st.session_state.get("lock")  # a use of Streamlit for every piece, so that Stop acts at once
+            st.session_state.get("session")  # a use of Streamlit for every piece, so that Stop acts at once
             if time.monotonic() - drawn > SECONDS_PER_DRAWING:
                 placeholder.text(clip(text()))
                 drawn = time.monotonic()
     placeholder.text(clip(text()))
-
-
-def generation_lock() -> threading.Lock:
-    """Returns the lock that this session holds while the model writes."""
-    return st.session_state.setdefault("lock", threading.Lock())
-
-
-def wait_for_generation() -> None:
-    """Waits until a stopped generation has ended and its text is stored."""
-    with generation_lock():
-        pass
 
 
 def speed_line(sample: Sample, start: float, block_size: int) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import accumulate
+from typing import Any
 
-import altair as alt
 import streamlit as st
+from torch import Tensor
 
-from generation.text_model import Token
-from interface.curves import BLUE, GREY, curve
+from generation.text_model import TextModel, Token, sampling_probabilities
+from interface.curves import curve
 from text.tokenizer import Tokenizer, legible
 
-N_CANDIDATES = 10  # shown at each step
+N_BARS = 10  # candidates shown at each step
 
 _CHIPS = st.components.v2.component(
     "token_chips",
@@ -53,36 +55,63 @@ _CHIPS = st.components.v2.component(
     """,
 )
 
+_BARS = st.components.v2.component(
+    "token_bars",
+    html='<div class="bars"></div>',
+    css="""
+        .bars { font-size: 0.875rem; color: var(--st-text-color); }
+        button { font: inherit; color: inherit; background: none; text-align: left; width: 100%; padding: 2px 6px;
+                 border: 1px solid transparent; border-radius: 4px; display: grid; align-items: center; gap: 0 8px;
+                 grid-template-columns: minmax(4rem, 9rem) 1fr 4.2rem; }
+        button:enabled { cursor: pointer; }
+        button:enabled:hover { border-color: var(--st-text-color); }
+        button.chosen { outline: 2px solid #f59e0b; outline-offset: -2px; }
+        .name { font-family: var(--st-code-font); grid-row: span 2; overflow: hidden; text-overflow: ellipsis;
+                white-space: pre; }
+        .bar { height: 9px; border-radius: 2px; min-width: 1px; }
+        .before { background: #9ca3af; }
+        .after { background: #3b82f6; }
+        .percent { font-size: 0.75rem; line-height: 1.2; text-align: right; font-variant-numeric: tabular-nums; }
+    """,
+    js="""
+        export default function ({ data, parentElement, setTriggerValue }) {
+            const box = parentElement.querySelector(".bars");
+            box.replaceChildren();
+            for (const row of data.rows) {
+                const button = document.createElement("button");
+                const add = (className, text) => {
+                    const part = document.createElement("span");
+                    part.className = className;
+                    part.textContent = text;
+                    button.append(part);
+                    return part;
+                };
+                button.className = row.chosen ? "chosen" : "";
+                button.disabled = !data.clickable;
+                button.title = row.name + " (" + row.id + ")";
+                add("name", row.name);
+                for (const kind of ["before", "after"]) {
+                    const bar = add("bar " + kind, "");
+                    bar.style.width = 100 * row[kind] / data.largest + "%";
+                    add("percent", row[kind] > 0 ? (100 * row[kind]).toFixed(2) + " %" : "never");
+                }
+                button.onclick = () => setTriggerValue("clicked", row.id);
+                box.append(button);
+            }
+        }
+    """,
+)
 
-def token_view(tokenizer: Tokenizer, tokens: list[Token], n_prompt: int) -> tuple[int, Token] | None:
-    """Draws tokens, the first `n_prompt` of them the prompt, and lets the user choose one and replace it.
 
-    Returns the position of a token and its replacement when the user asks for one, else None.
-    """
-    state = st.session_state
-    state.step = min(max(1, state.get("step", n_prompt + 1)), len(tokens))
-    draw_chips(tokenizer, tokens, n_prompt)
-    if len(tokens) > 1:
-        st.slider("Step", 1, len(tokens), key="step", help="Chooses a token, as a click does.")
-    position = state.step - 1
-    token = tokens[position]
-    if token.logprob is None:
-        st.caption("Nothing comes before the first token, so the model gives no probabilities for it.")
-        return None
-    st.altair_chart(candidates_chart(tokenizer, token))
-    left, right = st.columns(2)
-    left.caption("Entropy (nats)")
-    left.altair_chart(curve([t.entropy for t in tokens], position))
-    right.caption("Cumulative log-probability (nats)")
-    right.altair_chart(curve(list(accumulate(t.logprob or 0.0 for t in tokens)), position))
-    replacement = pick_replacement(tokenizer, token, position)
-    return (position, replacement) if replacement else None
-
-
-def draw_chips(tokenizer: Tokenizer, tokens: list[Token], n_prompt: int) -> None:
-    """Draws each token as a chip. A click makes it the chosen token: it sets the step, which counts from 1."""
-    state = st.session_state
-    st.caption("The stronger the colour, the more probable the token. The prompt is underlined. Click a token.")
+def draw_chips(
+    tokenizer: Tokenizer,
+    tokens: list[Token],
+    n_prompt: int,
+    chosen: int | None,
+    key: str,
+    on_click: Callable[[int], Any],
+) -> None:
+    """Draws tokens as chips, the first `n_prompt` of them as the prompt. `on_click` gets the position of a token."""
     chips = [
         {
             "text": legible(tokenizer.decode_bytes([token.id])),
@@ -91,44 +120,82 @@ def draw_chips(tokenizer: Tokenizer, tokens: list[Token], n_prompt: int) -> None
         for token in tokens
     ]
     _CHIPS(
-        key="chips",
-        data={"tokens": chips, "n_prompt": n_prompt, "chosen": state.step - 1},
-        on_clicked_change=lambda: state.update(step=state.chips.clicked + 1),
+        key=key,
+        data={"tokens": chips, "n_prompt": n_prompt, "chosen": chosen},
+        on_clicked_change=lambda: on_click(st.session_state[key].clicked),
     )
 
 
-def pick_replacement(tokenizer: Tokenizer, token: Token, position: int) -> Token | None:
-    """Offers the other candidates at a token's position. Returns one when the user wants to continue from it."""
-    others = {i: logprob for i, logprob in token.candidates if i != token.id}
-    with st.form("branch", border=False), st.container(horizontal=True, vertical_alignment="bottom"):
-        other = st.selectbox(
-            f"Another token at step {position + 1}",
-            others,
-            format_func=lambda i: f"{legible(tokenizer.decode_bytes([i]))}  {math.exp(others[i]):.1%}",
-            key=f"other {position} {token.id}",
-        )
-        if st.form_submit_button("Continue from here", icon=":material/call_split:") and other is not None:
-            return Token(other, others[other], token.candidates, token.entropy)
-    return None
+def draw_bars(
+    text_model: TextModel, ids: list[int], token: Token, key: str, on_click: Callable[[int], Any] | None = None
+) -> None:
+    """Draws the likeliest candidates for a token that follows `ids`: the model's probabilities, and those after the
+    sampling controls. `on_click` gets the id of a candidate."""
+    state = st.session_state
+    logits = logits_behind(text_model, ids, token.n_context)
+    sampled = sampling_probabilities(logits, ids, state.sampling)
+    state["drawn for"] = state.sampling  # other values draw the page again
+    rows = bar_rows(text_model.tokenizer, token.id, logits, sampled)
+    _BARS(
+        key=key,
+        data={"rows": rows, "largest": max(max(r["before"], r["after"]) for r in rows), "clickable": bool(on_click)},
+        on_clicked_change=lambda: on_click(state[key].clicked) if on_click else None,
+    )
+    kept = sampled > 0
+    st.caption(
+        f"Grey: the model's probability. Blue: the probability after the sampling controls, which keep {kept.sum():,} "
+        f"of {len(kept):,} tokens ({logits.softmax(dim=-1)[kept].sum():.1%} of the probability)."
+    )
 
 
-def candidates_chart(tokenizer: Tokenizer, token: Token) -> alt.LayerChart:
-    """Returns the likeliest candidates at a step as bars, and the token that was chosen among them in colour.
-
-    The token must have a log-probability.
-    """
-    candidates = dict(token.candidates)
-    if token.id not in candidates and token.logprob is not None:
-        candidates[token.id] = token.logprob
-    names = [f"{legible(tokenizer.decode_bytes([i]))} ({i})" for i in candidates]
-    rows = [
-        {"token": name, "probability": math.exp(logprob), "chosen": i == token.id}
-        for name, (i, logprob) in zip(names, candidates.items(), strict=True)
+def bar_rows(tokenizer: Tokenizer, chosen: int, logits: Tensor, sampled: Tensor) -> list[dict[str, Any]]:
+    """Returns the likeliest ids, before or after the sampling controls, and the chosen one, each with its two
+    probabilities. `logits` and the probabilities `sampled` are (n_tokens,)."""
+    probabilities = logits.softmax(dim=-1)
+    n = min(N_BARS, len(logits))
+    ids = dict.fromkeys([*probabilities.topk(n).indices.tolist(), chosen])
+    missing = [i for i in sampled.topk(n).indices.tolist() if i not in ids and sampled[i] > 0]  # a penalty lifts them
+    return [
+        {
+            "id": i,
+            "name": legible(tokenizer.decode_bytes([i])),
+            "before": probabilities[i].item(),
+            "after": sampled[i].item(),
+            "chosen": i == chosen,
+        }
+        for i in [*ids, *missing]
     ]
-    base = alt.Chart(alt.Data(values=rows)).encode(
-        x=alt.X("probability:Q", axis=alt.Axis(format="%"), scale=alt.Scale(domainMin=0)),
-        y=alt.Y("token:N", sort=names, title=None, axis=alt.Axis(labelLimit=240)),
-    )
-    colour = alt.condition("datum.chosen", alt.value(BLUE), alt.value(GREY))
-    text = base.mark_text(align="left", dx=4, color=GREY).encode(text=alt.Text("probability:Q", format=".2%"))
-    return (base.mark_bar().encode(color=colour) + text).properties(height=24 * len(rows) + 40)
+
+
+def logits_behind(text_model: TextModel, ids: list[int], n_context: int) -> Tensor:
+    """Returns the logits (n_tokens,) behind the last `n_context` ids. Those of the last call are kept, so a slider that
+    moves costs no forward pass."""
+    context = ids[-n_context:]
+    if (kept := st.session_state.get("logits")) is None or kept[0] is not text_model or kept[1] != context:
+        kept = st.session_state.logits = (text_model, context, text_model.next_logits(context))
+    return kept[2]
+
+
+def token_view(text_model: TextModel, tokens: list[Token], n_prompt: int, on_branch: Callable[[int, int], Any]) -> None:
+    """Draws tokens, the first `n_prompt` of them the prompt, and one of them with its candidates.
+
+    `on_branch` gets a position and the id of the candidate that the user wants to continue from.
+    """
+    state = st.session_state
+    state.step = min(max(1, state.get("step", n_prompt + 1)), len(tokens))
+    st.caption("The stronger the colour, the more probable the token. The prompt is underlined. Click a token.")
+    draw_chips(text_model.tokenizer, tokens, n_prompt, state.step - 1, "chips", lambda i: state.update(step=i + 1))
+    if len(tokens) > 1:
+        st.slider("Step", 1, len(tokens), key="step", help="Chooses a token, as a click does.")
+    position = state.step - 1
+    token = tokens[position]
+    if token.logprob is None:
+        st.caption("Nothing comes before the first token, so the model gives no probabilities for it.")
+        return
+    st.markdown("**Click a bar to continue from there**")
+    draw_bars(text_model, [t.id for t in tokens[:position]], token, "bars", lambda i: on_branch(position, i))
+    left, right = st.columns(2)
+    left.caption("Entropy (nats)")
+    left.altair_chart(curve([t.entropy for t in tokens], position))
+    right.caption("Cumulative log-probability (nats)")
+    right.altair_chart(curve(list(accumulate(t.logprob or 0.0 for t in tokens)), position))

@@ -1,47 +1,123 @@
-"""The training on the page: the loss curves of a run, which follow the run while it goes on."""
+"""The training on the page: the figures, curves and samples of runs, which follow a run while it goes on."""
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
+from typing import Any
 
 import streamlit as st
 
 from interface.curves import loss_chart
 from system.errors import UserError
+from system.locks import is_locked, output_lock
+from system.untrusted import is_text
 from training.run_log import read_log
 
 SECONDS_TO_REDRAW = 2
-SECONDS_UNTIL_IDLE = 300  # without a new line in its log, a run counts as not running
+LINES_FOR_SPEED = 20  # of the log
+
+Entries = list[dict[str, Any]]
 
 
 def training_view(log: Path) -> None:
-    """Draws a run's log every two seconds."""
-    st.fragment(draw_log, run_every=SECONDS_TO_REDRAW)(log)
+    """Lets the user choose runs, first the one of the model with this log, and draws them every two seconds."""
+    others = [path for path in sorted(Path("checkpoints").rglob("*.jsonl")) if path != log and is_text(str(path))]
+    logs = [log, *(path for path in others if path.with_suffix(".pt").exists())]
+    chosen = st.multiselect("Runs", logs, [log], format_func=name_of, key=f"runs beside {log}")
+    st.fragment(draw_runs, run_every=SECONDS_TO_REDRAW)(chosen)
 
 
-def draw_log(log: Path) -> None:
-    """Draws a run's figures and loss curves."""
-    try:
-        entries = read_log(log)
-    except UserError as error:
-        st.text(str(error))
-        return
-    if not entries:
+def draw_runs(logs: list[Path]) -> None:
+    """Draws the figures of each run, their loss curves over each other, and the samples of the first one."""
+    runs: dict[str, Entries] = {}
+    for log in logs:
+        try:
+            if entries := read_log(log):
+                runs[name_of(log)] = entries
+                draw_figures(log, entries, is_alone=len(logs) == 1)
+        except (UserError, OSError) as error:
+            st.text(str(error))
+    if not runs:
         st.info("There is no log of a training run beside this model.")
         return
+    st.altair_chart(loss_chart(runs))
+    draw_samples(next(iter(runs.values())))
+
+
+def draw_figures(log: Path, entries: Entries, is_alone: bool) -> None:
+    """Draws where a run stands: one line of text, and its latest figures."""
     latest = {name: value for entry in entries for name, value in entry.items()}  # the last value of each figure
     best = min((entry["val_loss"] for entry in entries if "val_loss" in entry), default=None)
-    age = time.time() - log.stat().st_mtime if log.exists() else math.inf
+    is_running = is_locked(output_lock(log.with_suffix(".pt")))
+    speed = recent_speed(entries)
+    age = time.time() - log.stat().st_mtime
+    if not is_alone:
+        st.text(name_of(log))
+    st.caption(status(latest["step"], latest.get("max_steps"), is_running, age))
+    n_left = latest.get("max_steps", 0) - latest["step"]
+    figures = {
+        "Step": f"{latest['step']:,}" + (f" of {latest['max_steps']:,}" if "max_steps" in latest else ""),
+        "Time left": duration(n_left / speed["step"]) if is_running and n_left > 0 and speed.get("step") else None,
+        "Training loss": f"{latest['loss']:.4f}" if "loss" in latest else None,
+        "Best validation loss": f"{best:.4f}" if best is not None else None,
+        "Tokens": f"{latest['tokens']:,}" if "tokens" in latest else None,
+        "Tokens/s": f"{speed['tokens']:,.0f}" if "tokens" in speed else None,
+        "Learning rate": f"{latest['learning_rate']:.1e}" if "learning_rate" in latest else None,
+        "Time": duration(latest.get("seconds", 0)),
+    }
     with st.container(horizontal=True):
-        st.metric("Step", f"{latest['step']:,}")
-        for label, value in (("Training loss", latest.get("loss")), ("Best validation loss", best)):
+        for label, value in figures.items():
             if value is not None:
-                st.metric(label, f"{value:.4f}")
-        if "tokens" in latest:
-            st.metric("Tokens", f"{latest['tokens']:,}")
-        st.metric("Time", f"{latest.get('seconds', 0) / 60:,.1f} min")
-    st.altair_chart(loss_chart(entries))
-    status = "running" if age < SECONDS_UNTIL_IDLE else "not running"
-    st.caption(f"{status}, last written {age:,.0f} seconds ago")
+                st.metric(label, value, width="content")
+
+
+def status(step: int, max_steps: int | None, is_running: bool, age: float) -> str:
+    """Returns what a run does, or how it ended; `age` is the time since its last line in the log, in seconds."""
+    if is_running:
+        return "running"
+    if max_steps is None:
+        return f"ended at step {step:,}, {duration(age)} ago"
+    return f"finished {duration(age)} ago" if step >= max_steps else f"stopped at step {step:,}, {duration(age)} ago"
+
+
+def duration(seconds: float) -> str:
+    """Returns a time as text in its largest unit, such as "36 minutes"."""
+    for unit, size in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
+        if seconds >= 2 * size or (unit == "minute" and seconds >= size):
+            n = round(seconds / size)
+            return f"{n:,} {unit}{'s' * (n > 1)}"
+    return f"{max(0, seconds):.0f} seconds"
+
+
+def recent_speed(entries: Entries) -> dict[str, float]:
+    """Returns by how much `step` and `tokens` grow per second over the last lines of a log; nothing if unknown."""
+    lines = [entry for entry in entries if entry.keys() >= {"tokens", "seconds"}][-LINES_FOR_SPEED:]
+    if len(lines) < 2 or lines[-1]["seconds"] <= lines[0]["seconds"]:
+        return {}
+    seconds = lines[-1]["seconds"] - lines[0]["seconds"]
+    return {name: (lines[-1][name] - lines[0][name]) / seconds for name in ("step", "tokens")}
+
+
+def draw_samples(entries: Entries) -> None:
+    """Draws what the model wrote for the same inputs at one of its evaluations, which the user chooses."""
+    evaluations = {entry["step"]: entry["examples"] for entry in entries if entry.get("examples")}
+    if not evaluations:
+        return
+    st.subheader("Samples over time", anchor=False)
+    steps = list(evaluations)
+    step = steps[-1]
+    if len(steps) > 1:
+        step = st.select_slider("At step", steps, step, format_func=lambda step: f"{step:,}", key="samples at step")
+    for example in evaluations[step]:
+        with st.container(border=True):
+            st.text(example["input"])
+            for label, text in (("writes", example["output"]), ("wanted", example["expected"])):
+                if text:
+                    st.caption(label)
+                    st.text(text)
+
+
+def name_of(log: Path) -> str:
+    """Returns the name of a run: the path of its checkpoint, without the ending."""
+    return str(log.with_suffix("").relative_to("checkpoints"))

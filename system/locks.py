@@ -57,6 +57,26 @@ def locked(path: Path, refusal: str, remedy: str) -> Iterator[bool]:
                 folder.rmdir()  # unless something was written
 
 
+def output_lock(out: Path) -> Path:
+    """Returns the lock file of a run that writes the checkpoint `out`."""
+    return out.with_name(f".{out.name}.lock")
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds a lock file. If none does, this call holds it for a moment, which `locked` waits for."""
+    if not path.exists():
+        return False
+    lock = FileLock(path, mode=0o666, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):  # without locks, nobody can tell
+        return False
+    lock.release()
+    return False
+
+
 def _process_in(path: Path) -> str:
     """Returns " (process 123)" for the process that holds a lock file, or nothing if the file does not say."""
     with contextlib.suppress(OSError, ValueError):

@@ -136,13 +136,14 @@ class Page:
 
     def chips(self) -> list[WebElement]:
         """Returns the chips of the tokens."""
-        return self.driver.execute_script(
-            "return [...document.querySelectorAll('*')].filter(e => e.shadowRoot)"
-            ".flatMap(e => [...e.shadowRoot.querySelectorAll('.chips button')])"
-        )
+        return self.in_components(".chips button")
+
+    def bars(self) -> list[WebElement]:
+        """Returns the candidates at the chosen token, each of which is a button."""
+        return self.in_components(".bars button")
 
     def in_components(self, selector: str) -> list[WebElement]:
-        """Returns the elements of our own components that match a CSS selector."""
+        """Returns the elements inside our own components that match a CSS selector."""
         return self.driver.execute_script(
             "return [...document.querySelectorAll('*')].filter(e => e.shadowRoot)"
             ".flatMap(e => [...e.shadowRoot.querySelectorAll(arguments[0])])",

@@ -15,10 +15,21 @@ from conftest import REPOSITORY
 from streamlit.testing.v1 import AppTest
 
 from generation.config import SamplingConfig
-from generation.text_model import TextModel
+from generation.text_model import TextModel, Token
+from interface import sessions
+from interface.sessions import Branch
+from interface.streaming import escape
+from interface.training_view import duration, recent_speed, status
+from system.locks import locked, output_lock
+from text import tokenizer as tokenizers
+from text.token_files import read_tokens
 from text.tokenizer import legible
+from training.loader import Windows
+from training.prompts import beginnings
 from weights import checkpoint
 from weights.loading import load_checkpoint
+
+SAMPLES = Path(__file__).parent / "samples"
 
 
 @pytest.fixture
@@ -70,11 +81,15 @@ def complete(page: AppTest, prompt: str, **controls) -> str:
 
 
 def messages(page: AppTest) -> list[dict[str, str]]:
-    return page.session_state.conversation.messages
+    return page.session_state.session.conversation.messages
+
+
+def completion(page: AppTest) -> Branch:
+    return page.session_state.session.completion.branch
 
 
 def ids(page: AppTest) -> list[int]:
-    return [token.id for token in page.session_state.completion.tokens]
+    return [token.id for token in completion(page).tokens]
 
 
 def test_the_controls_need_no_torch():
@@ -115,7 +130,7 @@ def test_chat_keeps_the_conversation_and_shows_text_as_text(folder):
         say(page, text)
     assert [message.name for message in page.chat_message] == ["user", "assistant"] * 2
     assert page.chat_message[0].text[0].value == "Hello <script>alert(1)</script>"
-    assert "tokens/s" in page.session_state.conversation.speed
+    assert "tokens/s" in page.session_state.session.conversation.speed
     assert page.get("download_button")[0].label == "Download"
     button(page, "Clear").click().run()
     assert len(page.chat_message) == 0
@@ -186,44 +201,201 @@ def test_a_completion_follows_every_sampling_control(folder):
     assert expected(greedy=True, repetition_penalty=2.0) != greedy
     seeded = complete(page, "What is", Temperature=1.0, Top_k=0, Repetition_penalty=1.0)
     assert seeded == expected(temperature=1.0, top_k=None) != greedy
-    assert "tokens/s" in page.session_state.completion.speed and "of 64" in page.session_state.completion.speed
+    assert "tokens/s" in completion(page).speed and "of 64" in completion(page).speed
     assert len(complete(page, "What is", Length=1)) < len(seeded)
+
+
+def bars(page: AppTest) -> list[dict]:
+    """The rows of bars on the page."""
+    return json.loads(component(page, "token_bars")[-1].json)["rows"]
+
+
+def component(page: AppTest, name: str) -> list:
+    return [e.proto for e in page.get("bidi_component") if e.proto.component_name == name]
 
 
 def test_every_token_has_candidates_and_can_be_replaced_by_one(folder):
     page = open_page("toy.pt")
     complete(page, "What is", Length=12, Temperature=0.0)
-    n_prompt = page.session_state.completion.n_prompt
-    tokens, before = page.session_state.completion.tokens, ids(page)
+    n_prompt = completion(page).n_prompt
+    tokens, before = completion(page).tokens, ids(page)
     assert tokens[0].logprob is None and len(tokens) == n_prompt + 12
-    for token in tokens[1:]:
-        probabilities = [math.exp(p) for _, p in token.candidates]
-        assert len(probabilities) == 10 and probabilities == sorted(probabilities, reverse=True)
-        assert sum(probabilities) <= 1 and 0 < token.entropy < math.log(400)
-    assert all(token.id == token.candidates[0][0] for token in tokens[n_prompt:])  # greedy
     model = TextModel.load("checkpoints/toy.pt")
     with torch.no_grad():
         logprobs = model.model(torch.tensor([before]))[0, :, : model.tokenizer.n_tokens].log_softmax(-1)
     for i, token in enumerate(tokens[1:]):
         assert token.logprob == pytest.approx(logprobs[i, token.id].item(), abs=1e-4)
+        assert 0 < token.entropy < math.log(400)
     step = n_prompt + 4
     slider(page, "Step").set_value(step).run()
-    charts = [json.loads(chart.proto.spec) for chart in page.get("vega_lite_chart")]
-    assert len(charts) == 3 and charts[0]["layer"]
-    other = next(box for box in page.selectbox if box.label.startswith("Another token"))
-    assert len(other.options) == 9
-    taken = tokens[step - 1].candidates[3][0]
-    other.set_value(taken)
-    button(page, "Continue from here").click().run()
-    assert not page.exception
+    rows, expected = bars(page), logprobs[step - 2].exp()
+    assert [row["id"] for row in rows] == expected.topk(10).indices.tolist()
+    assert [row["before"] for row in rows] == pytest.approx(expected.topk(10).values.tolist(), abs=1e-4)
+    assert [row["after"] for row in rows] == [1.0] + [0.0] * 9  # greedy
+    assert [row["chosen"] for row in rows] == [True] + [False] * 9
+
+    taken = rows[3]["id"]
+    old = page.session_state.session.completion.branch
+    branch(page, step - 1, taken)
     after = ids(page)
     assert after[: step - 1] == before[: step - 1] and after[step - 1] == taken and len(after) == step + 12
     kept = list(model.stream(after[:step], SamplingConfig(max_new_tokens=12, greedy=True)))
-    assert page.main.text[0].value == model.tokenizer.decode(after[:step]) + "".join(kept)
-    slider(page, "Step").set_value(2).run()  # also inside the prompt
-    button(page, "Continue from here").click().run()
-    assert not page.exception and ids(page)[0] == before[0] and ids(page)[1] != before[1]
-    assert page.session_state.completion.n_prompt == 1
+    text = model.tokenizer.decode(after[:step]) + "".join(kept)
+    assert page.main.text[0].value == text
+    branch(page, 1, taken)  # also inside the prompt
+    assert ids(page)[:2] == [before[0], taken] and completion(page).n_prompt == 1
+    page.button(key=f"branch {old.name}").click().run()  # and back
+    assert ids(page) == before and completion(page) is old
+    assert page.main.text[0].value == model.tokenizer.decode(before)
+    for _ in range(10):
+        branch(page, step - 1, taken)
+    assert len(page.session_state.session.completion.branches) == 8
+
+
+def branch(page: AppTest, position: int, choice: int) -> None:
+    """Does what a click on a bar does."""
+    old = completion(page).tokens[position]
+    token = Token(choice, -1.0, (), old.entropy, old.n_context)
+    page.session_state.session.completion.continue_from(position, token, "another")
+    page.session_state.branched = True
+    page.run()
+    assert not page.exception
+
+
+def test_the_bars_follow_the_sampling_controls_without_writing_again(folder):
+    page = open_page("toy.pt")
+    complete(page, "What is", Length=12, Temperature=1.0, Top_k=0)
+    before = ids(page)
+    rows = bars(page)
+    assert [row["after"] for row in rows] == pytest.approx([row["before"] for row in rows], abs=1e-6)
+    slider(page, "Top k").set_value(3).run()
+    narrow = bars(page)
+    assert [row["before"] for row in narrow] == [row["before"] for row in rows]
+    likeliest = [row["before"] for row in rows[:3]]
+    expected = [p / sum(likeliest) for p in likeliest] + [0.0] * 7
+    assert [row["after"] for row in narrow[:10]] == pytest.approx(expected, abs=1e-6)
+    assert any("keep 3 of" in caption.value for caption in page.caption)
+    slider(page, "Temperature").set_value(0.5).run()
+    assert bars(page)[0]["after"] == pytest.approx(likeliest[0] ** 2 / sum(p**2 for p in likeliest), abs=1e-6)
+    assert ids(page) == before
+    slider(page, "Temperature").set_value(1.0)
+    slider(page, "Repetition penalty").set_value(2.0).run()
+    slider(page, "Top k").set_value(0).run()
+    assert [row["before"] for row in bars(page)[:10]] == [row["before"] for row in rows[:10]]
+    assert all(row["after"] != pytest.approx(row["before"], rel=1e-3) for row in bars(page))
+
+
+def test_the_page_opens_on_a_sentence_and_on_prompts_from_the_models_data(folder, toy):
+    for model, data in (("toy.pt", "val.bin"), ("sft.pt", "sft_val.bin")):
+        page = open_page(model)
+        state = load_checkpoint(f"checkpoints/{model}")
+        text = page.markdown[0].value.replace("\\", "")
+        assert page.title[0].value == "GPT-2" and text.startswith("A GPT-2 with ") and "trained on data/toy" in text
+        assert f"{state['history'][-1]['val_loss']:.2f}" in text
+        held_out = checkpoint.tokenizer_of(state).decode(read_tokens(toy / "data/toy" / data).tolist())
+        prompts = state["prompts"]
+        assert 1 < len(prompts) <= 6 and all(prompt in held_out and len(prompt) <= 80 for prompt in prompts)
+        if model == "toy.pt":
+            assert all(f"\n{prompt}" in "\n" + held_out.replace("<|endoftext|>", "\n") for prompt in prompts)
+        else:
+            assert all(f"<|user|> {prompt}<|endoftext|>" in held_out for prompt in prompts)
+        offered = [page.button(key=f"try {i}") for i in range(len(prompts))]
+        assert [one.label.replace("\\", "") for one in offered] == prompts
+        slider(page, "Length").set_value(3)
+        offered[1].click().run()
+        assert not page.exception and not any(b.key == "try 0" for b in page.button)
+        if model == "toy.pt":
+            assert page.main.text[0].value.startswith(prompts[1]) and len(completion(page).tokens) > 3
+        else:
+            assert messages(page)[0] == {"role": "user", "content": prompts[1]} and len(messages(page)) == 2
+
+
+def test_prompts_are_the_first_words_of_documents_or_of_paragraphs(tmp_path):
+    tokenizer = tokenizers.gpt2()
+
+    def prompts(texts: list[str]) -> list[str]:
+        tokenizer.encode_documents(texts).tofile(tmp_path / "val.bin")
+        return beginnings(Windows([tmp_path / "val.bin"], 8, 1, 0), tokenizer)
+
+    documents = [f"Document {i} begins\nand goes on\n\nto its end" for i in range(12)]
+    assert prompts(documents) == [f"Document {i} begins" for i in range(0, 12, 2)]
+    assert prompts(["\n\n".join(documents[:3])]) == [
+        *(f"Document {i} begins" for i in (0,)),
+        "to its end",
+        "Document 1 begins",
+        "Document 2 begins",
+    ]
+    long = "naïve 日本 " + "word " * 100
+    assert prompts([long]) == [long[:60].rpartition(" ")[0]] and prompts([""]) == []
+
+
+def test_a_model_without_prompts_gets_generic_ones(folder):
+    shutil.copy(SAMPLES / "sft.pt", folder / "checkpoints/old.pt")
+    page = open_page("old.pt")
+    assert page.button(key="try 1").label.startswith("What is the capital of France")
+    choose(page, "Completion")
+    assert page.button(key="try 0").label == "Once upon a time"
+
+
+def reload(page: AppTest, **address: str) -> AppTest:
+    """Opens another page with the address of a page, or with parts of it."""
+    again = AppTest.from_file(str(REPOSITORY / "app.py"), default_timeout=60)
+    for name, value in (address or page.query_params).items():
+        again.query_params[name] = value[0] if isinstance(value, list) else value
+    return again.run()
+
+
+def test_a_reload_keeps_the_texts_for_those_who_have_the_address_only(folder, monkeypatch):
+    page = open_page("sft.pt")
+    slider(page, "Length").set_value(5).run()
+    say(page, "Hello")
+    choose(page, "Completion")
+    text = complete(page, "What is")
+    again = reload(page, session=page.query_params["session"], model="sft.pt")
+    assert not again.exception and again.selectbox(key="model").value == Path("checkpoints/sft.pt")
+    assert [message.name for message in again.chat_message] == ["user", "assistant"] and messages(again) is messages(
+        page
+    )
+    choose(again, "Completion")
+    assert again.main.text[0].value == text and again.text_area(key="prompt").value == "What is"
+
+    for address in ({"model": "sft.pt"}, {"session": "", "model": "sft.pt"}, {"session": "guess", "model": "sft.pt"}):
+        stranger = reload(page, **address)
+        assert not stranger.chat_message and stranger.query_params["session"] not in ([""], ["guess"], "", "guess")
+        assert stranger.query_params["session"] != page.query_params["session"]
+    monkeypatch.setattr(sessions, "MAX_SESSIONS", 2)
+    for _ in range(2):  # the memory for sessions is bounded: the oldest is forgotten
+        open_page()
+    assert len(sessions._sessions) == 2 and not reload(page, session=page.query_params["session"]).chat_message
+    say(page := open_page("sft.pt"), "Hello")
+    monkeypatch.setattr(sessions, "MAX_SIZE", 5)  # and so is the size of each
+    page.run()
+    assert len(page.chat_message) == 2 and not reload(page, session=page.query_params["session"]).chat_message
+
+
+def test_the_tokens_of_an_answer_are_chips_too(folder):
+    page = open_page("sft.pt")
+    slider(page, "Length").set_value(8).run()
+    say(page, "Hello")
+    assert not component(page, "token_chips")
+    page.toggle(key="tokens").set_value(True).run()
+    say(page, "And now?")
+    assert not page.exception
+    drawn = [json.loads(proto.json)["tokens"] for proto in component(page, "token_chips")]
+    answers = page.session_state.session.conversation.answers
+    assert len(drawn) == len(answers) == 2
+    model = TextModel.load("checkpoints/sft.pt")
+    for chips, answer, message in zip(drawn, answers, messages(page)[1::2], strict=True):
+        assert model.tokenizer.decode(token.id for token in answer.tokens).strip() == message["content"].strip()
+        scored = model.score([*answer.prompt, *(token.id for token in answer.tokens)], 0)[len(answer.prompt) :]
+        assert [chip["p"] for chip in chips] == pytest.approx([math.exp(t.logprob) for t in scored], abs=1e-4)
+    page.session_state["clicked token"] = (3, 1)
+    page.run()
+    assert not page.exception and answers[1].tokens[1].id in [row["id"] for row in bars(page) if row["chosen"]]
+    button(page, "Regenerate").click().run()
+    assert not page.exception and len(answers) == 2 and len(component(page, "token_chips")) == 2
+    page.selectbox(key="model").select_index(page.selectbox(key="model").options.index("toy.pt")).run()
+    assert not page.exception  # its tokenizer may be another
 
 
 def test_the_first_token_has_no_candidates_and_an_empty_prompt_begins_a_document(folder):
@@ -231,9 +403,9 @@ def test_the_first_token_has_no_candidates_and_an_empty_prompt_begins_a_document
     text = complete(page, "", Length=5, Temperature=0.0)
     model = TextModel.load("checkpoints/toy.pt")
     assert text == "".join(model.complete("", SamplingConfig(max_new_tokens=5, greedy=True))).strip() != ""
-    assert page.session_state.step == 2 and len(page.get("vega_lite_chart")) == 3
+    assert page.session_state.step == 2 and len(page.get("vega_lite_chart")) == 2
     slider(page, "Step").set_value(1).run()
-    assert not page.get("vega_lite_chart") and any("no probabilities" in c.value for c in page.caption)
+    assert not component(page, "token_bars") and any("no probabilities" in c.value for c in page.caption)
 
 
 def test_prompt_and_completion_survive_another_mode_and_the_prompt_another_model(folder):
@@ -257,7 +429,7 @@ def test_a_text_of_a_million_characters_works(folder, text):
     choose(page, "Completion")
     complete(page, text, Length=4)
     assert any("The model sees the last 64, its context" in caption.value for caption in page.caption)
-    assert page.session_state.completion.n_prompt == 64
+    assert completion(page).n_prompt == 64
 
 
 def test_every_byte_is_visible():
@@ -305,22 +477,72 @@ def test_for_a_classifier_the_page_names_classify_py(folder):
 def test_the_training_view_shows_the_log_and_follows_it(folder):
     log = folder / "checkpoints/toy.jsonl"
     entries = [json.loads(line) for line in log.read_text().splitlines()]
-    os.utime(log, (time.time() - 900, time.time() - 900))
+    os.utime(log, (time.time() - 2177, time.time() - 2177))
     page = open_page("toy.pt")
     choose(page, "Training")
     best = min(entry["val_loss"] for entry in entries if "val_loss" in entry)
     shown = {metric.label: metric.value for metric in page.metric}
-    assert shown["Step"] == "20" and shown["Best validation loss"] == f"{best:.4f}"
-    assert page.caption[-1].value.startswith("not running") and len(page.get("vega_lite_chart")) == 1
+    assert shown["Step"] == "20 of 20" and shown["Best validation loss"] == f"{best:.4f}"
+    assert shown["Learning rate"] == f"{entries[-2]['learning_rate']:.1e}" and "Time left" not in shown
+    assert page.caption[0].value == "finished 36 minutes ago" and len(page.get("vega_lite_chart")) == 1
     with open(log, "a") as file:
-        file.write(json.dumps({"step": 30, "loss": 1.25, "tokens": 9999, "seconds": 99.0}) + "\n")
-    page.run()
+        for i in range(3):
+            numbers = {"loss": 1.25, "tokens": 1000 * i, "seconds": 10.0 * i, "max_steps": 200, "learning_rate": 0.01}
+            file.write(json.dumps({"step": 30 + 10 * i, **numbers}) + "\n")
+    with locked(output_lock(log.with_suffix(".pt")), "", ""):
+        page.run()
     shown = {metric.label: metric.value for metric in page.metric}
-    assert shown["Step"] == "30" and shown["Training loss"] == "1.2500" and page.caption[-1].value.startswith("running")
+    assert shown["Step"] == "50 of 200" and shown["Training loss"] == "1.2500" and page.caption[0].value == "running"
+    assert (
+        shown["Tokens"] == "2,000"
+        and "Tokens/s" in shown
+        and shown["Time left"].endswith(("seconds", "minute", "minutes"))
+    )
+    page.run()
+    assert page.caption[0].value == "stopped at step 50, 0 seconds ago"
     with open(log, "a") as file:
         file.write('[1]\n{"a": 1}\n{"step"')
     page.run()
-    assert not page.exception and next(metric.value for metric in page.metric) == "30"
+    assert not page.exception and next(metric.value for metric in page.metric) == "50 of 200"
     log.unlink()
     page.run()
     assert not page.exception and "no log" in page.info[0].value
+
+
+def test_the_speed_and_the_time_left_are_those_of_the_last_lines():
+    slow = [{"step": i, "tokens": 10 * i, "seconds": 5.0 * i} for i in range(40)]
+    fast = [{"step": 40 + i, "tokens": 10 * (40 + i), "seconds": 200 + i} for i in range(40)]
+    assert recent_speed(slow) == {"step": 0.2, "tokens": 2.0} and recent_speed(slow + fast) == {"step": 1, "tokens": 10}
+    assert recent_speed([]) == recent_speed(slow[:1]) == recent_speed([{"step": 1, "val_loss": 2.0}] * 3) == {}
+    times = {0: "0 seconds", 59: "59 seconds", 61: "1 minute", 3600: "60 minutes", 7300: "2 hours", 200_000: "2 days"}
+    assert {seconds: duration(seconds) for seconds in times} == times
+    assert status(5, None, False, 90) == "ended at step 5, 2 minutes ago"
+
+
+def test_runs_are_laid_over_each_other_and_show_samples_over_time(folder):
+    page = open_page("sft.pt")
+    choose(page, "Training")
+    examples = [
+        entry["examples"]
+        for entry in map(json.loads, (folder / "checkpoints/sft.jsonl").read_text().splitlines())
+        if "examples" in entry
+    ]
+    texts = [text.value for text in page.main.text]
+    assert len(examples) > 1 and all(example["output"] in texts for example in examples[-1] if example["output"])
+    page.select_slider(key="samples at step").set_value(0).run()
+    texts = [text.value for text in page.main.text]
+    assert all(example[kind] in texts for example in examples[0] for kind in ("input", "expected"))
+    runs = page.multiselect[0]
+    assert set(runs.options) == {"sft", "toy"} and runs.value == [Path("checkpoints/sft.jsonl")]
+    runs.set_value([Path("checkpoints/sft.jsonl"), Path("checkpoints/toy.jsonl")]).run()
+    assert not page.exception and [m.label for m in page.metric].count("Step") == 2
+    [chart] = (json.loads(chart.proto.spec) for chart in page.get("vega_lite_chart"))
+    drawn = {row["series"] for layer in chart["layer"] for row in layer["data"]["values"]}
+    assert drawn == {"sft", "toy"}
+    runs = page.multiselect[0]
+    runs.set_value([]).run()
+    assert not page.exception
+
+
+def test_a_label_shows_text_as_text():
+    assert escape("*a* [b](c) 1. _x_ 日本 <b>") == r"\*a\* \[b\]\(c\) 1\. \_x\_ 日本 \<b\>"

@@ -96,6 +96,13 @@ def test_chat_streams_stops_edits_regenerates_and_downloads(page, folder):
     wait(lambda: page.has("Regenerate"))
     assert len(page.messages()) == 2
     page.driver.save_screenshot(str(folder / "chat.png"))
+    before = page.messages()
+    page.driver.refresh()
+    wait(lambda: page.has("Regenerate") and page.messages() == before)
+    page.all("[data-testid=stCheckbox] label")[0].click()
+    wait(lambda: len(page.chips()) > 3)
+    page.press(page.chips()[2])
+    wait(lambda: len(page.bars()) >= 10)
     page.click("Download")
     path = folder / "conversation.jsonl"
     wait(path.exists)
@@ -119,11 +126,21 @@ def test_tokens_can_be_chosen_and_replaced(page, folder):
     assert page.texts("[data-testid=stMain] [data-testid=stText]")[0].startswith(hostile)
     page.press(page.chips()[60])
     wait(lambda: page.chips()[60].get_attribute("class").strip() == "chosen")
-    wait(lambda: len(page.all("[data-testid=stVegaLiteChart]")) == 3)
+    wait(lambda: len(page.all("[data-testid=stVegaLiteChart]")) == 2 and len(page.bars()) >= 10)
     page.driver.save_screenshot(str(folder / "completion.png"))
-    page.click("Continue from here")
+    widths = [bar.size["width"] for bar in page.in_components(".bar.after")]
+    page.all("[data-testid=stSlider] input[type=range]")[0].send_keys("\ue010")  # to the highest temperature
+    wait(lambda: [bar.size["width"] for bar in page.in_components(".bar.after")] != widths)  # the bars follow
+    assert [chip.text for chip in page.chips()] == names
+    page.press(next(bar for bar in page.bars() if "chosen" not in bar.get_attribute("class")))
     wait(lambda: len(page.chips()) > 150 and page.chips()[60].text != names[60])
     assert [chip.text for chip in page.chips()][:60] == names[:60]
+    page.idle()
+    page.driver.refresh()
+    wait(lambda: page.has("Completion"))
+    page.click("Completion")
+    page.click("1")  # the branch left behind
+    wait(lambda: [chip.text for chip in page.chips()] == names)
     assert page.driver.execute_script("return window.hacked") is None
     for name in ("first", "chat", "completion"):
         assert (folder / f"{name}.png").stat().st_size > 10_000

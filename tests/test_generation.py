@@ -1,5 +1,6 @@
 """Writing: how tokens are chosen, how text is made of them, and what a person at the terminal gets."""
 
+import dataclasses
 import fcntl
 import json
 import math
@@ -23,7 +24,7 @@ from scipy.stats import chisquare
 from generation.config import SamplingConfig
 from generation.cpu_linear import PRODUCTS, fastest_product, quantize_weights, speed_up_decoding
 from generation.decoding import CompiledDecoder, KVCache, decode_one, generate, one_step_ahead, prefill, sample
-from generation.text_model import TextModel, TextWriter
+from generation.text_model import TextModel, TextWriter, sampling_probabilities
 from model import GPT, GPTConfig
 from system.errors import UserError
 from text import tokenizer as tokenizers
@@ -75,6 +76,8 @@ def test_sampling_has_the_distribution_of_its_definition(how, n):
     wanted = [*expected[often] * draws, expected[~often].sum() * draws]
     keep = np.array(wanted) > 0
     assert chisquare(np.array(observed)[keep], np.array(wanted)[keep]).pvalue > 1e-3
+    config = SamplingConfig(**{"temperature": 1.0, "top_k": None, **how})
+    np.testing.assert_allclose(sampling_probabilities(torch.tensor(logits), [], config), expected, atol=1e-6)
 
 
 def varied(**shape) -> GPT:
@@ -266,6 +269,24 @@ def test_an_answer_begins_without_white_space():
     writer = TextWriter(tokenizer, strip=True)
     pieces = [writer.feed(token) for token in tokenizer.encode(" \n\n  \n Hello  you\n ")]
     assert "".join([*pieces, writer.finish()]) == "Hello  you\n "
+
+
+def test_the_logits_behind_a_token_can_be_computed_again(toy):
+    model = TextModel.load(toy / "checkpoints/toy.pt", device="cpu")
+    ids = model.prompt_ids("What is")
+    config = SamplingConfig(max_new_tokens=150, temperature=2.0, top_k=20, repetition_penalty=1.2, seed=3)
+    [written] = model.samples(ids, config, 1, top_logprobs=0)  # past the context of 64 tokens
+    tokens = [*model.score(ids, 0), *written.tokens]
+    ids = [token.id for token in tokens]
+    assert len(ids) > 100
+    for i, token in enumerate(tokens[1:], 1):
+        logits = model.next_logits(ids[i - token.n_context : i])
+        assert logits.log_softmax(dim=-1)[token.id].item() == pytest.approx(token.logprob, abs=1e-4)
+        if i >= written.n_prompt:
+            probabilities = sampling_probabilities(logits, ids[:i], config)
+            assert probabilities[token.id] > 0 and (probabilities > 0).sum() == 20
+            greedy = dataclasses.replace(config, temperature=0)
+            assert sampling_probabilities(logits, ids[:i], greedy)[probabilities.argmax()] == 1
 
 
 def test_five_lines_of_python(toy):

@@ -16,7 +16,7 @@ import pytest
 from conftest import ENVIRONMENT, REPOSITORY, TOY_SHAPE, command, run_script, succeed, wait_for_log
 
 from system.errors import UserError
-from system.locks import locked, reading, releases_locks, writing
+from system.locks import is_locked, locked, output_lock, reading, releases_locks, writing
 from training.checkpointing import claim_output
 from training.config import TrainerConfig
 from training.distributed import Processes
@@ -48,6 +48,14 @@ def training(folder: Path, name: str) -> Iterator[subprocess.Popen]:
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_lock_is_seen_as_long_as_its_process_lives(here):
+    lock = output_lock(here / "checkpoints/a.pt")
+    assert not is_locked(lock) and not lock.exists()
+    with training(here, "a"):
+        assert is_locked(lock) and is_locked(lock)  # looking at it does not free it
+    assert lock.exists() and not is_locked(lock)  # a killed process leaves the file
 
 
 def refusal(result: subprocess.CompletedProcess) -> str:

@@ -145,6 +145,10 @@ def test_an_unreadable_folder_costs_one_line_that_says_why(folder, tmp_path):
         ({"model": {}}, "its weights do not fit its config"),
         ({"kind": "classifier"}, "is a classifier: ask it with classify.py"),
         ({"kind": "lora"}, "it does not name its base model"),
+        ({"prompts": "What is"}, "its prompts are not a list"),
+        ({"prompts": ["x"] * 7}, "its prompts are not a list"),
+        ({"prompts": ["x" * 81]}, "its prompts are not a list"),
+        ({"prompts": ["\ud800"]}, "its prompts are not a list"),
         ({"lora": {"base": "none.pt", "base_sha256": "0" * 64}}, "adapts the model none.pt .*it is missing"),
     ],
 )

@@ -19,7 +19,7 @@ from system.cli import command_line, plain
 from system.device import copy_to_host, queued_work
 from system.errors import UserError, require
 from system.files import remove_temporaries
-from system.locks import hold, locked, reading
+from system.locks import hold, locked, output_lock, reading
 from system.untrusted import brief, is_integer, is_number
 from training.config import TrainerConfig
 from training.distributed import Processes
@@ -86,9 +86,8 @@ def _lock_output(config: TrainerConfig) -> None:
     report = config.report_path
     if report.exists() and not is_report(report):
         raise UserError(f"the run would write its report to {report}, which is no report: move that file")
-    lock = out.with_name(f".{out.name}.lock")
     refusal, remedy = f"{out} is being written by another run", "wait for it, or choose another --out"
-    if hold(locked(lock, refusal, remedy)):  # so whoever left temporary files there was killed
+    if hold(locked(output_lock(out), refusal, remedy)):  # so whoever left temporary files there was killed
         for path in (out, last, config.log_path, report):
             remove_temporaries(path.parent, glob.escape(path.name))
         remove_temporaries(out.parent / "snapshots", f"{glob.escape(out.stem)}_step_*.pt")

@@ -21,7 +21,7 @@ Sink = Callable[[dict[str, Any]], None]
 
 
 class RunLog(Listener):
-    """Writes the log; each entry gets the `seconds` since the run began, without interruptions."""
+    """Writes the log. Each line gets the `seconds` since the run began, without interruptions, and `max_steps`."""
 
     def __init__(self) -> None:
         self.seconds_before, self.start = 0.0, time.perf_counter()
@@ -55,8 +55,9 @@ class RunLog(Listener):
     def write(self, state: TrainingState, entry: dict[str, Any]) -> None:
         """Adds an entry: `step`, numbers, and perhaps `examples`."""
         path = state.config.log_path
+        line = {**entry, "seconds": round(self.seconds, 3), "max_steps": state.config.max_steps}
         with naming(path), open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({**entry, "seconds": round(self.seconds, 3)}) + "\n")
+            file.write(json.dumps(line) + "\n")
         for sink in self.sinks:
             sink({name: value for name, value in entry.items() if name != "examples"})
 

@@ -27,6 +27,8 @@ KINDS = ("base", "sft", "classifier", "lora")
 TEMPLATES = (None, "chat", "alpaca")
 SWITCHES = tuple(field.name for field in dataclasses.fields(GPTConfig) if isinstance(field.default, bool))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_PROMPTS, MAX_PROMPT_LENGTH = 6, 80
+"""Prompts in a checkpoint, and characters of each."""
 
 _MAX_SIZE = 2**31 - 1
 _LOWEST_AND_HIGHEST = {
@@ -173,6 +175,9 @@ def _require_metadata(checkpoint: Mapping[str, Any], path: str | Path) -> None:
         _require(is_integer(value), path, f"its {name} is {brief(value)}, not an integer from 0")
     created = checkpoint.get("created", "")
     _require(is_text(created), path, f"its created is {brief(created)}, not a text")
+    prompts = checkpoint.get("prompts", [])
+    are_prompts = isinstance(prompts, list) and len(prompts) <= MAX_PROMPTS and all(map(_is_prompt, prompts))
+    _require(are_prompts, path, "its prompts are not a list of a few short texts")
     _require_labels(checkpoint, path)
     history = checkpoint.get("history", [])
     is_history = isinstance(history, list) and all(map(is_entry, history))
@@ -197,6 +202,10 @@ def _is_example(example: object) -> bool:
         and example.keys() == {"input", "expected", "output"}
         and all(map(is_text, example.values()))
     )
+
+
+def _is_prompt(prompt: object) -> bool:
+    return isinstance(prompt, str) and is_text(prompt) and len(prompt) <= MAX_PROMPT_LENGTH
 
 
 def _is_option(option: tuple[object, object]) -> bool:
