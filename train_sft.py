@@ -121,7 +121,6 @@ def main(config: Config) -> None:
     from training.distributed import Processes
     from training.loader import Conversations
     from training.prepared import prepare_first
-    from training.prompts import questions
     from training.report import Examples, Samples, greedy_answers
     from training.run import train
     from weights import checkpoint, lora
@@ -160,7 +159,6 @@ def main(config: Config) -> None:
     config = with_steps(config, len(read("train", batch_size=1)))
     assert config.batch_size
     train_data, val_data = (read(split, batch_size=config.batch_size) for split in ("train", "val"))
-    metadata["prompts"] = questions((val_data, train_data), tokenizer)
     exchanges = val_data.first_exchanges(5)
     train(
         model,
