@@ -152,7 +152,6 @@ def main(config: Config) -> None:
     from training.checkpointing import claim_data, claim_output
     from training.distributed import Processes
     from training.loader import Windows
-    from training.prompts import beginnings
     from training.report import Samples
     from training.run import train
     from weights import checkpoint
@@ -197,12 +196,7 @@ def main(config: Config) -> None:
         val_data,
         config,
         processes,
-        {
-            "kind": "base",
-            "tokenizer": tokenizer.spec,
-            "template": None,
-            "prompts": beginnings(val_data, tokenizer),
-        },
+        {"kind": "base", "tokenizer": tokenizer.spec, "template": None},
         resumed=resumed,
         sharding=sharding,
         samples=None if sharding else Samples(tokenizer, None, config.sample_prompt),

@@ -93,7 +93,6 @@ def main(config: Config) -> None:
     from training.checkpointing import claim_data, claim_output
     from training.distributed import Processes
     from training.loader import Conversations
-    from training.prompts import questions
     from training.report import Examples, Samples, greedy_answers
     from training.run import train
     from weights import checkpoint, lora
@@ -131,7 +130,6 @@ def main(config: Config) -> None:
     )
     config = dataclasses.replace(config, max_steps=config.max_steps or config.epochs * train_data.batches_per_epoch)
     print(f"{len(train_data):,} conversations, {config.max_steps:,} steps")
-    metadata["prompts"] = questions((val_data, train_data), tokenizer)
     exchanges = val_data.first_exchanges(5)
     train(
         model,

@@ -423,7 +423,7 @@ def sampling_probabilities(logits: Tensor, ids: list[int], config: SamplingConfi
         return torch.nn.functional.one_hot(rows[0].argmax(), len(logits)).float()
     probabilities, kept = filtered_probabilities(rows, config.temperature, config.top_k, config.top_p, config.min_p)
     if kept is not None:
-        probabilities = torch.zeros_like(rows).scatter_(1, kept, probabilities)
+        probabilities = probabilities.new_zeros(rows.shape).scatter_(1, kept, probabilities)
     return probabilities[0] / probabilities.sum()
 
 

@@ -107,7 +107,8 @@ class Session:
     def size(self) -> int:
         """Characters of all texts, as `MAX_SIZE` counts them."""
         branches = self.completion.branches if self.completion else []
-        n_tokens = sum(len(one.tokens) for one in (*self.conversation.answers, *branches))
+        texts: list[Answer | Branch] = [*self.conversation.answers, *branches]
+        n_tokens = sum(len(text.tokens) for text in texts)
         n_ids = sum(len(answer.prompt) for answer in self.conversation.answers)
         n_characters = len(self.prompt) + sum(len(message["content"]) for message in self.conversation.messages)
         return n_characters + n_ids + 10 * n_tokens

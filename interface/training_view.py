@@ -42,7 +42,7 @@ def draw_runs(logs: list[Path]) -> None:
         st.info("There is no log of a training run beside this model.")
         return
     st.altair_chart(loss_chart(runs))
-    draw_samples(next(iter(runs.values())))
+    draw_samples(*next(iter(runs.items())))
 
 
 def draw_figures(log: Path, entries: Entries, is_alone: bool) -> None:
@@ -99,16 +99,18 @@ def recent_speed(entries: Entries) -> dict[str, float]:
     return {name: (lines[-1][name] - lines[0][name]) / seconds for name in ("step", "tokens")}
 
 
-def draw_samples(entries: Entries) -> None:
+def draw_samples(name: str, entries: Entries) -> None:
     """Draws what the model wrote for the same inputs at one of its evaluations, which the user chooses."""
     evaluations = {entry["step"]: entry["examples"] for entry in entries if entry.get("examples")}
     if not evaluations:
         return
     st.subheader("Samples over time", anchor=False)
-    steps = list(evaluations)
+    steps, key = list(evaluations), f"step of {name}"
+    if st.session_state.get(key) not in steps:
+        st.session_state[key] = steps[-1]
     step = steps[-1]
     if len(steps) > 1:
-        step = st.select_slider("At step", steps, step, format_func=lambda step: f"{step:,}", key="samples at step")
+        step = st.select_slider("At step", steps, format_func=lambda step: f"{step:,}", key=key)
     for example in evaluations[step]:
         with st.container(border=True):
             st.text(example["input"])

@@ -1,6 +1,7 @@
 """The page in headless Chromium, from its first paint to a downloaded conversation. Skipped without Chromium."""
 
 import json
+import os
 import socket
 import time
 from pathlib import Path
@@ -33,14 +34,19 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(folder):
+def server(folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = serve_app(folder, port)
-    yield f"http://127.0.0.1:{port}"
-    server.terminate()
-    server.wait(30)
+    process = serve_app(folder, port)
+    yield process, f"http://127.0.0.1:{port}"
+    process.terminate()
+    process.wait(30)
+
+
+@pytest.fixture
+def address(server):
+    return server[1]
 
 
 @pytest.fixture
@@ -194,6 +200,11 @@ def test_the_curves_follow_a_running_training(page, folder):
         file.write(json.dumps(entry | {"step": 20, "loss": 4.25}) + "\n")
     wait(lambda: page.texts("[data-testid=stMetricValue]")[:2] == ["20", "4.2500"])
     log.unlink()
+
+
+def test_the_server_watches_no_files(page, server):
+    descriptors = [os.readlink(path) for path in Path(f"/proc/{server[0].pid}/fd").iterdir()]
+    assert len(descriptors) > 5 and not any("inotify" in name for name in descriptors)
 
 
 def test_the_first_paint_is_fast(page, address):

@@ -7,12 +7,20 @@ from collections.abc import Iterable
 import numpy as np
 
 from text.tokenizer import Tokenizer
-from training.loader import Conversations, Windows
+from training.loader import Conversations, Epochs, Windows
 from weights.validation import MAX_PROMPT_LENGTH, MAX_PROMPTS
 
 _TOKENS_READ = 2**17
 _EXCHANGES_READ = 100  # of each split
 _LENGTH = 60  # of a beginning, in characters: a model writes better behind a few words than behind one
+
+
+def prompts(train_data: Windows | Epochs, val_data: Windows | Epochs, tokenizer: Tokenizer) -> list[str]:
+    """Returns prompts out of a run's data, held-out ones if possible: for a language model texts to complete, for a
+    chat model questions, for a classifier none."""
+    if isinstance(val_data, Windows):
+        return beginnings(val_data, tokenizer)
+    return questions([data for data in (val_data, train_data) if isinstance(data, Conversations)], tokenizer)
 
 
 def beginnings(data: Windows, tokenizer: Tokenizer) -> list[str]:
@@ -22,7 +30,7 @@ def beginnings(data: Windows, tokenizer: Tokenizer) -> list[str]:
     documents = [tokenizer.decode(part[part < tokenizer.end_of_text].tolist()) for part in np.split(ids, ends + 1)]
     whole = "\n\n".join(documents)
     choices = [_spread(map(_first_words, texts)) for texts in (documents, whole.split("\n\n"), whole.split("\n"))]
-    return max(choices, key=len)  # the first of the longest
+    return next((texts for texts in choices if len(texts) >= MAX_PROMPTS // 2), max(choices, key=len))
 
 
 def questions(splits: Iterable[Conversations], tokenizer: Tokenizer) -> list[str]:

@@ -12,11 +12,13 @@ from system.cli import command_line
 from system.device import multiplies_faster_in_bfloat16
 from system.errors import UserError
 from system.interrupts import outlive_output
+from text.tokenizer import from_spec
 from training.checkpointing import Checkpointer, changed_options, restore
 from training.config import TrainerConfig
 from training.distributed import Processes
 from training.loader import Epochs, Windows
 from training.plots import LossPlot
+from training.prompts import prompts
 from training.report import Examples, ProgressBar, Report, Samples, Summary
 from training.run_log import RunLog
 from training.state import Listener, StopReason, TrainingState
@@ -49,7 +51,11 @@ def train(
     """
     if config.dtype == "auto" and processes.device.type == "cpu" and not sharding:
         config = dataclasses.replace(config, dtype=cpu_precision(model, processes, resumed))
-    metadata = {**metadata, "data": [train_data.fingerprint(), val_data.fingerprint()]}
+    metadata = {
+        **metadata,
+        "data": [train_data.fingerprint(), val_data.fingerprint()],
+        "prompts": prompts(train_data, val_data, from_spec(metadata["tokenizer"])),
+    }
     if resumed and (changes := changed_options(config, resumed, metadata["data"])) and processes.rank == 0:
         print(f"resuming at step {resumed['step']:,} with other options than before: {', '.join(changes)}")
     state = TrainingState.create(model, config, processes, sharding)
