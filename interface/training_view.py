@@ -12,6 +12,7 @@ from interface.curves import loss_chart
 from system.errors import UserError
 from system.locks import is_locked, output_lock
 from system.untrusted import is_text
+from system.wording import duration
 from training.run_log import read_log
 
 SECONDS_TO_REDRAW = 2
@@ -76,18 +77,10 @@ def status(step: int, max_steps: int | None, is_running: bool, age: float) -> st
     """Returns what a run does, or how it ended; `age` is the time since its last line in the log, in seconds."""
     if is_running:
         return "running"
+    ago = " ".join(duration(age).split()[:2]) + " ago"  # the largest unit
     if max_steps is None:
-        return f"ended at step {step:,}, {duration(age)} ago"
-    return f"finished {duration(age)} ago" if step >= max_steps else f"stopped at step {step:,}, {duration(age)} ago"
-
-
-def duration(seconds: float) -> str:
-    """Returns a time as text in its largest unit, such as "36 minutes"."""
-    for unit, size in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
-        if seconds >= 2 * size or (unit == "minute" and seconds >= size):
-            n = round(seconds / size)
-            return f"{n:,} {unit}{'s' * (n > 1)}"
-    return f"{max(0, seconds):.0f} seconds"
+        return f"ended at step {step:,}, {ago}"
+    return f"finished {ago}" if step >= max_steps else f"stopped at step {step:,}, {ago}"
 
 
 def recent_speed(entries: Entries) -> dict[str, float]:

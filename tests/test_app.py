@@ -19,7 +19,7 @@ from generation.text_model import TextModel, Token
 from interface import sessions
 from interface.sessions import Branch
 from interface.streaming import escape
-from interface.training_view import duration, recent_speed, status
+from interface.training_view import recent_speed, status
 from system.locks import locked, output_lock
 from text import tokenizer as tokenizers
 from text.token_files import read_tokens
@@ -490,7 +490,7 @@ def test_the_training_view_shows_the_log_and_follows_it(folder):
     shown = {metric.label: metric.value for metric in page.metric}
     assert shown["Step"] == "20 of 20" and shown["Best validation loss"] == f"{best:.4f}"
     assert shown["Learning rate"] == f"{entries[-2]['learning_rate']:.1e}" and "Time left" not in shown
-    assert page.caption[0].value == "finished 36 minutes ago" and len(page.get("vega_lite_chart")) == 1
+    assert page.caption[0].value == "finished 36 min ago" and len(page.get("vega_lite_chart")) == 1
     with open(log, "a") as file:
         for i in range(3):
             numbers = {"loss": 1.25, "tokens": 1000 * i, "seconds": 10.0 * i, "max_steps": 200, "learning_rate": 0.01}
@@ -499,13 +499,9 @@ def test_the_training_view_shows_the_log_and_follows_it(folder):
         page.run()
     shown = {metric.label: metric.value for metric in page.metric}
     assert shown["Step"] == "50 of 200" and shown["Training loss"] == "1.2500" and page.caption[0].value == "running"
-    assert (
-        shown["Tokens"] == "2,000"
-        and "Tokens/s" in shown
-        and shown["Time left"].endswith(("seconds", "minute", "minutes"))
-    )
+    assert shown["Tokens"] == "2,000" and "Tokens/s" in shown and shown["Time left"].endswith(" s")
     page.run()
-    assert page.caption[0].value == "stopped at step 50, 0 seconds ago"
+    assert page.caption[0].value == "stopped at step 50, 0.0 s ago"
     with open(log, "a") as file:
         file.write('[1]\n{"a": 1}\n{"step"')
     page.run()
@@ -520,9 +516,7 @@ def test_the_speed_and_the_time_left_are_those_of_the_last_lines():
     fast = [{"step": 40 + i, "tokens": 10 * (40 + i), "seconds": 200 + i} for i in range(40)]
     assert recent_speed(slow) == {"step": 0.2, "tokens": 2.0} and recent_speed(slow + fast) == {"step": 1, "tokens": 10}
     assert recent_speed([]) == recent_speed(slow[:1]) == recent_speed([{"step": 1, "val_loss": 2.0}] * 3) == {}
-    times = {0: "0 seconds", 59: "59 seconds", 61: "1 minute", 3600: "60 minutes", 7300: "2 hours", 200_000: "2 days"}
-    assert {seconds: duration(seconds) for seconds in times} == times
-    assert status(5, None, False, 90) == "ended at step 5, 2 minutes ago"
+    assert status(5, None, False, 90) == "ended at step 5, 1 min ago"
 
 
 def test_runs_are_laid_over_each_other_and_show_samples_over_time(folder):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from system.device import peak_memory, total_memory
+from system.wording import duration
 from training.loader import Batch, Prefetcher, StepBatch, micro_batches
 from training.optim import learning_rate_at
 from training.trainer import Trainer
@@ -197,10 +198,3 @@ def free_space(path: Path) -> int:
 def size(n_bytes: float) -> str:
     """Returns a number of bytes in MB or GB."""
     return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.1f} MB"
-
-
-def duration(seconds: float) -> str:
-    """Returns a time in hours, minutes or seconds."""
-    if seconds < 90:
-        return f"{seconds:,.0f} seconds"
-    return f"{seconds / 60:,.0f} minutes" if seconds < 5400 else f"{seconds / 3600:,.1f} hours"
