@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any, TextIO
@@ -23,7 +24,8 @@ def quit_while_importing() -> None:
     """
     script = getattr(sys.modules["__main__"], "__file__", None)
     is_ours = script and os.path.dirname(os.path.abspath(script)) == os.path.dirname(os.path.dirname(__file__))
-    if is_ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored by who started it
+    is_main = threading.current_thread() is threading.main_thread()  # Streamlit runs the page in another one
+    if is_ours and is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nobody ignores it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

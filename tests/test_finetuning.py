@@ -196,7 +196,10 @@ def test_a_file_of_chats_is_prepared_as_the_model_needs_it_and_learnt_by_heart(h
     Path("chats.csv").write_text("question,answer\nother,text\nand,more\n")  # a resumed run does not read it
     train_sft.main(train_sft.Config(**options, save_every=50, resume=True, out=Path("checkpoints/sft.pt")))
     out = capsys.readouterr().out
-    assert "the data is data/chats, as it was prepared" in out and "8 conversations in batches of 8: 100 steps" in out
+    assert (
+        "reading data/chats, which was prepared from chats" in out
+        and "8 conversations in batches of 8: 100 steps" in out
+    )
     assert recall_report(TextModel.load("checkpoints/sft.pt"), Path("data/chats"), "train").startswith("8 of 8 ")
     train_sft.main(train_sft.Config(**{**options, "max_steps": 1}, out=Path("checkpoints/new.pt")))
     assert "2 conversations in batches of 2: 1 steps" in capsys.readouterr().out  # a new run does

@@ -352,7 +352,7 @@ def test_the_chat_obeys_its_commands(toy):
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
     first, second = result.stdout.splitlines()
     assert first == second and "\x1b" not in result.stdout
-    said = result.stderr.split("begins a new line\n")[1].splitlines()
+    said = result.stderr.split("/quit or Ctrl-D ends.\n")[1].splitlines()
     for i, part in enumerate(
         [
             "the conversation is empty",
@@ -363,7 +363,7 @@ def test_the_chat_obeys_its_commands(toy):
             "loaded 1 exchanges",
             "taken back: Hello",
             "temperature is 0.7",
-            "top-k is None",
+            "top-k is none",
             "error: --top-p must be above 0",
             "error: /seed needs a number",
             "error: /save needs a file name",

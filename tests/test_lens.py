@@ -19,7 +19,7 @@ from generation.text_model import TextModel
 from interface.lens_table import lens_table
 from model import GPT, GPTConfig
 from system.errors import UserError
-from text.tokenizer import gpt2, legible, merges
+from text.tokenizer import gpt2, legible, load_tokenizer, merges
 
 TEXT = "The cat sat on the mat, because the mat was warm."
 
@@ -133,8 +133,11 @@ def test_the_tokenizer_shows_pieces_and_ids(toy):
     result = show("The warmth.\n")
     assert result.stdout.splitlines() == ["   464  The", " 23125  ␣warmth", "    13  .", "   198  ↵"], result.stderr
     assert "4 tokens, 12 characters, 12 bytes" in result.stderr
-    own = show("The warmth.", "--tokenizer", str(toy / "data/other/tokenizer.json"))
-    assert own.returncode == 1 and own.stderr.splitlines()[-1].startswith("error: ")
+    tokenizer = load_tokenizer(toy / "data/toy/tokenizer.json")
+    own = show("The warmth.", "--tokenizer", str(toy / "data/toy/tokenizer.json"))
+    assert [int(line.split()[0]) for line in own.stdout.splitlines()] == tokenizer.encode("The warmth.")
+    missing = show("The warmth.", "--tokenizer", "none.json")
+    assert missing.returncode == 1 and missing.stderr.splitlines()[-1].startswith("error: ")
 
 
 @pytest.mark.slow

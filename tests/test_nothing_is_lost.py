@@ -60,7 +60,7 @@ CLAIMS = [  # files that exist, options, a part of the refusal; None: the run ma
     ({"checkpoints/a.jsonl": b'{"text": "mine"}'}, {}, f"checkpoints/a.jsonl {EXISTS}"),
     ({"checkpoints/a.jsonl": b"notes"}, {}, f"checkpoints/a.jsonl {EXISTS}"),
     ({"checkpoints/a.pt": b"damaged"}, {}, f"checkpoints/a.pt {EXISTS}"),
-    ({REPORT: b"my notes"}, {}, f"{REPORT} which is no report: move it"),
+    ({REPORT: b"my notes"}, {}, f"{REPORT}, which is no report: move that file"),
     ({REPORT: b"my notes"}, {"overwrite": True}, f"{REPORT}, which is no report"),
     ({REPORT: b"my notes", "checkpoints/a.last.pt": b"x"}, {"resume": True}, f"{REPORT}, which is no report"),
     ({REPORT: "report"}, {}, f"{REPORT} {EXISTS}"),

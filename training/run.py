@@ -59,10 +59,7 @@ def train(
         "prompts": prompts(train_data, val_data, from_spec(metadata["tokenizer"])),
     }
     if resumed:
-        changes = changed_options(config, resumed, metadata["data"])
-        if processes.rank == 0:
-            options = f" with other options than before: {', '.join(changes)}" if changes else ""
-            print(f"resuming at step {resumed['step']:,}{options}")
+        print_changes(config, resumed, metadata["data"], processes)
     state = TrainingState.create(model, config, processes, sharding)
     if resumed:
         restore(state, resumed)
@@ -95,6 +92,14 @@ def train(
         command = command_line("--resume", drop=("--overwrite",))
         raise UserError(f"{broken[0]}; the run is saved at step {state.step:,}: continue with {command}")
     return reason
+
+
+def print_changes(config: TrainerConfig, resumed: dict[str, Any], data: list[Any], processes: Processes) -> None:
+    """Says at which step a run goes on, and with which other options. Raises UserError if its data is another."""
+    changes = changed_options(config, resumed, data)
+    if processes.rank == 0:
+        options = f" with other options than before: {', '.join(changes)}" if changes else ""
+        print(f"resuming at step {resumed['step']:,}{options}")
 
 
 def cpu_precision(model: GPT, processes: Processes, resumed: dict[str, Any] | None) -> Literal["float32", "bfloat16"]:
