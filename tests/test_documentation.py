@@ -314,7 +314,8 @@ def test_the_folder_for_a_space_holds_all_that_the_app_needs(session):
             (session.folder / path.name).symlink_to(path)
     subprocess.run(["sh", "-ec", "\n".join(lines)], cwd=session.folder, check=True)
     space = session.folder / "space"
-    code = "from streamlit.testing.v1 import AppTest; print(AppTest.from_file('app.py').run(timeout=60).exception)"
+    code = "import system.interrupts\n"  # in the main thread, since only Streamlit's server handles Ctrl-C itself
+    code += "from streamlit.testing.v1 import AppTest\nprint(AppTest.from_file('app.py').run(timeout=60).exception)"
     page = subprocess.run(
         [sys.executable, "-c", code], cwd=space, env=ENVIRONMENT, capture_output=True, encoding="utf-8"
     )
