@@ -105,8 +105,6 @@ def smaller(script: str, arguments: list[str]) -> list[str]:
         is_chat = flags.get("--dataset", "oasst1") == "oasst1"
         arguments = with_flags(arguments, "--dataset oasst1")
         arguments += ["--input", "chats.jsonl" if is_chat else "tasks.json"]
-    if "--plan" in arguments:
-        arguments = with_flags(arguments, "--max-steps 100")  # it measures a few
     if "--grad-accum-steps" in flags:
         arguments = with_flags(arguments, "--grad-accum-steps 1")
     if script == "train.py" and flags.get("--preset") == "shakespeare":
