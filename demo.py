@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 DATA = Path("data/demo")
 PROMPTS = [
-    "Return a copy of the string",
     "This module provides",
+    "Return a copy of the string",
     "Raised when an operation",
     "The optional argument specifies",
     "A class that represents",
