@@ -3,7 +3,10 @@
 Start it with `streamlit run app.py`.
 """
 
+import sys
+
 import streamlit as st
+from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 from interface.sessions import current_session
 from interface.sidebar import pick_checkpoint, pick_sampling
@@ -16,6 +19,8 @@ KEPT = ("prompt", "step", "tokens")  # Streamlit forgets a widget's value while 
 def main() -> None:
     """Draws the page: first the sidebar, which needs no model, then the chosen mode."""
     limit_spinning(GENERATION)
+    if get_script_run_ctx() is None:
+        sys.exit("error: this is a page: start it with `streamlit run app.py`")
     st.set_page_config("GPT-2", page_icon="💬", layout="centered")
     state = st.session_state
     state.update({key: state[key] for key in KEPT if key in state}, **{"drawn for": None})

@@ -52,7 +52,7 @@ def introduction(state: checkpoint.Checkpoint) -> str:
         text += f", trained on {data}"
     loss = (state.get("history") or [{}])[-1].get("val_loss")
     if loss is not None:
-        text += f", with a loss of {loss:.2f} on held-out text"
+        text += f", with a validation loss of {loss:.2f}"
     return text + "."
 
 

@@ -1,4 +1,4 @@
-"""Takes the README's screenshots of the page with the demo's models. Run it in a folder where `make demo` ran."""
+"""Takes the screenshots in docs/ of the page with the demo's models. Run it in a folder where `make demo` ran."""
 
 import os
 import time
@@ -11,7 +11,7 @@ PORT = 8599
 
 
 def main() -> None:
-    """Chats with the fine-tuned model, completes a text with the base model, and saves both screens."""
+    """Chats with the fine-tuned model, completes a text with the base model, looks inside, and saves each screen."""
     os.utime("checkpoints/demo/sft.pt")  # the page opens with the newest model
     server = serve_app(Path.cwd(), PORT)
     folder = REPOSITORY / "docs"
@@ -35,6 +35,16 @@ def main() -> None:
         page.driver.execute_script("document.activeElement.blur(); document.querySelector('section').scrollTo(0, 0)")
         time.sleep(2)
         page.driver.save_screenshot(str(folder / "completion.png"))
+        page.click("Inside")
+        for part, name in (("Attention", "inside_attention.png"), ("Layer by layer", "inside_layers.png")):
+            page.click(part)
+            page.idle()
+            time.sleep(2)
+            page.driver.save_screenshot(str(folder / name))
+        page.click("Training")
+        page.idle()
+        time.sleep(2)
+        page.driver.save_screenshot(str(folder / "training.png"))
         page.driver.quit()
     finally:
         server.terminate()

@@ -88,7 +88,9 @@ def test_without_a_usable_model_one_line_says_what_there_is_and_how_to_get_one(h
     shutil.rmtree(here)
     with pytest.raises(UserError, match="^no language model in checkpoints/: make one with make demo, or python train"):
         newest("language model")
-    assert table() == "no model in checkpoints/: make one with make demo, or python train.py --data TEXT.txt"
+    assert (
+        table() == "no model in checkpoints/: make one with make demo, or python train.py --preset demo --data TEXT.txt"
+    )
 
 
 def test_the_list_has_an_aligned_line_for_every_file(here, capsys):

@@ -28,6 +28,7 @@ def beginnings(data: Windows, tokenizer: Tokenizer) -> list[str]:
     ids = np.asarray(data.shards[0][:_TOKENS_READ])
     ends = np.flatnonzero(ids == tokenizer.end_of_text)
     documents = [tokenizer.decode(part[part < tokenizer.end_of_text].tolist()) for part in np.split(ids, ends + 1)]
+    documents = documents[1:] or documents  # the first one may begin in the middle of a word
     whole = "\n\n".join(documents)
     choices = [_spread(map(_first_words, texts)) for texts in (documents, whole.split("\n\n"), whole.split("\n"))]
     return next((texts for texts in choices if len(texts) >= MAX_PROMPTS // 2), max(choices, key=len))

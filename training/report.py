@@ -123,7 +123,11 @@ class Summary(Listener):
         if math.isfinite(state.best_val_loss):
             is_best = config.keep == "best"
             loss = state.best_val_loss if is_best else state.history[-1]["val_loss"]
-            text = f"{'best' if is_best else 'last'} validation loss {loss:.4f}"
+            step = (
+                next(entry["step"] for entry in state.history if entry["val_loss"] == loss) if is_best else state.step
+            )
+            at = f" (at step {step:,}, which is the model; later steps only memorized)" if step < state.step else ""
+            text = f"{'best' if is_best else 'last'} validation loss {loss:.4f}{at}"
             if self.kind != "classifier":
                 text += f", perplexity {perplexity(loss):,.2f}"
             if self.bytes_per_token:

@@ -21,6 +21,7 @@ from training.loader import Epochs, Windows
 from training.report import Samples
 from training.run_log import RunLog
 from training.state import Listener, StopReason, TrainingState
+from weights.huggingface import inexpressible_fields
 from weights.listing import data_of, parent_of
 
 MARK = "<!-- the report of a training run: a later run with the same --out replaces it -->\n"
@@ -101,13 +102,16 @@ class RunReport(Listener):
                 f"## Samples over time\n\n{after}| step | validation loss | text |\n| --- | --- | --- |\n{table}\n\n"
             )
         command = as_utf8(shlex.join(["python", *sys.argv]))
+        export = (
+            "" if inexpressible_fields(state.model.config) else f"    python export.py --model {out} --out exported\n"
+        )
         with atomic_write(config.report_path, "w") as file:
             file.write(
                 f"{MARK}\n# {_cell(config.out)}\n\n{_REASONS[reason].capitalize()}: step {state.step:,} of "
                 f"{config.max_steps:,}, {time.strftime('%Y-%m-%d %H:%M')}.\n\n    {printable(command)}\n\n"
                 f"| | |\n| --- | --- |\n{facts}\n\n## Curve\n\n![losses over the steps](<{as_utf8(plot)}>)\n\n{samples}"
                 f"## Use\n\n    python {_USE[self.kind].format(out=out)}\n"
-                f"    python export.py --model {out} --out exported\n"
+                f"{export}"
             )
 
     def facts(self, state: TrainingState) -> dict[str, str]:

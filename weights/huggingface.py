@@ -263,14 +263,20 @@ def write_folder(
         (folder / name).unlink(missing_ok=True)
 
 
+def inexpressible_fields(config: GPTConfig) -> dict[str, object]:
+    """Returns the fields, with their values, that make a model one that `transformers` has no architecture for."""
+    values = {field.name: (getattr(config, field.name), field.default) for field in dataclasses.fields(config)}
+    return {
+        name: value for name, (value, default) in values.items() if name not in EXPORTED_FIELDS and value != default
+    }
+
+
 def _require_expressible(config: GPTConfig) -> None:
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name not in EXPORTED_FIELDS and value != field.default:
-            raise UserError(
-                f"cannot export the model: the GPT-2 of transformers has no setting for {field.name}={value!r}; "
-                "use the checkpoint with this project's own scripts"
-            )
+    for name, value in inexpressible_fields(config).items():
+        raise UserError(
+            f"cannot export the model: the GPT-2 of transformers has no setting for {name}={value!r}; "
+            "train one with --no-rotary --no-qk-norm --no-value-embeddings --no-squared-relu for that"
+        )
 
 
 def _text_files(

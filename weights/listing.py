@@ -25,7 +25,7 @@ _FITS: dict[Wanted, Callable[[Checkpoint], bool]] = {
 _KINDS = {"base": "base", "sft": "chat", "lora": "chat (LoRA)", "classifier": "classifier"}
 _HEADINGS = ("name", "kind", "parameters", "loss", "data", "written", "made from")
 _MAX_NAMED = 5
-_MAKE_ONE = "make demo, or python train.py --data TEXT.txt"
+_MAKE_ONE = "make demo, or python train.py --preset demo --data TEXT.txt"
 
 
 def newest(wanted: Wanted) -> str:
