@@ -6,11 +6,11 @@ Start it with `streamlit run app.py`.
 import streamlit as st
 
 from interface.sessions import current_session
-from interface.sidebar import pick_checkpoint, pick_sampling
+from interface.sidebar import mode_key, pick_checkpoint, pick_sampling
 from system.errors import UserError
 from system.threads import GENERATION, limit_spinning
 
-KEPT = ("prompt", "step", "tokens")  # Streamlit forgets a widget's value while another mode is shown, unless it is set
+KEPT = ("prompt", "step", "tokens", "inside_part")  # Streamlit forgets a widget's value while another mode is shown, unless it is set
 
 
 def main() -> None:
@@ -49,11 +49,9 @@ def main() -> None:
         if loaded:
             st.markdown(escape(loaded.introduction))
         modes = ("Chat", "Completion", "Inside", "Training")
-        default = "Chat" if is_chat_model else "Completion"
-        key = f"mode of {file.path}"
-        mode = st.segmented_control(
-            "Mode", modes, default=default, required=True, key=key, label_visibility="collapsed"
-        )
+        key = mode_key(file)
+        state.setdefault(key, "Chat" if is_chat_model else "Completion")
+        mode = st.segmented_control("Mode", modes, required=True, key=key, label_visibility="collapsed")
     if loaded:
         with st.sidebar.expander("About this model"):
             st.text("\n".join(f"{name}: {value}" for name, value in loaded.facts.items()))
@@ -67,7 +65,7 @@ def main() -> None:
     elif mode == "Chat":
         chat_view(text_model, session, loaded.prompts)
     elif mode == "Inside":
-        inside_view(text_model)
+        inside_view(text_model, loaded.prompts)
     else:
         completion_view(text_model, file, session, [] if is_chat_model else loaded.prompts)
 

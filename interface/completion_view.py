@@ -9,8 +9,9 @@ from streamlit.delta_generator import DeltaGenerator
 
 from generation.config import SamplingConfig
 from generation.text_model import Sample, TextModel, Token
+from interface.inside_view import MAX_TOKENS
 from interface.sessions import Branch, Completion, Session
-from interface.sidebar import CheckpointFile
+from interface.sidebar import CheckpointFile, mode_key
 from interface.streaming import clip, escape, offer_prompts, show_stream, speed_line
 from interface.token_view import legible, logits_behind, token_view
 
@@ -95,8 +96,21 @@ def look_inside(text_model: TextModel, completion: Completion) -> None:
         with st.spinner("Computing the probabilities of the prompt"):
             branch.tokens[: branch.n_prompt] = text_model.score([token.id for token in prompt], top_logprobs=0)
     token_view(
-        text_model, branch.tokens, branch.n_prompt, lambda i, choice: branch_off(text_model, completion, i, choice)
+        text_model,
+        branch.tokens,
+        branch.n_prompt,
+        lambda i, choice: branch_off(text_model, completion, i, choice),
+        lambda i: open_inside(text_model, completion, i),
     )
+
+
+def open_inside(text_model: TextModel, completion: Completion, position: int) -> None:
+    """Lets the next drawing of the page show the mode Inside, with the text up to a position of the branch on the page,
+    that token included."""
+    state, tokens = st.session_state, completion.branch.tokens[: position + 1]
+    state["inside_text"] = decode(text_model, tokens[-MAX_TOKENS:])
+    state["inside_part"] = "Layer by layer"
+    state[mode_key(completion.file)] = "Inside"
 
 
 def branch_off(text_model: TextModel, completion: Completion, position: int, choice: int) -> None:

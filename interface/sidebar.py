@@ -35,6 +35,11 @@ def pick_checkpoint() -> CheckpointFile | None:
     return files[path]
 
 
+def mode_key(file: CheckpointFile) -> str:
+    """Returns the key under which the session's state holds the mode of the page for a model."""
+    return f"mode of {file.path}"
+
+
 @st.fragment  # a change here neither redraws the whole page nor stops an answer
 def pick_sampling() -> None:
     """Draws the sampling controls, and stores their values for the next answer in the session.

@@ -176,10 +176,17 @@ def logits_behind(text_model: TextModel, ids: list[int], n_context: int) -> Tens
     return kept[2]
 
 
-def token_view(text_model: TextModel, tokens: list[Token], n_prompt: int, on_branch: Callable[[int, int], Any]) -> None:
+def token_view(
+    text_model: TextModel,
+    tokens: list[Token],
+    n_prompt: int,
+    on_branch: Callable[[int, int], Any],
+    on_look: Callable[[int], Any],
+) -> None:
     """Draws tokens, the first `n_prompt` of them the prompt, and one of them with its candidates.
 
-    `on_branch` gets a position and the id of the candidate that the user wants to continue from.
+    `on_branch` gets a position and the id of the candidate that the user wants to continue from. `on_look` gets the
+    position of the token that the user wants to see in the mode Inside.
     """
     state = st.session_state
     state.step = min(max(1, state.get("step", n_prompt + 1)), len(tokens))
@@ -189,6 +196,13 @@ def token_view(text_model: TextModel, tokens: list[Token], n_prompt: int, on_bra
         st.slider("Step", 1, len(tokens), key="step", help="Chooses a token, as a click does.")
     position = state.step - 1
     token = tokens[position]
+    st.button(
+        "Look inside",
+        icon=":material/search:",
+        on_click=on_look,
+        args=(position,),
+        help="Shows what the model makes of the text up to the chosen token, layer by layer.",
+    )
     if token.logprob is None:
         st.caption("Nothing comes before the first token, so the model gives no probabilities for it.")
         return

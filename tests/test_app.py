@@ -17,6 +17,7 @@ from streamlit.testing.v1 import AppTest
 from generation.config import SamplingConfig
 from generation.text_model import TextModel, Token
 from interface import sessions
+from interface.inside_view import EXAMPLE
 from interface.sessions import Branch
 from interface.streaming import escape
 from interface.training_view import duration, recent_speed, status
@@ -250,6 +251,39 @@ def test_every_token_has_candidates_and_can_be_replaced_by_one(folder):
     for _ in range(10):
         branch(page, step - 1, taken)
     assert len(page.session_state.session.completion.branches) == 8
+
+
+def inside(page: AppTest) -> tuple[str, list[str]]:
+    """The text in the mode Inside, and the tokens of the table of layers."""
+    [field], [table] = component(page, "live_text"), component(page, "layers")
+    return json.loads(field.json)["text"], json.loads(table.json)["tokens"]
+
+
+def test_a_token_of_a_completion_is_one_click_away_from_its_layers(folder):
+    page = open_page("toy.pt")
+    complete(page, "What is", Length=12, Temperature=0.0)
+    tokenizer, step = TextModel.load("checkpoints/toy.pt").tokenizer, completion(page).n_prompt + 5
+    slider(page, "Step").set_value(step).run()
+    button(page, "Look inside").click().run()
+    assert not page.exception and not page.warning
+    assert page.button_group[0].value == "Inside" and page.button_group[1].value == "Layer by layer"
+    before = ids(page)[:step]
+    assert inside(page) == (tokenizer.decode(before), [legible(tokenizer.decode_bytes([i])) for i in before])
+    choose(page, "Completion")
+    assert page.session_state.step == step  # and the way back
+    page.session_state["inside_part"] = "Attention"
+    choose(page, "Training")
+    choose(page, "Inside")
+    assert page.button_group[1].value == "Attention"  # the last part stays
+
+
+def test_inside_begins_with_a_text_like_those_that_the_model_was_trained_on(folder):
+    shutil.copy(SAMPLES / "sft.pt", folder / "checkpoints/old.pt")  # stores no prompts
+    for model in ("toy.pt", "sft.pt", "old.pt"):
+        page = open_page(model)
+        page.session_state["inside_part"] = "Layer by layer"
+        choose(page, "Inside")
+        assert inside(page)[0] == load_checkpoint(f"checkpoints/{model}").get("prompts", [EXAMPLE])[0]
 
 
 def branch(page: AppTest, position: int, choice: int) -> None:
