@@ -10,7 +10,8 @@ from interface.sidebar import mode_key, pick_checkpoint, pick_sampling
 from system.errors import UserError
 from system.threads import GENERATION, limit_spinning
 
-KEPT = ("prompt", "step", "tokens", "inside_part")  # Streamlit forgets a widget's value while another mode is shown, unless it is set
+# Streamlit forgets a widget's value while another mode is shown, unless it is set
+KEPT = ("prompt", "step", "tokens", "inside_part", "compare", "second model", "second temperature")
 
 
 def main() -> None:
@@ -32,6 +33,7 @@ def main() -> None:
     with st.sidebar, st.spinner("Loading the model"):
         # these import torch, which takes seconds: the controls are on the screen by now
         from interface.chat_view import chat_view
+        from interface.compare_view import compare_view
         from interface.completion_view import completion_view
         from interface.inside_view import inside_view
         from interface.loaded_model import load_model
@@ -66,6 +68,8 @@ def main() -> None:
         chat_view(text_model, session, loaded.prompts)
     elif mode == "Inside":
         inside_view(text_model, loaded.prompts)
+    elif st.toggle("Compare", key="compare", help="Shows a second completion of the same prompt beside the first."):
+        compare_view(text_model, file, session)
     else:
         completion_view(text_model, file, session, [] if is_chat_model else loaded.prompts)
 
