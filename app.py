@@ -9,11 +9,12 @@ import streamlit as st
 from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 from interface.sessions import current_session
-from interface.sidebar import pick_checkpoint, pick_sampling
+from interface.sidebar import mode_key, pick_checkpoint, pick_sampling
 from system.errors import UserError
 from system.threads import GENERATION, limit_spinning
 
-KEPT = ("prompt", "step", "tokens")  # Streamlit forgets a widget's value while another mode is shown, unless it is set
+# Streamlit forgets a widget's value while another mode is shown, unless it is set
+KEPT = ("prompt", "step", "tokens", "inside_part", "compare", "second model", "second temperature")
 
 
 def main() -> None:
@@ -37,6 +38,7 @@ def main() -> None:
     with st.sidebar, st.spinner("Loading the model"):
         # these import torch, which takes seconds: the controls are on the screen by now
         from interface.chat_view import chat_view
+        from interface.compare_view import compare_view
         from interface.completion_view import completion_view
         from interface.inside_view import inside_view
         from interface.loaded_model import load_model
@@ -54,11 +56,9 @@ def main() -> None:
         if loaded:
             st.markdown(escape(loaded.introduction))
         modes = ("Chat", "Completion", "Inside", "Training")
-        default = "Chat" if is_chat_model else "Completion"
-        key = f"mode of {file.path}"
-        mode = st.segmented_control(
-            "Mode", modes, default=default, required=True, key=key, label_visibility="collapsed"
-        )
+        key = mode_key(file)
+        state.setdefault(key, "Chat" if is_chat_model else "Completion")
+        mode = st.segmented_control("Mode", modes, required=True, key=key, label_visibility="collapsed")
     if loaded:
         with st.sidebar.expander("About this model"):
             st.text("\n".join(f"{name}: {value}" for name, value in loaded.facts.items()))
@@ -72,7 +72,9 @@ def main() -> None:
     elif mode == "Chat":
         chat_view(text_model, session, loaded.prompts)
     elif mode == "Inside":
-        inside_view(text_model)
+        inside_view(text_model, loaded.prompts)
+    elif st.toggle("Compare", key="compare", help="Shows a second completion of the same prompt beside the first."):
+        compare_view(text_model, file, session)
     else:
         completion_view(text_model, file, session, [] if is_chat_model else loaded.prompts)
 

@@ -9,10 +9,12 @@ from streamlit.delta_generator import DeltaGenerator
 
 from generation.config import SamplingConfig
 from generation.text_model import Sample, TextModel, Token
+from interface.inside_view import MAX_TOKENS
 from interface.sessions import Branch, Completion, Session
-from interface.sidebar import CheckpointFile
+from interface.sidebar import CheckpointFile, mode_key
 from interface.streaming import clip, escape, offer_prompts, show_stream, speed_line
-from interface.token_view import legible, logits_behind, token_view
+from interface.token_view import logits_behind, token_view
+from text.tokenizer import Tokenizer, legible
 
 GENERIC_PROMPTS = ("Once upon a time", "The most important thing is", "In the beginning")
 
@@ -21,9 +23,8 @@ def completion_view(text_model: TextModel, file: CheckpointFile, session: Sessio
     """Draws a prompt, its completion, and the model's probabilities at every token. `file` is the model's; `prompts`
     are offered until one is completed."""
     state = st.session_state
-    state.setdefault("prompt", session.prompt)
     offers = st.container()
-    session.prompt = st.text_area("Beginning of a text", key="prompt", placeholder="Once upon a time")
+    prompt_field(session)
     started = st.button("Complete", type="primary", icon=":material/play_arrow:") or state.pop("start", False)
     controls = st.empty()
     with session.lock:  # until a stopped generation has stored its text
@@ -39,10 +40,18 @@ def completion_view(text_model: TextModel, file: CheckpointFile, session: Sessio
         placeholder = st.empty()
     view = st.empty()  # empty while the model writes
     if started or state.pop("branched", False):
-        complete(text_model, state.sampling, completion.branch, session, placeholder, controls)
-    placeholder.text(clip(decode(text_model, completion.branch.tokens)))
+        controls.button("Stop", icon=":material/stop_circle:")
+        complete(text_model, state.sampling, completion.branch, session, placeholder)
+        controls.empty()
+    placeholder.text(clip(decode(text_model.tokenizer, completion.branch.tokens)))
     with view.container():
         look_inside(text_model, completion)
+
+
+def prompt_field(session: Session) -> None:
+    """Draws the field for the prompt, which the session keeps."""
+    st.session_state.setdefault("prompt", session.prompt)
+    session.prompt = st.text_area("Beginning of a text", key="prompt", placeholder="Once upon a time")
 
 
 def begin(text_model: TextModel, prompt: str, file: CheckpointFile) -> Completion:
@@ -58,22 +67,19 @@ def complete(
     branch: Branch,
     session: Session,
     placeholder: DeltaGenerator,
-    controls: DeltaGenerator,
 ) -> None:
     """Streams the continuation of a branch. If the user presses Stop, the text so far stays."""
     sample, before = Sample(), list(branch.tokens)
-    controls.button("Stop", icon=":material/stop_circle:")
     pieces = text_model.stream([token.id for token in before], config, sample, top_logprobs=0)
     start = time.monotonic()
     with session.lock:
         try:
-            show_stream(pieces, placeholder, lambda: decode(text_model, before + sample.tokens))
+            show_stream(pieces, placeholder, lambda: decode(text_model.tokenizer, before + sample.tokens))
         finally:
             branch.tokens = before + sample.tokens
             branch.speed = speed_line(sample, start, text_model.model.config.block_size)
             if sample.finish_reason == "end":
                 branch.speed += " · the model ended the text"
-    controls.empty()
 
 
 def look_inside(text_model: TextModel, completion: Completion) -> None:
@@ -95,8 +101,21 @@ def look_inside(text_model: TextModel, completion: Completion) -> None:
         with st.spinner("Computing the probabilities of the prompt"):
             branch.tokens[: branch.n_prompt] = text_model.score([token.id for token in prompt], top_logprobs=0)
     token_view(
-        text_model, branch.tokens, branch.n_prompt, lambda i, choice: branch_off(text_model, completion, i, choice)
+        text_model,
+        branch.tokens,
+        branch.n_prompt,
+        lambda i, choice: branch_off(text_model, completion, i, choice),
+        lambda i: open_inside(text_model, completion, i),
     )
+
+
+def open_inside(text_model: TextModel, completion: Completion, position: int) -> None:
+    """Lets the next drawing of the page show the mode Inside, with the text up to a position of the branch on the page,
+    that token included."""
+    state, tokens = st.session_state, completion.branch.tokens[: position + 1]
+    state["inside_text"] = decode(text_model.tokenizer, tokens[-MAX_TOKENS:])
+    state["inside_part"] = "Layer by layer"
+    state[mode_key(completion.file)] = "Inside"
 
 
 def branch_off(text_model: TextModel, completion: Completion, position: int, choice: int) -> None:
@@ -111,9 +130,9 @@ def branch_off(text_model: TextModel, completion: Completion, position: int, cho
     st.session_state.branched = True
 
 
-def decode(text_model: TextModel, tokens: list[Token]) -> str:
+def decode(tokenizer: Tokenizer, tokens: list[Token]) -> str:
     """Returns the text of tokens, without the `<|endoftext|>` that opens a document."""
     ids = [token.id for token in tokens]
-    if ids and ids[0] == text_model.tokenizer.end_of_text:
+    if ids and ids[0] == tokenizer.end_of_text:
         ids = ids[1:]
-    return text_model.tokenizer.decode(ids)
+    return tokenizer.decode(ids)

@@ -66,6 +66,8 @@ _LAYERS = st.components.v2.component(
                 return line;
             });
             parentElement.querySelector("table").replaceChildren(head, ...rows.reverse());
+            const scroll = parentElement.querySelector(".scroll");
+            scroll.scrollLeft = scroll.scrollWidth;  // to the newest token
             parentElement.querySelector(".details").replaceChildren();
         }
     """,

@@ -34,13 +34,13 @@ _FIELD = st.components.v2.component(
 
 
 def live_text(key: str, label: str, example: str) -> str:
-    """Draws the field and returns its text. `st.session_state["KEY_text"]` sets it; at first it is `example`."""
+    """Draws the field and returns its text. `st.session_state["KEY_text"]` sets it; until then it is `example`."""
     state, name = st.session_state, f"{key}_text"
-    state.setdefault(name, example)
+    text: str = state.get(name, example)
 
     def typed() -> None:
         state[name] = (state[f"{key}_field"].text or "")[:MAX_CHARACTERS]
 
-    data = {"text": state[name], "label": label, "max": MAX_CHARACTERS}
+    data = {"text": text, "label": label, "max": MAX_CHARACTERS}
     _FIELD(key=f"{key}_field", data=data, on_text_change=typed)
-    return state[name]
+    return text

@@ -1,4 +1,4 @@
-"""The model on the page, loaded once for all sessions."""
+"""The models on the page, loaded once for all sessions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LoadedModel:
     """None for a classifier, which writes no text"""
 
 
-@st.cache_resource(max_entries=1, show_spinner=False)
+@st.cache_resource(max_entries=2, show_spinner=False)  # two, to compare them
 def load_model(path: str, modified: float) -> LoadedModel:
     """Loads a checkpoint. `modified`, the time of its last change, is a part of the cache's key: a new file under the
     old name is loaded again.

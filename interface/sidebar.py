@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import streamlit as st
 
 from generation.config import SamplingConfig
@@ -16,13 +18,13 @@ NO_MODEL = """There is no model yet. Make one with either of these:
 
 def pick_checkpoint() -> CheckpointFile | None:
     """Offers the checkpoints under `checkpoints/`, the newest first. Returns None if there are none."""
-    files = {file.path: file for file in checkpoint_files() if is_text(str(file.path))}  # the page can show UTF-8 only
+    files = listed_checkpoints()
     if not files:
         st.title("GPT-2")
         st.info(NO_MODEL)
         return None
     paths = list(files)
-    names = {path: str(path.relative_to(FOLDER)) for path in paths}
+    names = {path: name_of(path) for path in paths}
     if "model" not in st.session_state:  # after a reload, the page's address names the model
         st.session_state.model = next((p for p in paths if names[p] == st.query_params.get("model")), paths[0])
     previous = st.session_state.model
@@ -33,6 +35,21 @@ def pick_checkpoint() -> CheckpointFile | None:
     if st.query_params.get("model") != names[path]:
         st.query_params["model"] = names[path]
     return files[path]
+
+
+def listed_checkpoints() -> dict[Path, CheckpointFile]:
+    """Returns the checkpoints that the page offers, by path, the newest first."""
+    return {file.path: file for file in checkpoint_files() if is_text(str(file.path))}  # the page can show UTF-8 only
+
+
+def name_of(path: Path) -> str:
+    """Returns the name of a checkpoint on the page."""
+    return str(path.relative_to(FOLDER))
+
+
+def mode_key(file: CheckpointFile) -> str:
+    """Returns the key under which the session's state holds the mode of the page for a model."""
+    return f"mode of {file.path}"
 
 
 @st.fragment  # a change here neither redraws the whole page nor stops an answer

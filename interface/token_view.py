@@ -27,7 +27,10 @@ _CHIPS = st.components.v2.component(
                  background: color-mix(in srgb, #3b82f6 calc(var(--p) * 75%), transparent); }
         button:hover { border-color: var(--st-text-color); }
         button.prompt { border-bottom: 1px dashed #9ca3af; }
+        button:disabled { cursor: default; border-color: transparent; }
+        button.prompt:disabled { border-bottom-color: #9ca3af; }
         button.chosen { outline: 2px solid #f59e0b; }
+        button.marked { outline: 2px solid #ef4444; }
         .sign { opacity: 0.4; }
     """,
     js="""
@@ -37,7 +40,9 @@ _CHIPS = st.components.v2.component(
             box.replaceChildren();
             data.tokens.forEach((token, i) => {
                 const chip = document.createElement("button");
-                chip.className = (i < data.n_prompt ? "prompt" : "") + (i === data.chosen ? " chosen" : "");
+                chip.className = (i < data.n_prompt ? "prompt" : "") + (i === data.chosen ? " chosen" : "")
+                    + (i === data.mark ? " marked" : "");
+                chip.disabled = !data.clickable;
                 chip.style.setProperty("--p", token.p ?? 0);
                 chip.title = token.p === null ? "the first token" : (100 * token.p).toPrecision(3) + " %";
                 for (const part of token.text.split(/([␣↵⇥])/)) {
@@ -109,9 +114,11 @@ def draw_chips(
     n_prompt: int,
     chosen: int | None,
     key: str,
-    on_click: Callable[[int], Any],
+    on_click: Callable[[int], Any] | None = None,
+    mark: int | None = None,
 ) -> None:
-    """Draws tokens as chips, the first `n_prompt` of them as the prompt. `on_click` gets the position of a token."""
+    """Draws tokens as chips, the first `n_prompt` of them as the prompt, and marks the one at the position `mark`.
+    `on_click` gets the position of a token."""
     chips = [
         {
             "text": legible(tokenizer.decode_bytes([token.id])),
@@ -121,8 +128,8 @@ def draw_chips(
     ]
     _CHIPS(
         key=key,
-        data={"tokens": chips, "n_prompt": n_prompt, "chosen": chosen},
-        on_clicked_change=lambda: on_click(st.session_state[key].clicked),
+        data={"tokens": chips, "n_prompt": n_prompt, "chosen": chosen, "mark": mark, "clickable": bool(on_click)},
+        on_clicked_change=lambda: on_click(st.session_state[key].clicked) if on_click else None,
     )
 
 
@@ -176,10 +183,17 @@ def logits_behind(text_model: TextModel, ids: list[int], n_context: int) -> Tens
     return kept[2]
 
 
-def token_view(text_model: TextModel, tokens: list[Token], n_prompt: int, on_branch: Callable[[int, int], Any]) -> None:
+def token_view(
+    text_model: TextModel,
+    tokens: list[Token],
+    n_prompt: int,
+    on_branch: Callable[[int, int], Any],
+    on_look: Callable[[int], Any],
+) -> None:
     """Draws tokens, the first `n_prompt` of them the prompt, and one of them with its candidates.
 
-    `on_branch` gets a position and the id of the candidate that the user wants to continue from.
+    `on_branch` gets a position and the id of the candidate that the user wants to continue from. `on_look` gets the
+    position of the token that the user wants to see in the mode Inside.
     """
     state = st.session_state
     state.step = min(max(1, state.get("step", n_prompt + 1)), len(tokens))
@@ -189,6 +203,13 @@ def token_view(text_model: TextModel, tokens: list[Token], n_prompt: int, on_bra
         st.slider("Step", 1, len(tokens), key="step", help="Chooses a token, as a click does.")
     position = state.step - 1
     token = tokens[position]
+    st.button(
+        "Look inside",
+        icon=":material/search:",
+        on_click=on_look,
+        args=(position,),
+        help="Shows what the model makes of the text up to the chosen token, layer by layer.",
+    )
     if token.logprob is None:
         st.caption("Nothing comes before the first token, so the model gives no probabilities for it.")
         return

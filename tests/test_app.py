@@ -18,7 +18,8 @@ from streamlit.testing.v1 import AppTest
 from generation.config import SamplingConfig
 from generation.text_model import TextModel, Token
 from interface import sessions
-from interface.sessions import Branch
+from interface.inside_view import EXAMPLE
+from interface.sessions import Branch, Completion
 from interface.streaming import escape
 from interface.training_view import recent_speed, status
 from system.locks import locked, output_lock
@@ -251,6 +252,108 @@ def test_every_token_has_candidates_and_can_be_replaced_by_one(folder):
     for _ in range(10):
         branch(page, step - 1, taken)
     assert len(page.session_state.session.completion.branches) == 8
+
+
+def inside(page: AppTest) -> tuple[str, list[str]]:
+    """The text in the mode Inside, and the tokens of the table of layers."""
+    [field], [table] = component(page, "live_text"), component(page, "layers")
+    return json.loads(field.json)["text"], json.loads(table.json)["tokens"]
+
+
+def test_a_token_of_a_completion_is_one_click_away_from_its_layers(folder):
+    page = open_page("toy.pt")
+    complete(page, "What is", Length=12, Temperature=0.0)
+    tokenizer, step = TextModel.load("checkpoints/toy.pt").tokenizer, completion(page).n_prompt + 5
+    slider(page, "Step").set_value(step).run()
+    button(page, "Look inside").click().run()
+    assert not page.exception and not page.warning
+    assert page.button_group[0].value == "Inside" and page.button_group[1].value == "Layer by layer"
+    before = ids(page)[:step]
+    assert inside(page) == (tokenizer.decode(before), [legible(tokenizer.decode_bytes([i])) for i in before])
+    choose(page, "Completion")
+    assert page.session_state.step == step  # and the way back
+    page.session_state["inside_part"] = "Attention"
+    choose(page, "Training")
+    choose(page, "Inside")
+    assert page.button_group[1].value == "Attention"  # the last part stays
+
+
+def test_inside_begins_with_a_text_like_those_that_the_model_was_trained_on(folder):
+    shutil.copy(SAMPLES / "sft.pt", folder / "checkpoints/old.pt")  # stores no prompts
+    for model in ("toy.pt", "sft.pt", "old.pt"):
+        page = open_page(model)
+        page.session_state["inside_part"] = "Layer by layer"
+        choose(page, "Inside")
+        assert inside(page)[0] == load_checkpoint(f"checkpoints/{model}").get("prompts", [EXAMPLE])[0]
+
+
+def compared(page: AppTest) -> tuple[str, list[Completion], list[str | None]]:
+    """The line that names the difference, the two completions, and the marked token of each."""
+    drawn = [json.loads(proto.json) for proto in component(page, "token_chips")]
+    marked = [d["tokens"][d["mark"]]["text"] if d["mark"] < len(d["tokens"]) else None for d in drawn]
+    [line] = [m.value.replace("\\", "") for m in page.main.markdown if "he same" in m.value]
+    return line, [side.completion for side in page.session_state.comparison], marked
+
+
+def compare(page: AppTest, second: str = "", temperature: float = 0.0) -> None:
+    if not page.toggle(key="compare").value:
+        page.toggle(key="compare").set_value(True).run()
+    picker = page.selectbox(key="second model")
+    picker.select_index(picker.options.index(second) if second else 0).run()
+    if not second:
+        slider(page, "Second temperature").set_value(temperature)
+    page.text_area(key="prompt").set_value("What is")
+    button(page, "Complete both").click().run()
+    assert not page.exception
+
+
+def test_two_temperatures_are_compared_and_the_first_other_token_is_marked(folder):
+    page = open_page("toy.pt")
+    slider(page, "Length").set_value(12)
+    slider(page, "Temperature").set_value(0.6).run()  # no seed is given, but both draw the same random numbers
+    compare(page, temperature=0.6)
+    assert compared(page)[0] == "Both are the same: 12 tokens." and compared(page)[2] == [None, None]
+    page.number_input[0].set_value(5).run()
+    compare(page, temperature=2.0)
+    line, sides, marked = compared(page)
+    model = TextModel.load("checkpoints/toy.pt")
+    prompt = model.prompt_ids("What is")
+    tokens = []
+    for side, temperature in zip(sides, (0.6, 2.0), strict=True):
+        config = SamplingConfig(max_new_tokens=12, temperature=temperature, top_p=1.0, seed=5)
+        tokens.append([token for [token] in model.steps(prompt, config, top_logprobs=0)])
+        assert [t.id for t in side.branch.tokens] == prompt + [t.id for t in tokens[-1]]
+    n = next(i for i, (a, b) in enumerate(zip(*tokens, strict=True)) if a.id != b.id)
+    names = [legible(model.tokenizer.decode_bytes([side[n].id])) for side in tokens]
+    chances = [f"“{name}” ({math.exp(side[n].logprob):.0%})" for name, side in zip(names, tokens, strict=True)]
+    assert marked == names
+    assert line == f"The same for {n} token{'s' * (n != 1)}; then {chances[0]} and {chances[1]}."
+
+
+def test_models_with_other_tokenizers_are_compared_by_characters(folder):
+    shutil.copy(SAMPLES / "sft.pt", folder / "checkpoints/old.pt")
+    (folder / "checkpoints/corrupt.pt").write_bytes(b"no")
+    page = open_page("toy.pt")
+    slider(page, "Length").set_value(12).run()
+    compare(page, "corrupt.pt")
+    assert page.error and "comparison" not in page.session_state
+    compare(page, "old.pt")
+    line, sides, marked = compared(page)
+    models = [TextModel.load(f"checkpoints/{name}.pt") for name in ("toy", "old")]
+    texts = [
+        m.tokenizer.decode_bytes(t.id for t in s.branch.tokens[s.branch.n_prompt :])
+        for m, s in zip(models, sides, strict=True)
+    ]
+    n = len(os.path.commonprefix(texts))
+    assert models[0].tokenizer.name != models[1].tokenizer.name and n < len(texts[0])
+    assert line.startswith(f"The same for {len(texts[0][:n].decode())} character") and None not in marked
+    choose(page, "Training")
+    choose(page, "Completion")
+    assert compared(page)[0] == line  # and without a second load of the model
+    options = page.selectbox(key="model").options
+    page.selectbox(key="model").select_index(options.index("old.pt")).run()
+    choose(page, "Completion")
+    assert page.selectbox(key="second model").value == "" and not component(page, "token_chips")
 
 
 def branch(page: AppTest, position: int, choice: int) -> None:

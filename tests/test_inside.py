@@ -75,7 +75,7 @@ def test_a_text_is_cut_into_tokens_while_one_types(page, text_model):
     assert page.texts("[data-testid=stMetricValue]")[:3] == [str(len(tokenizer.encode(TEXT))), "30", "30"]
     longest = max((tokenizer.decode_bytes([i]) for i in tokenizer.encode(TEXT)), key=len)
     steps = ["   ".join(map(legible, parts)) for parts in merges(longest, tokenizer.mergeable_ranks)]
-    assert page.texts("[data-testid=stCode]")[0].splitlines() == steps
+    wait(lambda: page.texts("[data-testid=stCode]")[0].splitlines() == steps)  # drawn last
 
 
 def test_attention_shades_what_a_token_looks_at(page, text_model):
@@ -122,3 +122,50 @@ def test_embeddings_and_a_text_beyond_the_context(page, text_model):
     assert "You see the last 32." in page.driver.page_source
     type_text(page, "x\ue003")  # the backspace key
     wait(lambda: "Type a text." in page.driver.page_source)
+
+
+def chip_with(page: Page, name: str) -> list[str]:
+    """The texts of the chips of a class."""
+    return [chip.text for chip in page.in_components(f".chips button.{name}")]
+
+
+def test_a_token_of_a_completion_leads_to_its_column(page, tmp_path):
+    page.click("Completion")
+    page.idle()
+    page.type("The cat sat on the", "[data-testid=stTextArea] textarea", enter=False)
+    page.click("Complete")
+    wait(lambda: len(page.chips()) > 40)
+    page.press(page.chips()[20])
+    wait(lambda: "chosen" in page.chips()[20].get_attribute("class"))
+    page.click("Look inside")
+    wait(lambda: page.in_components("td button"))
+    [field], [scroll] = page.in_components("textarea"), page.in_components(".scroll")
+    text = field.get_attribute("value")
+    assert text.startswith("The cat sat on the") and len(text) > 18
+    page.idle()
+    left, hidden = page.driver.execute_script(
+        "const s = arguments[0]; return [s.scrollLeft, s.scrollWidth - s.clientWidth]", scroll
+    )
+    assert hidden > 100 and left == pytest.approx(hidden, abs=2)
+    page.driver.save_screenshot(str(tmp_path / "inside.png"))
+
+
+def test_two_completions_stand_side_by_side_and_on_a_phone_below_each_other(page, tmp_path):
+    page.click("Completion")
+    wait(lambda: page.all("[data-testid=stCheckbox] label"))
+    page.press(page.all("[data-testid=stCheckbox] label")[0])
+    page.click("Complete both")
+    wait(lambda: len(chip_with(page, "marked")) == 2)
+    page.idle()
+    one, other = chip_with(page, "marked")
+    assert one != other and f"then “{one}” (" in page.driver.page_source
+    boxes = page.in_components(".chips")
+    first, second = (box.rect for box in boxes)
+    assert first["x"] + first["width"] <= second["x"]
+    page.driver.save_screenshot(str(tmp_path / "wide.png"))
+    page.driver.set_window_size(500, 1400)  # Chromium's narrowest
+    wait(lambda: boxes[0].rect["y"] + boxes[0].rect["height"] <= boxes[1].rect["y"])
+    widths = page.driver.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
+    assert widths[0] <= widths[1] and boxes[1].rect["width"] > 300
+    page.driver.save_screenshot(str(tmp_path / "narrow.png"))
+    page.driver.set_window_size(1200, 1400)
