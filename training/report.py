@@ -123,10 +123,9 @@ class Summary(Listener):
         if math.isfinite(state.best_val_loss):
             is_best = config.keep == "best"
             loss = state.best_val_loss if is_best else state.history[-1]["val_loss"]
-            step = (
-                next(entry["step"] for entry in state.history if entry["val_loss"] == loss) if is_best else state.step
-            )
-            at = f" (at step {step:,}, which is the model; later steps only memorized)" if step < state.step else ""
+            steps = [entry["step"] for entry in state.history if entry.get("val_loss") == loss]
+            is_earlier = is_best and bool(steps) and steps[0] < state.step
+            at = f" (at step {steps[0]:,}: the model is of that step)" if is_earlier else ""
             text = f"{'best' if is_best else 'last'} validation loss {loss:.4f}{at}"
             if self.kind != "classifier":
                 text += f", perplexity {perplexity(loss):,.2f}"
