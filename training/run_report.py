@@ -24,7 +24,7 @@ from training.state import Listener, StopReason, TrainingState
 from weights.listing import data_of, parent_of
 
 MARK = "<!-- the report of a training run: a later run with the same --out replaces it -->\n"
-_ROW = re.compile(r"\| (\d[\d,]*) \| .* \|")
+_ROW = re.compile(r"\| (\d[\d,]{,25}) \| .* \|")
 _MAX_SAMPLE = 300  # characters
 _USE = {
     "base": "generate.py --model {out}",
