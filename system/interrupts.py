@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, TextIO
 
@@ -15,6 +15,9 @@ STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
 HANGUP = getattr(signal, "SIGHUP", None)  # the terminal is lost; not on Windows
 if HANGUP:
     STOP_SIGNALS.append(HANGUP)
+
+before_death: list[Callable[[], None]] = []
+"""What Ctrl-C during an import calls before it ends the process: no `finally` runs then."""
 
 
 def quit_while_importing() -> None:
@@ -46,6 +49,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     while frame:
         if "importlib" in frame.f_code.co_filename:
             signal.signal(number, signal.SIG_DFL)
+            for clean_up in before_death:
+                clean_up()
             signal.raise_signal(number)
         frame = frame.f_back
     raise KeyboardInterrupt

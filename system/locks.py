@@ -18,6 +18,7 @@ from typing import TypeVar
 from filelock import FileLock, Timeout
 
 from system.errors import UserError
+from system.interrupts import before_death
 
 _WAIT = 0.5  # seconds; a new reader locks a folder for a moment
 
@@ -25,6 +26,7 @@ Argument = TypeVar("Argument")
 Held = TypeVar("Held")
 
 _until_main_ends = contextlib.ExitStack()
+before_death.append(_until_main_ends.close)
 
 
 @contextlib.contextmanager

@@ -66,6 +66,11 @@ def printable(text: str) -> str:
     return _UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
+def on_one_line(text: object) -> str:
+    """Returns a value as a part of one line on a terminal: `printable`, with each line break or tab as a space."""
+    return " ".join(printable(as_utf8(text)).splitlines()).replace("\t", " ")
+
+
 _UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 

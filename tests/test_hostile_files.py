@@ -182,6 +182,13 @@ def test_a_checkpoint_with_one_other_field_inside(tmp_path, field):
         require_harmless(read, (field, i))
 
 
+@pytest.mark.parametrize("history", [[{"step": 2}], [{"step": 2, "loss": 1.0}], [{}], [{"step": 2, "val_loss": "1"}]])
+def test_a_history_holds_evaluations_only(tmp_path, history):
+    torch.save({**torch.load(SAMPLES / "base.pt", weights_only=True), "history": history}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="its history is not a list of evaluations"):
+        load_checkpoint(tmp_path / "x.pt")
+
+
 def as_nanogpt(state: dict) -> dict:
     config = state["config"]
     names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "dropout")

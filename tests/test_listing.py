@@ -111,3 +111,15 @@ def test_the_list_has_an_aligned_line_for_every_file(here, capsys):
             assert line[heading.index(title) :].startswith(value), (title, line)
     loss = torch.load(here / "sft.pt", weights_only=True)["history"][-1]["val_loss"]
     assert f" {loss:.4f}  data/toy" in cells["checkpoints/sft.pt"]
+
+
+def test_a_name_with_line_breaks_or_control_characters_stays_on_its_line(here, capsys):
+    good = torch.load(here / "toy.pt", weights_only=True)
+    torch.save({**good, "train_config": {"data": "a\nb", "model": "c\u2028d\x1b[2J"}}, here / "odd.pt")
+    odd = (here / "odd.pt").rename(here / "new\nline\x1b[2J.pt")
+    make_newest(odd)
+    assert newest("model") == f"checkpoints/{odd.name}"
+    assert capsys.readouterr().err == "model: checkpoints/new line\\x1b[2J.pt, the newest model in checkpoints/\n"
+    _, first, *others = table().splitlines()
+    assert first.startswith("checkpoints/new line\\x1b[2J.pt  ") and "  a b  " in first
+    assert first.endswith("  c d\\x1b[2J") and all(line.startswith("checkpoints/") for line in others)

@@ -174,3 +174,20 @@ def test_readers_share_a_folder_and_exclude_a_writer(tmp_path):
     with writing(tmp_path, "meta.json"), pytest.raises(UserError, match="written by another run"):
         reading(tmp_path, "meta.json").__enter__()
     assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_during_an_import_releases_what_is_held(tmp_path):
+    (tmp_path / "slow.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
+    program = """
+import signal, tempfile
+from system.interrupts import raised
+from system.locks import hold
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+with raised():
+    hold(tempfile.TemporaryDirectory(dir="held"))
+    import slow
+"""
+    (tmp_path / "held").mkdir()
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{REPOSITORY}:{tmp_path}"}
+    process = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True)
+    assert process.returncode == -signal.SIGINT and not process.stderr and not list((tmp_path / "held").iterdir())

@@ -102,6 +102,13 @@ def test_no_run_writes_to_a_snapshot_that_it_reads(tmp_path):
         claim_output(config, Processes(), inputs=[snapshot])
 
 
+def test_an_input_that_is_a_link_to_itself_costs_no_traceback(tmp_path):
+    link = tmp_path / "loop.jsonl"
+    link.symlink_to(link)
+    claim = releases_locks(lambda config: claim_output(config, Processes(), inputs=[link]))
+    assert claim(TrainerConfig(out=tmp_path / "a.pt")) is None
+
+
 FLAGS = [
     ("--out a.last.pt", "--out a.last.pt: files for --resume end in .last.pt"),
     ("--learning-rate inf", "--learning-rate must be a finite number"),

@@ -34,6 +34,8 @@ def test_every_run_leaves_a_report(toy):
 def test_a_resumed_run_rewrites_the_report_and_keeps_its_samples(toy):
     run = ["--data", "data/toy", *TOY_SHAPE, "--eval-tokens", "64", "--out", "checkpoints/report.pt"]
     succeed(toy, "train.py", *run, "--max-steps", "10")
+    with open(toy / "checkpoints/report.md", "a") as file:
+        file.write(f"| {'9' * 5000} | 1.0000 | an odd row |\n")
     succeed(toy, "train.py", *run, "--max-steps", "20", "--resume")
     report = (toy / "checkpoints/report.md").read_text(encoding="utf-8")
     assert "Done: step 20 of 20" in report and "--resume" in report

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import math
+import os
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -66,7 +67,8 @@ def _outputs(config: TrainerConfig) -> list[Path]:
 
 
 def _is_same_file(a: Path, b: Path) -> bool:
-    return a.resolve() == b.resolve() or (a.exists() and b.exists() and a.samefile(b))
+    same_path = os.path.realpath(a) == os.path.realpath(b)  # `Path.resolve` raises for a link to itself
+    return same_path or (a.exists() and b.exists() and a.samefile(b))
 
 
 def claim_data(folder: Path, meta: str, processes: Processes) -> None:

@@ -25,7 +25,7 @@ from weights.huggingface import inexpressible_fields
 from weights.listing import data_of, parent_of
 
 MARK = "<!-- the report of a training run: a later run with the same --out replaces it -->\n"
-_ROW = re.compile(r"\| (\d[\d,]*) \| .* \|")
+_ROW = re.compile(r"\| (\d[\d,]{,25}) \| .* \|")
 _MAX_SAMPLE = 300  # characters
 _USE = {
     "base": "generate.py --model {out}",

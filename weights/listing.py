@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 from system.errors import UserError
-from system.untrusted import printable
+from system.untrusted import on_one_line
 from weights.checkpoint import Checkpoint
 from weights.files import FOLDER, CheckpointFile, checkpoint_files
 from weights.loading import load_file
@@ -38,7 +38,7 @@ def newest(wanted: Wanted) -> str:
         if file.path.parent.name == "snapshots":
             continue
         if checkpoint and _FITS[wanted](checkpoint):
-            print(printable(f"model: {file.path}, the newest {wanted} in {FOLDER}/"), file=sys.stderr)
+            print(on_one_line(f"model: {file.path}, the newest {wanted} in {FOLDER}/"), file=sys.stderr)
             return str(file.path)
         others.append((str(file.path), checkpoint))
     commands = {"classifier": "python train_classifier.py", "chat model": "python train_sft.py"}
@@ -72,6 +72,7 @@ def table() -> str:
             rows.append((name, *facts, written, parent))
     if len(rows) == 1:
         return f"no model in {FOLDER}/: make one with {_MAKE_ONE}"
+    rows = [tuple(map(on_one_line, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for i, row in enumerate(rows):
@@ -79,8 +80,8 @@ def table() -> str:
             cell.rjust(width) if heading in ("parameters", "loss") else cell.ljust(width)
             for cell, width, heading in zip(row, widths, _HEADINGS, strict=True)
         ]
-        lines.append("  ".join(cells[:1] + [problems[i]] if i in problems else cells).rstrip())
-    return printable("\n".join(lines))
+        lines.append("  ".join(cells[:1] + [on_one_line(problems[i])] if i in problems else cells).rstrip())
+    return "\n".join(lines)
 
 
 def _headers() -> Iterator[tuple[CheckpointFile, Checkpoint | None, str]]:

@@ -180,7 +180,7 @@ def _require_metadata(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     _require(are_prompts, path, "its prompts are not a list of a few short texts")
     _require_labels(checkpoint, path)
     history = checkpoint.get("history", [])
-    is_history = isinstance(history, list) and all(map(is_entry, history))
+    is_history = isinstance(history, list) and all(is_entry(entry) and "val_loss" in entry for entry in history)
     _require(is_history, path, "its history is not a list of evaluations")
     train_config = checkpoint.get("train_config", {})
     is_config = isinstance(train_config, dict) and all(map(_is_option, train_config.items()))
