@@ -23,7 +23,7 @@ PARTS = ("Tokens", "Attention", "Layer by layer", "Embeddings")
 def inside_view(text_model: TextModel, prompts: list[str]) -> None:
     """Draws a field for a text, and the chosen look at what the model makes of it. The first text is one of `prompts`,
     texts like those that the model was trained on."""
-    text = live_text("inside", "Any text", prompts[0] if prompts else EXAMPLE)
+    text = live_text("inside", "Any text", max(prompts, key=len, default=EXAMPLE))
     st.session_state.setdefault("inside_part", PARTS[0])
     part = st.segmented_control("Look at", PARTS, required=True, key="inside_part", label_visibility="collapsed")
     ids = text_model.tokenizer.encode(text)

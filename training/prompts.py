@@ -28,9 +28,9 @@ def beginnings(data: Windows, tokenizer: Tokenizer) -> list[str]:
     ids = np.asarray(data.shards[0][:_TOKENS_READ])
     ends = np.flatnonzero(ids == tokenizer.end_of_text)
     documents = [tokenizer.decode(part[part < tokenizer.end_of_text].tolist()) for part in np.split(ids, ends + 1)]
-    documents = documents[1:] or documents  # the first one may begin in the middle of a word
+    documents = [document for document in documents if document.strip()]
     whole = "\n\n".join(documents)
-    choices = [_spread(map(_first_words, texts)) for texts in (documents, whole.split("\n\n"), whole.split("\n"))]
+    choices = [_spread(_beginnings(texts)) for texts in (documents, whole.split("\n\n"), whole.split("\n"))]
     return next((texts for texts in choices if len(texts) >= MAX_PROMPTS // 2), max(choices, key=len))
 
 
@@ -44,6 +44,13 @@ def questions(splits: Iterable[Conversations], tokenizer: Tokenizer) -> list[str
         if chosen := _spread(texts):
             return chosen
     return []
+
+
+def _beginnings(texts: list[str]) -> list[str]:
+    """Returns the first words of texts, but not of the first one, which may begin in the middle of a word, nor of those
+    that begin with a name or with code."""
+    beginnings = map(_first_words, texts[1:] or texts)
+    return [words for words in beginnings if sum(word.isalpha() for word in words.split()) >= 2]
 
 
 def _first_words(text: str) -> str:
