@@ -279,7 +279,7 @@ def test_a_run_says_what_it_trains_and_what_it_came_to(said):
         r"token embedding +14,336", r"in all +\d",
         r"training tokens, \d+ steps of 4 sequences an epoch; 20 steps are \S+ epochs, at \S+ TFLOP a step\n",
         r"\nbest validation loss \S+, perplexity \S+, \S+ bits per byte\n",
-        r"\n5,120 tokens in \d[^:]* s: \S+ tokens/s, peak memory \d+ MB\n",  # 20 steps of 4 × 64
+        r"\n5,120 tokens in \d[^:]* s: \S+ tokens/s, peak memory [\d,]+ MB\n",  # 20 steps of 4 × 64
         r"\n\S+ tokens per parameter", r"\nnow try: python generate.py --model checkpoints/said.pt\n",
     ):  # fmt: skip
         assert re.search(line, said), line

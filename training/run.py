@@ -53,11 +53,8 @@ def train(
     """
     if config.dtype == "auto" and processes.device.type == "cpu" and not sharding:
         config = dataclasses.replace(config, dtype=cpu_precision(model, processes, resumed))
-    metadata = {
-        **metadata,
-        "data": [train_data.fingerprint(), val_data.fingerprint()],
-        "prompts": prompts(train_data, val_data, from_spec(metadata["tokenizer"])),
-    }
+    metadata = {**metadata, "data": [train_data.fingerprint(), val_data.fingerprint()]}
+    metadata["prompts"] = prompts(train_data, val_data, from_spec(metadata["tokenizer"]))
     if resumed:
         print_changes(config, resumed, metadata["data"], processes)
     state = TrainingState.create(model, config, processes, sharding)

@@ -275,7 +275,8 @@ def _require_expressible(config: GPTConfig) -> None:
     for name, value in inexpressible_fields(config).items():
         raise UserError(
             f"cannot export the model: the GPT-2 of transformers has no setting for {name}={value!r}; "
-            "train one with --no-rotary --no-qk-norm --no-value-embeddings --no-squared-relu for that"
+            "use the checkpoint with this project's own scripts, or train one with --no-rotary --no-qk-norm "
+            "--no-value-embeddings --no-squared-relu"
         )
 
 
