@@ -33,9 +33,7 @@ def text_model(tmp_path_factory) -> TextModel:
     for parameter in model.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.3)
-    model.lm_head.weight.data[tokenizer.end_of_text :] = (
-        0  # outside of top-k: no text ends early
-    )
+    model.lm_head.weight.data[tokenizer.end_of_text :] = 0  # outside of top-k: no text ends early
     checkpoint.save(folder / "checkpoints/base.pt", checkpoint.pack(model, kind="base", tokenizer=tokenizer.spec))
     return TextModel.load(folder / "checkpoints/base.pt", "cpu")
 
