@@ -116,7 +116,8 @@ def main(config: Config) -> None:
     if config.chat:
         if not text_model.template:
             raise UserError(
-                f"{name} only completes text: drop --chat, or fine-tune it: python train_sft.py --model {name}"
+                f"{name} only completes text: drop --chat, or fine-tune it: "
+                f"python train_sft.py --model {name} --data CHATS.jsonl"
             )
         terminal.chat(text_model, config)
     elif config.instruction is not None:

@@ -98,7 +98,9 @@ def main(config: Config, tokenizer: "Tokenizer | None" = None) -> None:
             f"{counts['counted']:,} of them in the assistant's answers"
         )
     if not meta["is_held_out"]:
-        print("all conversations are trained on, and the validation loss is theirs (--val-fraction holds some out)")
+        print(
+            "all conversations are trained on, and the validation loss is theirs (prepare_sft_data.py --val-fraction holds some out)"
+        )
     for line in notes.lines():
         print(line)
     print(f"wrote {config.out}, tokenizer {tokenizer.name}, template {config.template}")

@@ -95,7 +95,7 @@ def writing(folder: Path, meta: str) -> Iterator[None]:
     remedy = "wait for it, or choose another --out"
     with locked(_writer_lock(folder, meta), f"{folder} is being written by another run", remedy):
         for reader in folder.glob(f".{glob.escape(meta)}.reader-*"):
-            with locked(reader, f"{folder} is being read by a training run", remedy):
+            with locked(reader, f"{folder} is being read by a training run", f"{remedy}; --data {folder} reads it too"):
                 pass  # its process was killed: the lock file goes
         yield
 

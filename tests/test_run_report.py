@@ -57,7 +57,7 @@ def test_a_plan_says_what_a_run_takes_and_writes_nothing(toy, data):
     assert re.match(r"[\d.e-]+ s a step, [\d,]+ tokens/s: \d+ steps measured, float32 on cpu", said["speed"])
     assert "to the end" in said["time"] and "at the peak, of" in said["memory"]
     assert "MB for new/folder/p.pt" in said["disk"] and "new/folder/p.last.pt (for --resume)" in said["disk"]
-    assert said["does not fit"] == "nothing: everything fits"
+    assert said["fits"] == "everything"
 
 
 def test_a_plan_that_cannot_fit_says_so_without_trying(toy, monkeypatch, capsys):
@@ -74,5 +74,5 @@ def test_a_plan_of_fine_tuning_writes_nothing(toy):
     before = files(toy)
     start = ["--model", "checkpoints/toy.pt", "--data", "data/toy", "--out", "checkpoints/none.pt", "--device", "cpu"]
     stdout = succeed(toy, "train_sft.py", *start, "--lora-rank", "2", "--plan")
-    assert files(toy) == before and "everything fits" in stdout
+    assert files(toy) == before and "fits          everything" in stdout
     assert run_script(toy, "train_sft.py", *start, "--plan", "--resume").returncode == 2

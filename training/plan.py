@@ -83,7 +83,7 @@ def print_plan(trainer: Trainer, kind: str) -> None:
         "disk": f"{size(best)} for {config.out}, {size(last)} for {config.last_path} (for --resume)"
         + (f", {size(best)} for each of {n_snapshots:,} snapshots" if n_snapshots else "")
         + f"; {size(free)} are free",
-        "does not fit": "; ".join(problems) or "nothing: everything fits",
+        "does not fit" if problems else "fits": "; ".join(problems) or "everything",
     }
     for name, text in rows.items():
         print(f"{name:13} {text}")

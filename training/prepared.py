@@ -25,7 +25,7 @@ def prepare_first(
     If `data` is a file, or one of the data sets `names`, the folder is named after it, and `prepare` is called with
     that folder and with whether to replace what is there. With `--plan` the folder is a temporary one. A resumed run
     goes on with what was prepared for it. `meta` is the name of the folder's meta file. Raises UserError if several
-    processes would prepare the data together.
+    processes would prepare the data together, or if the folder holds data of another source.
     """
     if data.is_dir() or not (str(data) in names or data.suffix or data.is_file()):
         return data
@@ -35,6 +35,10 @@ def prepare_first(
         print(f"reading {folder}, which was prepared from {data}; changes of {data} since then are ignored")
     elif n_processes > 1:
         raise UserError(f"several processes cannot prepare {data} together: start with one, or name a prepared folder")
+    elif (folder / meta).exists() and not is_prepared:  # not even with --overwrite, which is for the checkpoint
+        raise UserError(
+            f"{data} would be prepared in {folder}, which holds other data: rename {data.name}, or that folder"
+        )
     else:
         prepare(folder, config.overwrite or is_prepared)
     return folder

@@ -25,6 +25,7 @@ from training.state import Listener, StepFigures, StopReason, TrainingState
 Examine = Callable[[TrainingState], "list[dict[str, str]]"]
 """Gives the model the same few held-out inputs each time; returns `input`, `expected` and `output` of each."""
 SAMPLE_COLUMNS = 100
+MANY_EPOCHS = 10
 """Longest line of a sample at the end of a run, in characters."""
 
 
@@ -54,6 +55,12 @@ class Report(Listener):
             f"an epoch; {config.max_steps:,} steps are {config.max_steps / data.batches_per_epoch:,.1f} epochs, at "
             f"{model.flops_per_token() * tokens_per_batch / 1e12:.3g} TFLOP a step"
         )
+        n_epochs = config.max_steps / data.batches_per_epoch
+        if n_epochs > MANY_EPOCHS and isinstance(data, Windows):
+            print(
+                f"warning: {n_epochs:,.0f} passes over so little text end in memorizing it: set a smaller --max-steps, and "
+                "a smaller --eval-every to keep the best weights"
+            )
         if state.n_micro_batches > 1:
             print(f"each step adds up the gradients of {state.n_micro_batches} micro-batches")
 
@@ -170,7 +177,7 @@ class Samples(Listener):
 
     def on_end(self, state: TrainingState, reason: StopReason) -> None:
         if not self.prompt:
-            print(f"it writes, for example:\n  {self.sample(state)!r}")
+            print(f"after the last step it writes, for example:\n  {self.sample(state)!r}")
         elif self.lines:
             print(f"what it wrote after {self.prompt!r}:")
             print(f"{'step':>9} {'loss':>8}")
