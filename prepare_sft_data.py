@@ -99,7 +99,8 @@ def main(config: Config, tokenizer: "Tokenizer | None" = None) -> None:
         )
     if not meta["is_held_out"]:
         print(
-            "all conversations are trained on, and the validation loss is theirs (prepare_sft_data.py --val-fraction holds some out)"
+            "all conversations are trained on, and the validation loss is theirs "
+            "(prepare_sft_data.py --val-fraction holds some out)"
         )
     for line in notes.lines():
         print(line)

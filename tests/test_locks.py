@@ -85,10 +85,8 @@ def test_a_training_keeps_others_out_until_it_is_killed_and_the_next_run_cleans_
             f"error: checkpoints/a.pt is being written by another run (process {process.pid}): {remedy}"
         )
         result = run_script(here, prepare)
-        assert (
-            refusal(result)
-            == f"error: data is being read by a training run (process {process.pid}): {remedy}; --data data reads it too"
-        )
+        reading = f"data is being read by a training run (process {process.pid})"
+        assert refusal(result) == f"error: {reading}: {remedy}; --data data reads it too"
         assert (here / "data/meta.json").read_bytes() == prepared
     assert {".a.pt.lock", next(path.name for path in (here / "data").glob(".*"))} <= set(hidden_files(here))
     (checkpoints / "snapshots").mkdir()

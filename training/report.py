@@ -58,8 +58,8 @@ class Report(Listener):
         n_epochs = config.max_steps / data.batches_per_epoch
         if n_epochs > MANY_EPOCHS and isinstance(data, Windows):
             print(
-                f"warning: {n_epochs:,.0f} passes over so little text end in memorizing it: set a smaller --max-steps, and "
-                "a smaller --eval-every to keep the best weights"
+                f"warning: {n_epochs:,.0f} passes over so little text end in memorizing it: set a smaller --max-steps, "
+                "and a smaller --eval-every to keep the best weights"
             )
         if state.n_micro_batches > 1:
             print(f"each step adds up the gradients of {state.n_micro_batches} micro-batches")
