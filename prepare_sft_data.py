@@ -81,7 +81,13 @@ def main(config: Config, tokenizer: "Tokenizer | None" = None) -> None:
     tokenizer = tokenizer or gpt2()
     notes = Notes()
     conversations = open_conversations(
-        config.dataset, config.input, config.max_conversations, config.val_fraction, config.seed, notes
+        config.dataset,
+        config.input,
+        config.max_conversations,
+        config.val_fraction,
+        config.seed,
+        notes,
+        are_chats=config.template == "chat",
     )
     meta = write_conversations(
         conversations,
@@ -102,6 +108,8 @@ def main(config: Config, tokenizer: "Tokenizer | None" = None) -> None:
             "all conversations are trained on, and the validation loss is theirs "
             "(prepare_sft_data.py --val-fraction holds some out)"
         )
+        if n_joined := meta["splits"]["train"]["conversations"] - meta["splits"]["val"]["conversations"]:
+            print(f"{n_joined:,} more join two or three of them: chats go on after the first answer")
     for line in notes.lines():
         print(line)
     print(f"wrote {config.out}, tokenizer {tokenizer.name}, template {config.template}")

@@ -188,21 +188,21 @@ def test_a_file_of_chats_is_prepared_as_the_model_needs_it_and_learnt_by_heart(h
     Path("chats.csv").write_text("question,answer\n" + "".join(f"Who is the {word}?,I am {word}.\n" for word in words))
     learn = {"data": Path("chats.csv"), "max_steps": None, "batch_size": None, "optimizer": "muon", "device": "cpu"}
     options = {**learn, "learning_rate": 2e-2, "min_lr": 0.0, "warmup_steps": None, "eval_every": 500}
-    train_sft.main(train_sft.Config(**options, save_every=50, epochs=50, out=Path("checkpoints/sft.pt")))
+    train_sft.main(train_sft.Config(**options, save_every=50, epochs=25, out=Path("checkpoints/sft.pt")))
     meta = json.loads(Path("data/chats/sft_meta.json").read_text())
     assert (meta["template"], meta["block_size"]) == (template or "chat", 64)
     assert meta["tokenizer"] == json.loads(Path("data/meta.json").read_text())["tokenizer"]
-    assert "8 conversations in batches of 8: 50 steps, 50 epochs" in capsys.readouterr().out
+    assert "15 conversations in batches of 8: 50 steps, 25 epochs" in capsys.readouterr().out
     Path("chats.csv").write_text("question,answer\nother,text\nand,more\n")  # a resumed run does not read it
-    train_sft.main(train_sft.Config(**options, save_every=50, resume=True, out=Path("checkpoints/sft.pt")))
+    train_sft.main(train_sft.Config(**options, save_every=50, epochs=50, resume=True, out=Path("checkpoints/sft.pt")))
     out = capsys.readouterr().out
     assert (
         "reading data/chats, which was prepared from chats" in out
-        and "8 conversations in batches of 8: 100 steps" in out
+        and "15 conversations in batches of 8: 100 steps" in out
     )
     assert recall_report(TextModel.load("checkpoints/sft.pt"), Path("data/chats"), "train").startswith("8 of 8 ")
     train_sft.main(train_sft.Config(**{**options, "max_steps": 1}, out=Path("checkpoints/new.pt")))
-    assert "2 conversations in batches of 2: 1 steps" in capsys.readouterr().out  # a new run does
+    assert "4 conversations in batches of 4: 1 steps" in capsys.readouterr().out  # a new run does
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from system.errors import UserError
 from system.files import atomic_folder
 from text import readers
 from text import tokenizer as tokenizers
-from text.conversations import oasst1_trees, read_file
+from text.conversations import oasst1_trees, open_conversations, read_file
 from text.corpora import CHUNK, Files, OpenWebText, Texts, cut, draw_held_out, hold_out
 from text.readers import Notes
 from text.registry import CONVERSATIONS, LABELLED, TEXTS, Dataset
@@ -472,7 +472,7 @@ def test_a_table_of_questions_and_answers_becomes_conversations(tmp_path, column
 
 @pytest.mark.parametrize(
     ("n", "val_fraction", "n_train", "n_val"),
-    [(99, None, 99, 99), (100, None, 95, 5), (200, 0, 200, 200), (5, 0.1, 4, 1)],
+    [(99, None, 99 + 50 + 33, 99), (100, None, 95, 5), (200, 0, 200, 200), (5, 0.1, 4, 1)],
 )
 def test_of_few_conversations_none_is_held_out(tmp_path, capsys, n, val_fraction, n_train, n_val):
     (tmp_path / "a.csv").write_text("prompt,response\n" + "".join(f"{i},yes\n" for i in range(n)))
@@ -480,6 +480,27 @@ def test_of_few_conversations_none_is_held_out(tmp_path, capsys, n, val_fraction
     meta = json.loads((tmp_path / "data/sft_meta.json").read_text())
     assert [meta["splits"][split]["conversations"] for split in ("train", "val")] == [n_train, n_val]
     assert meta["is_held_out"] == (n_val < n) == ("all conversations are trained on" not in capsys.readouterr().out)
+
+
+def test_few_conversations_of_one_exchange_are_joined_to_longer_ones_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second, third = (
+        [{"role": "user", "content": name}, {"role": "assistant", "content": "yes"}] for name in "abc"
+    )
+
+    def opened(*conversations, val_fraction=None):
+        rows = "".join(json.dumps({"messages": messages}) + "\n" for messages in conversations)
+        Path("chats.jsonl").write_text(rows)
+        return list(open_conversations("", Path("chats.jsonl"), None, val_fraction, 1, Notes()))
+
+    alone, longer = opened(first, second, third)[:3], opened(first, second, third)[3:]
+    assert alone == [("both", first), ("both", second), ("both", third)]
+    assert [split for split, _ in longer] == ["joined"] * 3
+    assert [len(messages) // 2 for _, messages in longer] == [2, 1, 3]  # each twice
+    asked = sorted(message["content"] for _, messages in longer for message in messages[::2])
+    assert asked == ["a", "a", "b", "b", "c", "c"]
+    assert len(opened(first, [*second, *third])) == 2  # somebody asks twice already
+    assert not any(split == "joined" for split, _ in opened(first, second, third, val_fraction=0.5))
 
 
 def test_downloads_are_checked_and_kept(serve, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
@@ -35,12 +36,20 @@ class Unusable(Exception):
 
 
 def open_conversations(
-    dataset: str, path: Path | None, max_conversations: int | None, val_fraction: float | None, seed: int, notes: Notes
+    dataset: str,
+    path: Path | None,
+    max_conversations: int | None,
+    val_fraction: float | None,
+    seed: int,
+    notes: Notes,
+    *,
+    are_chats: bool = True,
 ) -> Iterable[tuple[str, Conversation]]:
     """Returns the conversations of a file, or without `path` those of a data set, with their splits ("train", "val").
 
-    With a `val_fraction` of 0, and without one if there are fewer than FEW conversations, each has the split "both".
-    `notes` counts what is left out. Raises UserError if there are fewer than two conversations.
+    With a `val_fraction` of 0, and without one if there are fewer than FEW conversations, each has the split "both". If
+    they are few chats and all have one exchange only, `joined` ones come on top. `notes` counts what is left out.
+    Raises UserError if there are fewer than two conversations.
     """
     named = CONVERSATIONS.get(dataset)
     if path is None and dataset == "oasst1":
@@ -49,15 +58,29 @@ def open_conversations(
     if path is None and named and named.split == "wordings":
         found_lessons = lessons.lessons(builtins_only=dataset == "builtins-qa")
         return lessons.conversations(list(islice(found_lessons, max_conversations)), seed)
-    found = read_file(path, notes) if path else from_hub(named.hub if named else dataset, notes)
-    conversations = list(islice(found, max_conversations))
+    usable = read_file(path, notes) if path else from_hub(named.hub if named else dataset, notes)
+    conversations = list(islice(usable, max_conversations))
     if len(conversations) < 2:
         raise UserError(f"{path or dataset} holds fewer than two usable conversations: add more{notes.in_brackets()}")
     if val_fraction is None:
         val_fraction = VAL_FRACTION if len(conversations) >= FEW else 0
     if val_fraction == 0:
-        return [("both", conversation) for conversation in conversations]
+        found = [("both", conversation) for conversation in conversations]
+        if are_chats and len(conversations) < FEW and all(len(conversation) <= 2 for conversation in conversations):
+            found += [("joined", several) for several in joined(conversations, seed)]
+        return found
     return draw_held_out(conversations, max(val_fraction, 1 / len(conversations)), seed)
+
+
+def joined(conversations: list[Conversation], seed: int) -> Iterator[Conversation]:
+    """Yields conversations of two and of three of the given ones, in random orders, each once in either.
+
+    People ask one question after another. A model that saw only first questions answers the later ones worse.
+    """
+    rng = random.Random(seed)
+    for n in (2, 3):
+        shuffled = rng.sample(conversations, len(conversations))
+        yield from (list(chain(*shuffled[i : i + n])) for i in range(0, len(shuffled), n))
 
 
 def _first(

@@ -106,9 +106,10 @@ def write_conversations(
 ) -> dict:
     """Writes tokens, loss masks and offsets of conversations into `out`; returns the content of sft_meta.json.
 
-    Each conversation comes with its split: "train", "val" or "both". One that is longer than `block_size` tokens loses
-    its oldest exchanges; `notes` counts such conversations. The files appear together at the end; until then the old
-    files stay unchanged. Raises UserError if a split gets no conversation.
+    Each conversation comes with its split: "train", "val", "both", or "joined" for one that repeats others of "both",
+    to train on. One that is longer than `block_size` tokens loses its oldest exchanges; `notes` counts it, unless it is
+    joined. The files appear together at the end; until then the old files stay unchanged. Raises UserError if a
+    split gets no conversation.
     """
     with atomic_folder(out, last="sft_meta.json") as folder:
         files, is_held_out = {split: ConversationFiles(folder, split) for split in SPLITS}, True
@@ -117,9 +118,10 @@ def write_conversations(
             if len(ids) > block_size:
                 ids, mask = encode_conversation(messages, tokenizer, template, block_size)
                 outcome = "lost their oldest turns" if ids else "were dropped, since one exchange alone is too long"
-                notes.add(f"conversations longer than {block_size:,} tokens {outcome}", f"conversation {i:,}")
-            for name in SPLITS if ids else ():
-                if split in (name, "both"):
+                if split != "joined":
+                    notes.add(f"conversations longer than {block_size:,} tokens {outcome}", f"conversation {i:,}")
+            for name in ("train",) if split == "joined" else SPLITS if split == "both" else (split,):
+                if ids:
                     files[name].write(ids, mask)
             is_held_out = is_held_out and split != "both"
         for split in SPLITS:

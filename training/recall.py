@@ -25,9 +25,10 @@ def is_recalled(text_model: TextModel, exchange: Exchange) -> bool:
 
 
 def recall_report(text_model: TextModel, data: Path, split: str, n: int = 500, n_shown: int = 5) -> str:
-    """Asks the first questions of `n` random conversations; returns how many answers are recalled, and some of them."""
+    """Asks `n` random first questions of conversations, each once; returns how many answers are recalled, and some."""
     conversations = Conversations(data, split, text_model.model.config.block_size, batch_size=1, seed=0)
     exchanges = conversations.first_exchanges(len(conversations))
+    exchanges = list({str(exchange): exchange for exchange in exchanges}.values())
     exchanges = random.Random(0).sample(exchanges, min(n, len(exchanges)))
     asked = with_progress(exchanges, len(exchanges), "questions")
     n_recalled = sum(is_recalled(text_model, exchange) for exchange in asked)
