@@ -81,7 +81,8 @@ def loss_after_the_role_token(state: dict, **changed) -> float:
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_the_role_tokens_are_learnt(here, lora_rank):
     base = load_checkpoint("checkpoints/pretrained.pt")
-    sft(max_steps=60, eval_every=60, batch_size=32, lora_rank=lora_rank, learning_rate=2e-2)
+    steps, rate = (100, 5e-2) if lora_rank else (60, 2e-2)
+    sft(max_steps=steps, save_every=steps, eval_every=steps, batch_size=8, lora_rank=lora_rank, learning_rate=rate)
     tuned = load_checkpoint("checkpoints/sft.pt")
     user = checkpoint.tokenizer_of(base).user
     rows = tuned["model"]["wte.weight"].clone()
@@ -180,29 +181,30 @@ def test_more_text_is_prepared_with_the_tokenizer_of_the_model_to_start_from(her
     assert tokenizers[0] == tokenizers[1] and Path("more.pt").exists()
 
 
-@pytest.mark.parametrize("template", [None, "alpaca"])
-def test_a_file_of_chats_is_prepared_as_the_model_needs_it_and_learnt_by_heart(here, capsys, template):
+@pytest.mark.parametrize(("template", "n", "n_new", "epochs"), [(None, 15, 4, 25), ("alpaca", 8, 2, 50)])
+def test_a_file_of_chats_is_prepared_as_the_model_needs_it_and_learnt_by_heart(
+    here, capsys, template, n, n_new, epochs
+):
     base = torch.load("checkpoints/pretrained.pt", weights_only=True)
     torch.save({**base, "kind": "sft" if template else "base", "template": template}, "checkpoints/pretrained.pt")
     words = ["cat", "dog", "horse", "cow", "red", "green", "blue", "white"]
     Path("chats.csv").write_text("question,answer\n" + "".join(f"Who is the {word}?,I am {word}.\n" for word in words))
     learn = {"data": Path("chats.csv"), "max_steps": None, "batch_size": None, "optimizer": "muon", "device": "cpu"}
     options = {**learn, "learning_rate": 2e-2, "min_lr": 0.0, "warmup_steps": None, "eval_every": 500}
-    train_sft.main(train_sft.Config(**options, save_every=50, epochs=25, out=Path("checkpoints/sft.pt")))
+    train_sft.main(train_sft.Config(**options, save_every=50, epochs=epochs, out=Path("checkpoints/sft.pt")))
     meta = json.loads(Path("data/chats/sft_meta.json").read_text())
     assert (meta["template"], meta["block_size"]) == (template or "chat", 64)
     assert meta["tokenizer"] == json.loads(Path("data/meta.json").read_text())["tokenizer"]
-    assert "15 conversations in batches of 8: 50 steps, 25 epochs" in capsys.readouterr().out
+    assert f"{n} conversations in batches of 8: 50 steps, {epochs} epochs" in capsys.readouterr().out
     Path("chats.csv").write_text("question,answer\nother,text\nand,more\n")  # a resumed run does not read it
-    train_sft.main(train_sft.Config(**options, save_every=50, epochs=50, resume=True, out=Path("checkpoints/sft.pt")))
+    options["epochs"] = 2 * epochs
+    train_sft.main(train_sft.Config(**options, save_every=50, resume=True, out=Path("checkpoints/sft.pt")))
     out = capsys.readouterr().out
-    assert (
-        "reading data/chats, which was prepared from chats" in out
-        and "15 conversations in batches of 8: 100 steps" in out
-    )
+    assert "reading data/chats, which was prepared from chats" in out
+    assert f"{n} conversations in batches of 8: 100 steps" in out
     assert recall_report(TextModel.load("checkpoints/sft.pt"), Path("data/chats"), "train").startswith("8 of 8 ")
     train_sft.main(train_sft.Config(**{**options, "max_steps": 1}, out=Path("checkpoints/new.pt")))
-    assert "4 conversations in batches of 4: 1 steps" in capsys.readouterr().out  # a new run does
+    assert f"{n_new} conversations in batches of {n_new}: 1 steps" in capsys.readouterr().out  # a new run does
 
 
 @pytest.mark.parametrize(
