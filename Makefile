@@ -1,5 +1,5 @@
 # make demo             train a small GPT on this machine in minutes, and talk to it; INPUT=my.txt trains on your text,
-#                       CHATS=chats.jsonl on your conversations
+#                       CHATS=chats.jsonl on your conversations; MINUTES=20 gives a slow machine more time
 # make venv             the environment only; TORCH_INDEX=https://download.pytorch.org/whl/cpu chooses a build of PyTorch
 # make test, test-slow  lint, types and the tests; the tests that take minutes
 # make lint             lint, formatting and types only
@@ -8,6 +8,7 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 INPUT ?=
+MINUTES ?=
 CHATS ?=
 BIN = .venv/bin
 
@@ -28,7 +29,7 @@ venv-dev: .venv/installed-dev
 	@touch $@
 
 demo: venv
-	$(BIN)/python demo.py $(if $(INPUT),--input "$(INPUT)") $(if $(CHATS),--chats "$(CHATS)")
+	$(BIN)/python demo.py $(if $(INPUT),--input "$(INPUT)") $(if $(CHATS),--chats "$(CHATS)") $(if $(MINUTES),--minutes $(MINUTES))
 
 lint: venv-dev
 	$(BIN)/ruff check

@@ -5,6 +5,7 @@ Its models are small and know little. Every step is real, and its result is meas
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from generation.config import SamplingConfig
 from system.cli import run
 from system.errors import UserError, require
 from system.wording import duration
+from text.lessons import lessons
+from train import PRESETS
 
 if TYPE_CHECKING:
     from generation.text_model import TextModel
@@ -33,6 +36,11 @@ PROMPTS = [
     "The optional argument specifies",
     "A class that represents",
 ]
+WHOLE_STEPS = 3_500
+"""How many steps of pre-training take as long as the whole demo: 1,500, then 1,258 longer ones of fine-tuning, then the
+evaluations and the 1,000 questions."""
+STARTS_SECONDS = 60
+"""What the demo takes besides: Python starts six times, text becomes tokens, steps are measured."""
 MEMORIZING = """\
 There are few answers, each with many wordings of its question, so the model memorizes them. The training loss falls
 towards 0. The validation loss, on wordings that it does not train on, falls at first and then rises: the model becomes
@@ -50,13 +58,16 @@ class Config:
     """conversations to teach instead of questions about Python, in a file that prepare_sft_data.py --input takes"""
     vocab_size: int = 2045
     """tokens of the vocabulary, a BPE trained on the text"""
+    minutes: float = 5.5
+    """minutes to take: on a slow machine the demo trains fewer steps, and teaches fewer answers"""
     max_steps: int | None = None
-    """steps of pre-training, to make the demo shorter"""
+    """steps of pre-training, instead of as many as the minutes allow"""
     sft_steps: int | None = None
-    """steps of fine-tuning, to make the demo shorter"""
+    """steps of fine-tuning, instead of as many as the answers need"""
 
     def __post_init__(self) -> None:
         require(256 < self.vocab_size <= 65_000, "--vocab-size must lie between 257 and 65000")
+        require(1 <= self.minutes <= 1e6, "--minutes must be at least 1")
 
 
 def main(config: Config) -> None:
@@ -78,15 +89,17 @@ def main(config: Config) -> None:
         prompts = line_beginnings(tokenizer.decode(read_tokens(DATA / "val.bin").tolist()))
 
     title("2. A GPT learns to predict the next token")
+    n_steps, n_answers = (config.max_steps, None) if config.max_steps else affordable(config.minutes)
     print("It begins with random weights. At every evaluation it continues the same words, so you see it learn.")
     sample_prompt = [f"--sample-prompt={prompts[0]}"] if prompts else []  # with "=", since a line may begin with "--"
-    script("train.py", "--preset", "demo", "--overwrite", *sample_prompt, *flag("--max-steps", config.max_steps))
+    script("train.py", "--preset", "demo", "--overwrite", *sample_prompt, *flag("--max-steps", n_steps))
 
     title("3. It completes texts")
     print_completions(TextModel.load("checkpoints/demo/pretrained.pt"), prompts)
 
     title("4. Questions and answers become tokens, with a mask that hides the questions from the loss")
-    conversations = ["--input", config.chats] if config.chats else ["--dataset", "builtins-qa"]
+    answers = ["--dataset", "builtins-qa", *flag("--max-conversations", n_answers)]
+    conversations = ["--input", config.chats] if config.chats else answers
     script("prepare_sft_data.py", *conversations, "--block-size", "128", *out)
     title("5. It learns to answer")
     print(MEMORIZING_CHATS if config.chats else MEMORIZING)
@@ -117,18 +130,45 @@ def title(text: str) -> None:
     print(f"\n=== {text}", flush=True)
 
 
+def affordable(minutes: float) -> tuple[int | None, int | None]:
+    """Measures this machine; returns how many steps and answers fit into the minutes, or twice None if all of them do.
+
+    Both are cut by the same factor, so the model sees each answer as often as in the whole demo.
+    """
+    plan = script("train.py", "--preset", "demo", "--overwrite", "--plan", captured=True)
+    print(plan, end="")
+    step = re.search(r"^speed +(\S+) s a step", plan, re.MULTILINE)
+    whole = STARTS_SECONDS + WHOLE_STEPS * float(step[1]) if step else 0.0
+    if whole <= 60 * minutes:
+        return None, None
+    share = max(0.1, (60 * minutes - STARTS_SECONDS) / (whole - STARTS_SECONDS))
+    print(
+        f"On this machine the whole demo takes about {whole / 60:.0f} minutes. To take {minutes:g}, it trains "
+        f"{share:.0%} of the steps and teaches {share:.0%} of the answers "
+        f"(MINUTES={whole / 60 + 1:.0f} is enough for all)."
+    )
+    return int(share * PRESETS["demo"].max_steps), int(share * len(list(lessons(builtins_only=True))))
+
+
 def flag(name: str, value: object) -> list[object]:
     """Returns a flag with its value, or nothing if the value is None."""
     return [] if value is None else [name, value]
 
 
-def script(name: str, *arguments: object) -> None:
-    """Shows the command of a script and runs it. Raises UserError if the script fails; it has said why."""
+def script(name: str, *arguments: object, captured: bool = False) -> str:
+    """Shows the command of a script and runs it; returns what it prints if that is captured, and "" otherwise.
+
+    Raises UserError if the script fails; it has said why.
+    """
     command = [name, *map(str, arguments)]
     print(f"$ python {shlex.join(command)}", flush=True)
-    status = subprocess.run([sys.executable, str(HERE / name), *command[1:]], check=False).returncode
-    if status:
+    stdout = subprocess.PIPE if captured else None
+    result = subprocess.run(
+        [sys.executable, str(HERE / name), *command[1:]], stdout=stdout, encoding="utf-8", check=False
+    )
+    if status := result.returncode:
         raise UserError(f"{name} failed with status {status}", status=max(status, 1))  # below 0: ended by a signal
+    return result.stdout or ""
 
 
 def line_beginnings(text: str) -> list[str]:

