@@ -3,7 +3,7 @@
 import re
 
 _USER = re.compile(r"\b([a-z][a-z0-9.+-]+:/{1,2})[^\s/?#]*@", re.IGNORECASE)
-_QUERY = re.compile(r"\b(https?:/{1,2}[^\s?#]*)([?#])\S*", re.IGNORECASE)
+_QUERY = re.compile(r"\b(https?:/{1,2}[^\s?#]*)([?#])(?:…(?=[\s:;,.)'\"]|$)|\S*)", re.IGNORECASE)
 
 
 def duration(seconds: float) -> str:

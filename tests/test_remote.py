@@ -1,4 +1,4 @@
-"""Text at URLs: a real web server that misbehaves, the Hub's protocol, and the file system that `fsspec` has in memory."""
+"""Text at URLs: a web server that misbehaves, the protocol of the Hub, and the memory file system of `fsspec`."""
 
 import gzip
 import json
@@ -106,15 +106,26 @@ def test_globs_and_folders_name_the_same_files_everywhere(folder, site, memory):
 @pytest.mark.parametrize("has_ranges", [True, False])
 @pytest.mark.parametrize("tells_size", [True, False])
 @pytest.mark.parametrize("name", ["a.txt", "d.jsonl.zst", "e.parquet"])
-def test_a_broken_connection_is_resumed_at_the_byte_reached(folder, site, capsys, name, has_ranges, tells_size):
+def test_a_broken_connection_loses_no_text(folder, site, capsys, name, has_ranges, tells_size):
     server, address = site
     server.has_ranges, server.tells_size = has_ranges, tells_size
     corpus = Files([f"{address}/{name}"])
-    server.breaks_after, server.requests = [300, 350, 380], []
+    server.breaks_after = [100, 90, 80]
     assert ["".join(document) for document in corpus] == documents(folder / name)
     assert not server.breaks_after and "trying again" in capsys.readouterr().err
-    if has_ranges and name == "a.txt":
-        assert server.requests == ["GET /a.txt", *(f"GET /a.txt bytes={n}-" for n in (300, 650, 1030))]
+
+
+def test_a_broken_connection_is_resumed_at_the_byte_reached(folder, site):
+    """Less what had arrived and was not read yet, which aiohttp drops: at most 256 KiB."""
+    server, address = site
+    (folder / "long.txt").write_text("many words " * 300_000)
+    corpus = Files([f"{address}/long.txt"])
+    server.breaks_after, server.requests, buffer = [1_000_000] * 2, [], 2**18
+    assert "".join(*corpus) == "many words " * 300_000
+    starts = [int(request.partition("bytes=")[2].rstrip("-") or 0) for request in server.requests]
+    assert len(starts) == 3 and 1_000_000 - buffer <= starts[1] <= 1_000_000
+    assert starts[1] + 1_000_000 - buffer <= starts[2] <= starts[1] + 1_000_000
+    assert server.bytes_sent <= 3_300_000 + 2 * buffer
 
 
 def test_tries_end_in_one_line_and_each_waits_longer(site, capsys):
@@ -232,20 +243,20 @@ def test_no_secret_of_a_url_is_printed_or_written(folder, serve, tmp_path, monke
     server = Site(folder, login="ann:s3cret")
     address = serve(partial(FileHandler, server))
     url = f"{address.replace('://', '://ann:s3cret@')}/b.txt.gz?token=t0ken"
-    flags = [*SHAPE.split(), "2", "--vocab-size", "300", "--out", "new.pt"]
+    flags = [*SHAPE.split(), "2", "--vocab-size", "300", "--eval-tokens", "64", "--out", "new.pt"]
     trained = run_script(tmp_path, "train.py", "--data", url, *flags)
     assert trained.returncode == 0, trained.stderr
     assert "GET /b.txt.gz?token=t0ken" in server.requests
     meta = json.loads((tmp_path / "data/b.txt/meta.json").read_text())
     shown = f"{address}/b.txt.gz?…"
     assert meta["source"] == [shown] and shown in meta["command"]
-    server.statuses = [500] * 100  # a resumed run does not need the text; nor the secrets
-    resumed = run_script(tmp_path, "train.py", "--data", shown, *SHAPE.split(), "3", "--out", "new.pt", "--resume")
-    assert resumed.returncode == 0, resumed.stderr
+    monkeypatch.chdir(tmp_path)  # a resumed run needs neither the text nor the secrets
+    resumed = train.Config(data=shown, resume=True)
+    assert prepare_first(shown, (), "meta.json", resumed, 1, lambda *_: pytest.fail("prepared")) == Path("data/b.txt")
     server.statuses = [403] * 100
     refused = run_script(tmp_path, "prepare_data.py", "--input", url, "--out", "refused")
     assert refused.returncode == 1 and refused.stderr.splitlines()[-1].startswith(f"error: cannot read {shown}: HTTP")
-    said = [result.stdout + result.stderr for result in (trained, resumed, refused)]
+    said = [result.stdout + result.stderr for result in (trained, refused)]
     written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and folder not in path.parents]
     assert len(written) > 6
     for secret in ("s3cret", "t0ken", "ann:"):
@@ -260,6 +271,7 @@ def test_no_secret_of_a_url_is_printed_or_written(folder, serve, tmp_path, monke
         ("https:/ann:pass@host/a", "https:/host/a"),  # a URL that was a Path
         ("HTTPS://Token@host/a#key", "HTTPS://host/a#…"),
         ("403, url='http://h/a?t=1' now", "403, url='http://h/a?… now"),
+        ("https://host/a?t=1 and https://host/a?…: HTTP", "https://host/a?… and https://host/a?…: HTTP"),
         ("write to ann@host or C:/a@b", "write to ann@host or C:/a@b"),
         ("hf://datasets/org/name@refs%2Fpr%2F1/a.txt", "hf://datasets/org/name@refs%2Fpr%2F1/a.txt"),
     ],

@@ -221,10 +221,11 @@ def _may_pass(error: BaseException) -> bool:
 
 def _reason(error: BaseException) -> str:
     """Returns an error of a library on one line, without secrets."""
-    if status := _status(error):
-        return f"HTTP status {status}{' (check your credentials)' if status in (401, 403) else ''}"
-    if isinstance(error, FileNotFoundError):
+    status = _status(error)
+    if status == 404 or isinstance(error, FileNotFoundError):
         return "no such file"
+    if status:
+        return f"HTTP status {status}{' (check your credentials)' if status in (401, 403) else ''}"
     return shorten(without_secrets(str(error)), 200) or type(error).__name__
 
 
@@ -249,6 +250,8 @@ class _Stream(io.RawIOBase):
         return len(data)
 
     def _read(self, n: int) -> bytes:
+        import aiohttp
+
         size = self.file.size
         try:
             if self.response is None:
@@ -259,6 +262,9 @@ class _Stream(io.RawIOBase):
             if not data and size is not None and self.position < size:
                 raise ConnectionError(f"the connection ended after {self.position:,} of {size:,} bytes")
             return data
+        except aiohttp.ClientPayloadError:  # its message is long
+            self._disconnect()
+            raise ConnectionError(f"the connection broke after {self.position:,} bytes") from None
         except Exception:
             self._disconnect()
             raise
