@@ -235,32 +235,39 @@ def test_an_unknown_scheme_is_one_line():
         find_files(["warp://ann:secret@host/a.txt"])
 
 
-SHAPE = "--n-layer 1 --n-head 1 --n-embd 16 --block-size 32 --batch-size 2 --warmup-steps 1 --device cpu --max-steps"
+TRAIN = (
+    "train.py --n-layer 1 --n-head 1 --n-embd 16 --block-size 32 --batch-size 2 --warmup-steps 1 --device cpu "
+    "--max-steps 2 --vocab-size 300 --eval-tokens 64 --out new.pt --data"
+)
 
 
-def test_no_secret_of_a_url_is_printed_or_written(folder, serve, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("script", "written"),
+    [
+        ("prepare_data.py --out data/b.txt --input", "data/b.txt/meta.json"),
+        pytest.param(TRAIN, "new.pt", marks=pytest.mark.slow),
+    ],
+)
+def test_no_secret_of_a_url_is_printed_or_written(folder, serve, tmp_path, monkeypatch, script, written):
     monkeypatch.setitem(ENVIRONMENT, "no_proxy", "127.0.0.1")
     server = Site(folder, login="ann:s3cret")
     address = serve(partial(FileHandler, server))
     url = f"{address.replace('://', '://ann:s3cret@')}/b.txt.gz?token=t0ken"
-    flags = [*SHAPE.split(), "2", "--vocab-size", "300", "--eval-tokens", "64", "--out", "new.pt"]
-    trained = run_script(tmp_path, "train.py", "--data", url, *flags)
-    assert trained.returncode == 0, trained.stderr
+    result = run_script(tmp_path, script, url)
+    assert result.returncode == 0 and (tmp_path / written).exists(), result.stderr
     assert "GET /b.txt.gz?token=t0ken" in server.requests
-    meta = json.loads((tmp_path / "data/b.txt/meta.json").read_text())
-    shown = f"{address}/b.txt.gz?…"
+    meta, shown = json.loads((tmp_path / "data/b.txt/meta.json").read_text()), f"{address}/b.txt.gz?…"
     assert meta["source"] == [shown] and shown in meta["command"]
+    server.statuses = [403] * 100
+    refused = run_script(tmp_path, "prepare_data.py --out refused --input", url)
+    assert refused.returncode == 1 and refused.stderr.splitlines()[-1].startswith(f"error: cannot read {shown}: HTTP")
+    files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and folder not in path.parents]
+    for secret in ("s3cret", "t0ken", "ann:"):
+        assert not any(secret in said.stdout + said.stderr for said in (result, refused))
+        assert len(files) > 3 and not any(secret.encode() in content for content in files)
     monkeypatch.chdir(tmp_path)  # a resumed run needs neither the text nor the secrets
     resumed = train.Config(data=shown, resume=True)
     assert prepare_first(shown, (), "meta.json", resumed, 1, lambda *_: pytest.fail("prepared")) == Path("data/b.txt")
-    server.statuses = [403] * 100
-    refused = run_script(tmp_path, "prepare_data.py", "--input", url, "--out", "refused")
-    assert refused.returncode == 1 and refused.stderr.splitlines()[-1].startswith(f"error: cannot read {shown}: HTTP")
-    said = [result.stdout + result.stderr for result in (trained, refused)]
-    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and folder not in path.parents]
-    assert len(written) > 6
-    for secret in ("s3cret", "t0ken", "ann:"):
-        assert not any(secret in text for text in said) and not any(secret.encode() in data for data in written)
 
 
 @pytest.mark.parametrize(
