@@ -264,7 +264,7 @@ def test_no_secret_of_a_url_is_printed_or_written(folder, serve, tmp_path, monke
     files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and folder not in path.parents]
     for secret in ("s3cret", "t0ken", "ann:"):
         assert not any(secret in said.stdout + said.stderr for said in (result, refused))
-        assert len(files) > 3 and not any(secret.encode() in content for content in files)
+        assert len(files) >= 3 and not any(secret.encode() in content for content in files)
     monkeypatch.chdir(tmp_path)  # a resumed run needs neither the text nor the secrets
     resumed = train.Config(data=shown, resume=True)
     assert prepare_first(shown, (), "meta.json", resumed, 1, lambda *_: pytest.fail("prepared")) == Path("data/b.txt")
