@@ -21,8 +21,8 @@ class Config:
         str, Help(f"{', '.join(map(str, TEXTS.values()))}, or a data set of the Hugging Face Hub as org/name")
     ] = "openwebtext"
     input: tuple[str, ...] = ()
-    """files, folders or globs instead of a data set: .txt .md .py, or tables .jsonl .json .csv .tsv .parquet, in which
-    every row is a document; all may be compressed, .gz or .zst"""
+    """files, folders or globs, also as URLs (https://, s3://, gs://, hf://), instead of a data set: .txt .md .py, or
+    tables .jsonl .json .csv .tsv .parquet, in which every row is a document; all may be compressed, .gz or .zst"""
     out: Path = Path("data")
     """output folder"""
     overwrite: bool = False
@@ -43,12 +43,13 @@ class Config:
     tokenizer.json"""
     val_fraction: float = 0.1
     """share of the text to hold out for validation. With 20 documents or more, random documents are held out; with
-    fewer, the end of each document. openwebtext has nanoGPT's split, fineweb-edu holds out its first shard"""
+    fewer, the end of each document. openwebtext has nanoGPT's split and tinystories its own; fineweb-edu
+    and climbmix hold out their first shard"""
     max_tokens: int | None = None
     """stop after this many tokens, training and validation together"""
     shard_tokens: int | None = None
-    """write files of this many tokens (train_000001.bin and so on); default: 100 million for fineweb-edu, otherwise one
-    file per split"""
+    """write files of this many tokens (train_000001.bin and so on); default: 100 million for fineweb-edu and
+    climbmix, otherwise one file per split"""
     workers: int | None = None
     """number of tokenizing threads, by default one per core; it does not change the output"""
     seed: int = 1337
@@ -80,6 +81,7 @@ def main(config: Config, tokenizer: "Tokenizer | None" = None, in_brief: bool = 
     """Prepares one corpus, and prints what its token files hold, `in_brief` on one line. A `tokenizer` takes the place
     of the one that the config names."""
     from system.files import claim_folder
+    from system.wording import without_secrets
     from text.corpora import open_corpus, training_text
     from text.preparation import write_corpus
     from text.token_files import count_tokens, report, summary
@@ -108,7 +110,7 @@ def main(config: Config, tokenizer: "Tokenizer | None" = None, in_brief: bool = 
         corpus,
         tokenizer,
         config.out,
-        source=list(config.input) or config.dataset,
+        source=list(map(without_secrets, config.input)) or config.dataset,
         val_fraction=config.val_fraction,
         seed=config.seed,
         workers=config.workers,

@@ -14,6 +14,7 @@ from system.cli import Help, run
 from system.errors import require
 from system.locks import releases_locks
 from text.registry import TEXTS, listed, small
+from text.remote import with_plain_path
 from training.config import TrainerConfig
 
 if TYPE_CHECKING:
@@ -67,8 +68,8 @@ class Config(Model, TrainerConfig):
     preset: str = "gpt2"
     """gpt2, gpt2-medium, gpt2-large, gpt2-xl, modern, shakespeare or demo: the defaults of all other flags"""
     data: Annotated[
-        Path, Help(f"folder written by prepare_data.py; or a text file, {listed(small(TEXTS))}, prepared first")
-    ] = Path("data")
+        str, Help(f"folder written by prepare_data.py; or a text file, its URL, {listed(small(TEXTS))}, prepared first")
+    ] = "data"
     init_from: str = "scratch"
     """start from random weights (scratch), a checkpoint, gpt2 or another model of the Hugging Face Hub"""
     vocab_size: int | None = None
@@ -130,7 +131,7 @@ PRESETS = {
     "shakespeare": dataclasses.replace(
         SMALL,
         preset="shakespeare",
-        data=Path("shakespeare"),
+        data="shakespeare",
         out=Path("checkpoints/shakespeare.pt"),
         vocab_size=1021,
         block_size=128,
@@ -145,7 +146,7 @@ PRESETS = {
     "demo": dataclasses.replace(
         SMALL,
         preset="demo",
-        data=Path("data/demo"),
+        data="data/demo",
         out=Path("checkpoints/demo/pretrained.pt"),
         vocab_size=2045,
         block_size=128,
@@ -175,21 +176,21 @@ def main(config: Config) -> None:
     from weights.loading import load_checkpoint
 
     processes = Processes.join(config.device)
-    resumed = claim_output(config, processes, "base", inputs=(config.data, Path(config.init_from)))
+    resumed = claim_output(config, processes, "base", inputs=(Path(config.data), Path(config.init_from)))
     start = resumed
     if not resumed and config.init_from != "scratch":
         start = checkpoint.grow_vocabulary(load_checkpoint(config.init_from))
     prepare_it = partial(prepare, config, checkpoint.tokenizer_of(start) if start else None)
     folder = prepare_first(config.data, small(TEXTS), "meta.json", config, processes.world_size, prepare_it)
-    config = dataclasses.replace(config, data=folder)
-    claim_data(config.data, "meta.json", processes)
-    meta = read_token_meta(config.data)
-    tokenizer = tokenizer_of_data(config.data, meta)
+    config = dataclasses.replace(config, data=str(folder))
+    claim_data(folder, "meta.json", processes)
+    meta = read_token_meta(folder)
+    tokenizer = tokenizer_of_data(folder, meta)
 
     torch.manual_seed(config.seed)
     if start:
         expected = checkpoint.tokenizer_of(start).name
-        require_same_tokenizer(expected, tokenizer.name, config.data, "prepare the data with the model's tokenizer")
+        require_same_tokenizer(expected, tokenizer.name, folder, "prepare the data with the model's tokenizer")
         start["config"] = dataclasses.replace(start["config"], dropout=config.dropout)
         model = checkpoint.build(start)
     else:
@@ -197,7 +198,7 @@ def main(config: Config) -> None:
             GPTConfig(**model_shape(config), vocab_size=tokenizer.padded_vocab_size, n_tokens=tokenizer.n_tokens)
         )
     train_data, val_data = (
-        Windows.from_folder(config.data, meta, split, model.config, config.batch_size, config.seed)
+        Windows.from_folder(folder, meta, split, model.config, config.batch_size, config.seed)
         for split in ("train", "val")
     )
     sharding = None
@@ -226,7 +227,7 @@ def model_shape(config: Model) -> dict[str, Any]:
 
 def prepare(config: Config, tokenizer: "Tokenizer | None", folder: Path, overwrite: bool) -> None:
     """Prepares the text that `--data` names, with the tokenizer of the model to start from, or without it a new one."""
-    name = str(config.data)
+    name = with_plain_path(str(config.data))
     options: dict[str, Any] = {"dataset": name} if name in small(TEXTS) else {"input": (name,)}
     vocab_size = None if tokenizer else config.vocab_size
     to_prepare = prepare_data.Config(**options, vocab_size=vocab_size, out=folder, overwrite=overwrite)

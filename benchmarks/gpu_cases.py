@@ -324,7 +324,7 @@ def run_train(scale: Scale, resume: bool) -> None:
     names = ("block_size", "n_layer", "n_head", "n_embd")
     config = train_script.Config(
         **{name: getattr(scale.shape, name) for name in names},
-        data=scale.folder,
+        data=str(scale.folder),
         out=scale.folder / "a.pt",
         resume=resume,
         device=scale.device.type,

@@ -38,6 +38,7 @@ from system import interrupts
 from system.errors import UserError, is_out_of_memory, require
 from system.threads import limit_spinning
 from system.untrusted import as_utf8, printable
+from system.wording import without_secrets
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -202,20 +203,26 @@ def describe(config: Config, presets: Mapping[str, Config] | None = None) -> str
 
 
 def plain(config: DataclassInstance) -> dict[str, Any]:
-    """Returns a config dataclass as a dict of numbers, strings and lists, fit for JSON and for a checkpoint."""
+    """Returns a config dataclass as a dict of numbers, strings and lists, fit for JSON and for a checkpoint.
+
+    URLs have no secrets.
+    """
 
     def convert(value: Any) -> Any:
         if isinstance(value, tuple):
             return [convert(part) for part in value]
-        return value if isinstance(value, int | float | None) else as_utf8(value)
+        return value if isinstance(value, int | float | None) else without_secrets(as_utf8(value))
 
     return {name: convert(value) for name, value in dataclasses.asdict(config).items()}
 
 
-def command_line(add: str, drop: tuple[str, ...] = ()) -> str:
-    """Returns the command of this run with one flag added and others dropped, for the user to type."""
-    arguments = [argument for argument in sys.argv if argument not in drop and argument != add]
-    return shlex.join(["python", *arguments, add])
+def command_line(*add: str, drop: tuple[str, ...] = ()) -> str:
+    """Returns the command of this run with flags added and others dropped, for the user to type.
+
+    URLs have no secrets.
+    """
+    arguments = [without_secrets(argument) for argument in sys.argv if argument not in (*drop, *add)]
+    return shlex.join(["python", *arguments, *add])
 
 
 def _preset_name(arguments: list[str], presets: Mapping[str, Any]) -> str:
@@ -444,7 +451,7 @@ def _quoted(value: object) -> str:
 def _exit(message: str, status: int) -> NoReturn:
     for stream in (sys.stderr, sys.stdout):  # the second if the first cannot be written
         with contextlib.suppress(OSError):
-            print(printable(f"error: {' '.join(message.split())}"), file=stream, flush=True)
+            print(printable(f"error: {without_secrets(' '.join(message.split()))}"), file=stream, flush=True)
             break
     with contextlib.suppress(OSError):
         sys.stdout.flush()

@@ -103,7 +103,7 @@ def serve() -> Iterator[Callable[[type[http.server.BaseHTTPRequestHandler]], str
 
     def start(handler: type[http.server.BaseHTTPRequestHandler]) -> str:
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()  # seconds to stop
         servers.append(server)
         return f"http://127.0.0.1:{server.server_port}"
 

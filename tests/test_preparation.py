@@ -329,6 +329,28 @@ def test_fineweb_edu_holds_out_its_first_shard(hub, tmp_path):
         main(Config(dataset="fineweb-edu", out=tmp_path / "more", max_tokens=4500))
 
 
+def test_climbmix_holds_out_its_first_shard(hub, tmp_path):
+    texts = [f"page {i} " * 9 for i in range(300)]
+    for k in range(2):
+        rows = [{"text": text} for text in texts[k * 150 : (k + 1) * 150]]
+        hub(f"karpathy/climbmix-400b-shuffle/shard_0000{k}.parquet", rows)
+    main(Config(dataset="climbmix", out=tmp_path / "data", shard_tokens=1000))
+    files = {path.name: read_tokens(path).tolist() for path in sorted((tmp_path / "data").glob("*.bin"))}
+    everything = expected(("train", text) for text in texts)["train"]
+    assert files.pop("val_000001.bin") == everything[:1000] and len(files) > 2
+    assert sum(files.values(), []) == everything[1000:]
+
+
+def test_tinystories_has_its_own_validation_split(hub, tmp_path):
+    stories = {split: [f"Once {i} {split}" for i in range(30)] for split in ("train", "validation")}
+    for split, texts in stories.items():
+        rows = [{"text": text} for text in texts]
+        hub(f"roneneldan/TinyStories/data/{split}-00000-of-00001-0123456789abcdef.parquet", rows)
+    main(Config(dataset="tinystories", out=tmp_path / "data"))
+    held_out = (("val", text) for text in stories["validation"])
+    assert split_files(tmp_path / "data") == expected([*held_out, *(("train", text) for text in stories["train"])])
+
+
 def test_any_data_set_of_the_hub_is_read(hub, tmp_path):
     for split in ("train", "test"):
         hub(f"org/name/{split}.parquet", [{"body": f"{split} {i}"} for i in range(30)])

@@ -19,9 +19,11 @@ from typing import TypeVar
 import numpy as np
 
 from system.errors import UserError
+from system.wording import without_secrets
 from text import pydocs
 from text.readers import (
     TABLES,
+    File,
     Notes,
     content_suffix,
     count_rows,
@@ -35,6 +37,7 @@ from text.readers import (
 )
 from text.registry import TEXTS as NAMED
 from text.registry import Dataset
+from text.remote import RemoteFile, find, is_url, size_of
 
 Item = TypeVar("Item")
 Piece = tuple[str, str, bool]
@@ -106,28 +109,30 @@ class Texts(Corpus):
 
 
 class Files(Corpus):
-    """Files, folders and globs. A text file is one document; in a table (.jsonl, .csv, …), each row is one."""
+    """Files, folders, globs and URLs. A text file is one document; in a table (.jsonl, .csv, …), each row is one."""
 
     def __init__(self, patterns: Iterable[str | Path], text_column: str = "text") -> None:
         """Raises UserError if a pattern matches no file that can be read."""
         self.paths = find_files(map(str, patterns))
         self.text_column = text_column
-        self.total = sum(path.stat().st_size for path in self.paths)
+        sizes = list(map(size_of, self.paths))
+        self.total = None if None in sizes else sum(size or 0 for size in sizes)
 
     def _documents(self) -> Iterator[Iterable[str]]:
         for path in self.paths:
-            before, size = self.position, path.stat().st_size
+            before, size = self.position, size_of(path)
             if content_suffix(path) in TABLES:
                 with opened(path) as (raw, stream):
                     rows = records(path, stream, [self.text_column])
                     for document in self._texts_of_rows(rows, self.text_column):
                         yield document
-                        self.position = before + min(raw.tell(), size)
+                        self.position = before + (raw.tell() if size is None else min(raw.tell(), size))
             else:
                 yield self._chunks(path, before)
-            self.position = before + size
+            if size is not None:
+                self.position = before + size
 
-    def _chunks(self, path: Path, before: int) -> Iterator[str]:
+    def _chunks(self, path: File, before: int) -> Iterator[str]:
         """Yields a text file in chunks; `before` is the position where the file begins."""
         with opened(path) as (raw, stream):
             text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
@@ -228,7 +233,7 @@ def open_corpus(
     split: str = "train",
     revision: str | None = None,
 ) -> Corpus:
-    """Returns the corpus of `inputs` (files, folders, globs), or without them that of a data set.
+    """Returns the corpus of `inputs` (files, folders, globs, URLs), or without them that of a data set.
 
     `config`, `split` and `revision` select from a data set of the Hub, named org/name. Raises UserError if the corpus
     cannot be found.
@@ -248,24 +253,35 @@ def open_corpus(
     return hub(named.hub, named.config, text_column=named.text_column)
 
 
-def find_files(patterns: Iterable[str]) -> list[Path]:
-    """Returns the files that the patterns (files, folders, globs) match: each once, sorted.
+def find_files(patterns: Iterable[str]) -> list[File]:
+    """Returns the files that the patterns (files, folders, globs, also as URLs) match: each once, sorted, and those at
+    URLs last.
 
-    A pattern that is the name of a file or a folder is no glob.
+    A pattern that is the name of a file or a folder on this machine is no glob.
 
     Raises UserError if something that a pattern matches is neither a file nor a folder with files of text.
     """
     found: set[Path] = set()
+    remote: set[RemoteFile] = set()
+    suffixes = (*TEXTS, *TABLES)
     for pattern in patterns:
+        if is_url(pattern):
+            files_there = find(pattern, lambda file: content_suffix(file) in suffixes)
+            if not files_there:
+                raise UserError(
+                    f"no text in {without_secrets(pattern)}: name files, globs, or folders with {' '.join(suffixes)} "
+                    "files; a folder on the web ends in /, and its server must list it"
+                )
+            remote |= files_there
+            continue
         name = os.path.expanduser(pattern)
         matches = [name] if os.path.exists(name) else glob.glob(name, recursive=True)  # "a[1].txt" may be a file
         for path in map(Path, matches or [pattern]):
             files = _text_files(path)
             if not files:
-                suffixes = " ".join((*TEXTS, *TABLES))
-                raise UserError(f"no text in {pattern}: name files, globs, or folders with {suffixes} files")
+                raise UserError(f"no text in {pattern}: name files, globs, or folders with {' '.join(suffixes)} files")
             found |= files
-    return sorted(found)
+    return [*sorted(found), *sorted(remote, key=lambda file: file.url)]
 
 
 def _text_files(path: Path) -> set[Path]:

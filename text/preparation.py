@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
-import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -13,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from system.cli import command_line
 from system.errors import UserError
 from system.files import atomic_folder, write_json
 from system.progress import Progress, with_progress
@@ -149,7 +148,7 @@ def write_conversations(
 
 def _origin(notes: Notes) -> dict:
     """Returns what both kinds of meta file say about the run that writes them."""
-    return {"notes": notes.as_json(), "command": shlex.join(["python", *sys.argv]), "format_version": 1}
+    return {"notes": notes.as_json(), "command": command_line(), "format_version": 1}
 
 
 def _require_text(counts: dict[str, np.ndarray], tokenizer: Tokenizer, notes: Notes, val_tokens: int | None) -> None:

@@ -29,6 +29,7 @@ from typing import IO, TYPE_CHECKING, Any
 from system.errors import UserError
 from system.files import atomic_write
 from text.registry import Dataset
+from text.remote import RemoteFile, require_no_url
 
 if TYPE_CHECKING:
     import pyarrow
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 Stream = io.BufferedReader
 """bytes that can be peeked at"""
+File = Path | RemoteFile
+"""on this machine, or at a URL"""
 Row = tuple[str, Any]
 """The place of a row, such as "a.jsonl, line 17", and the row: a dict, or in damaged JSON files any other value."""
 
@@ -106,21 +109,21 @@ def unix_line_ends(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
-def content_suffix(path: Path) -> str:
+def content_suffix(path: File) -> str:
     """Returns the suffix of a file's content, without that of a compression: ".jsonl" for a.jsonl.gz."""
     return Path(path.stem if path.suffix in COMPRESSIONS else path.name).suffix.lower()
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[IO[bytes], Stream]]:
+def opened(path: File) -> Iterator[tuple[IO[bytes], Stream]]:
     """Opens a file; yields the raw file, whose `tell` measures progress, and the decompressed content.
 
-    Raises UserError, naming the file, for whatever goes wrong while it is being read.
+    Raises UserError, naming the file, for whatever goes wrong while it is being read, and for a `Path` that is a URL.
     """
     import pyarrow
 
     try:
-        with open(path, "rb") as raw:
+        with _raw(path) as raw:
             if path.suffix in COMPRESSIONS:
                 stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), COMPRESSIONS[path.suffix])
                 yield raw, io.BufferedReader(stream, 2**20)
@@ -130,7 +133,15 @@ def opened(path: Path) -> Iterator[tuple[IO[bytes], Stream]]:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def records(path: Path, stream: Stream, columns: list[str] | None = None) -> Iterator[Row]:
+def _raw(path: File) -> Any:
+    """Opens a file. Parquet is read from its end, and only in part, unless it is compressed as a whole."""
+    if isinstance(path, RemoteFile):
+        return path.open(by_ranges=path.suffix.lower() == ".parquet")
+    require_no_url(path)
+    return open(path, "rb")
+
+
+def records(path: File, stream: Stream, columns: list[str] | None = None) -> Iterator[Row]:
     """Yields the rows of a table, each with its place, and holds no more than a few of them in memory.
 
     From Parquet only `columns` are read, if given. Columns named "1", "2" and so on are those of a .csv or .tsv file
@@ -147,7 +158,7 @@ def records(path: Path, stream: Stream, columns: list[str] | None = None) -> Ite
         yield from _json_lines(path, stream)
 
 
-def _json_lines(path: Path, stream: Stream) -> Iterator[Row]:
+def _json_lines(path: File, stream: Stream) -> Iterator[Row]:
     for line in count(1):
         where = f"{path}, line {line}"
         text = _read_line(stream, where)
@@ -200,7 +211,7 @@ def _require_few_values(text: str) -> None:
                 raise ValueError(f"it holds more than {MAX_JSON_VALUES:,} values")
 
 
-def _json_list(path: Path, stream: Stream) -> Iterator[Row]:
+def _json_list(path: File, stream: Stream) -> Iterator[Row]:
     """Yields the items of a JSON list. Whatever of the text is not yet parsed stays in `rest`."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     decode, number = json.JSONDecoder().raw_decode, 0
@@ -260,7 +271,7 @@ def _read_on(read: Callable[[int], str], rest: str, at: int, error: json.JSONDec
     return rest + more
 
 
-def _csv(path: Path, stream: Stream, has_tabs: bool, columns: list[str] | None) -> Iterator[Row]:
+def _csv(path: File, stream: Stream, has_tabs: bool, columns: list[str] | None) -> Iterator[Row]:
     csv.field_size_limit(MAX_CSV_ROW)
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     left = MAX_CSV_ROW  # characters that the row may still have
@@ -297,7 +308,7 @@ def _csv(path: Path, stream: Stream, has_tabs: bool, columns: list[str] | None) 
         raise UserError(f"{path}, line {rows.line_num}: {error}") from None
 
 
-def _parquet(path: Path, stream: IO[bytes], columns: list[str] | None) -> Iterator[Row]:
+def _parquet(path: File, stream: IO[bytes], columns: list[str] | None) -> Iterator[Row]:
     import pyarrow.parquet
 
     if not stream.seekable():  # inside a compressed file; Parquet is read from its end

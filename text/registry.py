@@ -51,6 +51,14 @@ TEXTS = by_name(  # for pre-training: `hub` has a column of text
         config="sample-10BT",
         split="first shard",
     ),
+    Dataset(  # the licence is that of NVIDIA's ClimbMix; the card of this shuffled copy was not read
+        "climbmix",
+        "400 billion tokens",
+        "CC-BY-NC-4.0",
+        hub="karpathy/climbmix-400b-shuffle",
+        split="first shard",
+    ),
+    Dataset("tinystories", "2.1 million stories", "CDLA-Sharing-1.0", hub="roneneldan/TinyStories", split="own"),
     Dataset(
         "shakespeare",
         "1.1 MB",

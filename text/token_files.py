@@ -13,7 +13,7 @@ import numpy as np
 from system.errors import UserError
 from system.progress import with_progress
 from system.untrusted import is_file_name, is_integer, is_text, printable, read_json
-from system.wording import shorten
+from system.wording import shorten, without_secrets
 from text.tokenizer import Tokenizer, require_same_tokenizer, tokenizer_of_data
 
 _SHARD_MAGIC, _LLAMA_SHARD_MAGIC, _SHARD_HEADER_BYTES = 20240520, 20240801, 1024  # of llm.c
@@ -91,7 +91,8 @@ def read_token_meta(folder: Path) -> dict[str, Any]:
 
 def is_prepared_from(meta: Path, source: str) -> bool:
     """Whether a `meta.json` or `sft_meta.json` says that its data was made from this data set or this one file, and
-    nothing else."""
+    nothing else. A URL counts without its secrets."""
+    source = without_secrets(source)
     return meta.exists() and read_meta(meta, "the preparation").get("source") in (source, [source])
 
 

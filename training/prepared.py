@@ -8,12 +8,14 @@ from pathlib import Path
 
 from system.errors import UserError
 from system.locks import hold
+from system.wording import without_secrets
+from text.remote import RemoteFile, is_url, with_plain_path
 from text.token_files import is_prepared_from
 from training.config import Output
 
 
 def prepare_first(
-    data: Path,
+    data: str | Path,
     names: Collection[str],
     meta: str,
     config: Output,
@@ -22,22 +24,29 @@ def prepare_first(
 ) -> Path:
     """Returns the folder with the prepared data that `--data` stands for.
 
-    If `data` is a file, or one of the data sets `names`, the folder is named after it, and `prepare` is called with
-    that folder and with whether to replace what is there. With `--plan` the folder is a temporary one. A resumed run
-    goes on with what was prepared for it. `meta` is the name of the folder's meta file. Raises UserError if several
-    processes would prepare the data together, or if the folder holds data of another source.
+    If `data` is a file, the URL of one, or one of the data sets `names`, the folder is named after it, and `prepare` is
+    called with that folder and with whether to replace what is there. With `--plan` the folder is a temporary one. A
+    resumed run goes on with what was prepared for it. `meta` is the name of the folder's meta file. Raises UserError if
+    several processes would prepare the data together, if the folder holds data of another source, or if a URL names no
+    file.
     """
-    if data.is_dir() or not (str(data) in names or data.suffix or data.is_file()):
-        return data
-    folder = Path(hold(tempfile.TemporaryDirectory())) if config.plan else Path("data") / data.stem
-    is_prepared = is_prepared_from(folder / meta, str(data))
+    data = with_plain_path(str(data))
+    file: Path | RemoteFile = RemoteFile(data) if is_url(data) else Path(data)
+    shown = without_secrets(data)
+    if isinstance(file, RemoteFile):
+        if data.endswith("/") or not file.stem or "*" in file.name:
+            raise UserError(f"--data takes the URL of one file, not {shown}: prepare that with prepare_data.py --input")
+    elif file.is_dir() or not (data in names or file.suffix or file.is_file()):
+        return file
+    folder = Path(hold(tempfile.TemporaryDirectory())) if config.plan else Path("data") / file.stem
+    is_prepared = is_prepared_from(folder / meta, data)
     if config.resume and is_prepared:
-        print(f"reading {folder}, which was prepared from {data}; changes of {data} since then are ignored")
+        print(f"reading {folder}, which was prepared from {shown}; changes of {shown} since then are ignored")
     elif n_processes > 1:
-        raise UserError(f"several processes cannot prepare {data} together: start with one, or name a prepared folder")
+        raise UserError(f"several processes cannot prepare {shown} together: start with one, or name a prepared folder")
     elif (folder / meta).exists() and not is_prepared:  # not even with --overwrite, which is for the checkpoint
         raise UserError(
-            f"{data} would be prepared in {folder}, which holds other data: rename {data.name}, or that folder"
+            f"{shown} would be prepared in {folder}, which holds other data: rename {file.name}, or that folder"
         )
     else:
         prepare(folder, config.overwrite or is_prepared)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from system.cli import plain
+from system.cli import command_line, plain
 from system.device import machine, peak_memory
 from system.files import atomic_write, read_utf8
 from system.untrusted import as_utf8, printable
@@ -101,7 +100,7 @@ class RunReport(Listener):
             samples = (
                 f"## Samples over time\n\n{after}| step | validation loss | text |\n| --- | --- | --- |\n{table}\n\n"
             )
-        command = as_utf8(shlex.join(["python", *sys.argv]))
+        command = as_utf8(command_line())
         export = (
             "" if inexpressible_fields(state.model.config) else f"    python export.py --model {out} --out exported\n"
         )
