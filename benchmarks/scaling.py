@@ -119,7 +119,7 @@ def main(config: Config) -> None:
 
 def all_tables(config: Config) -> Tables:
     """Returns what follows from the presets and the flags."""
-    models = {name: Sizes.of_preset(name) for name in config.presets}
+    models: dict[str, Sizes] = {name: Sizes.of_preset(name) for name in config.presets}
     assumptions = (
         f"{config.gpu}: {PEAK_FLOPS[config.gpu] / 1e12:,.0f} TFLOP/s in bfloat16, of which computing reaches "
         f"{config.mfu:.0%}; {config.gpu_memory:,g} GB of memory; ${config.price:,.2f} per GPU hour."
@@ -273,12 +273,11 @@ def replace_tables(path: Path, names: Sequence[str], tables: Tables) -> str:
     page = read_utf8(path)
     for name in names:
         start, end = f"<!-- benchmarks.scaling: {name} -->", "<!-- end -->"
-        place = re.compile(rf"({re.escape(start)}\n)((?!<!--).)*({end})", re.DOTALL)
-        if not place.search(page):
+        found = re.search(rf"({re.escape(start)}\n)((?!<!--).)*({end})", page, re.DOTALL)
+        if not found:
             raise UserError(f"{path} has no place for a table: add the lines {start} and {end}")
         if name in tables:
-            text = tables[name]
-            page = place.sub(lambda found, text=text: f"{found[1]}\n{text}\n\n{found[3]}", page)
+            page = f"{page[: found.end(1)]}\n{tables[name]}\n\n{page[found.start(3) :]}"
     return page
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -25,8 +25,8 @@ N_PROCESSES = 2
 class Setup:
     """What is simulated."""
 
-    shape: dict[str, int]
-    """fields of GPTConfig"""
+    shape: dict[str, Any]
+    """fields of GPTConfig, all of them numbers"""
     sequences: int
     """of each process, per step"""
     dtype: Literal["float32", "bfloat16"]
