@@ -67,7 +67,7 @@ class Simulation:
 
     simulate: bool = False
     """compare the formulas with two gloo processes on this machine (Linux)"""
-    rounds: int = 9
+    rounds: int = 7
     """measurements of each kind of step, of which the median counts"""
     n_layer: int = 4
     """layers"""

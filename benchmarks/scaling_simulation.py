@@ -63,17 +63,23 @@ class Comparison:
 def measure(setup: Setup) -> Measured:
     """Starts the two processes and returns what they measured. Raises UserError if they fail."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(N_PROCESSES)]
-    result = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, *launcher, "-m", "benchmarks.scaling_worker", json.dumps(dataclasses.asdict(setup))],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         encoding="utf-8",
     )
-    if result.returncode:
-        errors = [line for line in result.stderr.splitlines() if "Error: " in line]
+    try:
+        stdout, stderr = process.communicate()
+    finally:
+        process.terminate()  # after Ctrl-C: torchrun then ends the two; a kill would leave them
+        process.wait()
+    if process.returncode:
+        errors = [line for line in stderr.splitlines() if "Error: " in line]
         raise UserError(f"the two processes failed: {(errors or ['no message'])[0].strip()[-300:]}")
-    return Measured(**json.loads(result.stdout.splitlines()[-1]))
+    return Measured(**json.loads(stdout.splitlines()[-1]))
 
 
 def compare(setup: Setup, measured: Measured) -> list[Comparison]:
