@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from system.errors import UserError
 
 # Dense bf16 peak in FLOP/s from NVIDIA's datasheets, by a part of the device name.
-_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
 def choose_device(name: str) -> torch.device:
@@ -82,7 +82,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
 def peak_flops(device: torch.device) -> float | None:
     """Returns the dense bf16 FLOP/s of a CUDA device by its datasheet, or None for an unknown device."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for part, peak in _PEAK_FLOPS.items() if part in name), None)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
 def fast_attention(on: bool = True) -> contextlib.AbstractContextManager:
