@@ -165,7 +165,8 @@ def test_a_full_disk_leaves_no_slices(toy, tmp_path):
     shape = ["--n-layer", 1, "--n-head", 1, "--n-embd", 32, "--block-size", 32, "--batch-size", 1]
     result = run_script(
         toy, str(tmp_path / "limited.py"), REPOSITORY / "train.py", "--data", "data/toy", *shape,
-        "--out", "checkpoints/full.pt", "--max-steps", 2, "--eval-tokens", 64, "--device", "cpu", "--sharded-saves", "on",
+        "--out", "checkpoints/full.pt", "--max-steps", 2,
+        "--eval-tokens", 64, "--device", "cpu", "--sharded-saves", "on",
     )  # fmt: skip
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     assert "cannot write checkpoints/full.last/step_2: File too large" in result.stderr.splitlines()[-1]
