@@ -19,8 +19,8 @@ from weights.checkpoint import Checkpoint
 
 BIG = 10**9
 """From so many parameters on, several processes save in slices unless told otherwise."""
-MAX_FILE_BYTES = 2**30
-"""A process holds the bytes of one file in memory beside the tensors, so it writes several small ones."""
+MAX_FILE_BYTES = 2**28
+"""PyTorch holds the bytes of a file in memory and stops other threads while it copies them, so files are small."""
 
 
 def slice_writer(config: TrainerConfig, processes: Processes, n_parameters: int) -> SliceWriter | None:
@@ -40,6 +40,8 @@ class SliceWriter:
     """
 
     def __init__(self, processes: Processes):
+        import torch.distributed.checkpoint  # noqa: F401  # takes a second, better now than between two steps
+
         self.processes = processes
         self.group, self.mesh = None, None
         if processes.world_size > 1:
@@ -99,7 +101,7 @@ class SliceWriter:
             dcp.save(own, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
             files = self._gather({path.name: slices.file_facts(path) for path in step_folder.glob(own_files)})
             if self.processes.rank == 0:
-                slices.write_meta(folder, metadata, step_folder.name, files)
+                slices.write_meta(folder, metadata, step_folder.name, files)  # from here on, it is the new save
         except (OSError, CheckpointException) as error:
             failures = [error] if isinstance(error, OSError) else [failure for failure, _ in error.failures.values()]
             cause = next((failure for failure in failures if isinstance(failure, OSError)), None)
@@ -110,6 +112,8 @@ class SliceWriter:
             raise UserError(
                 f"cannot write {step_folder}: {cause.strerror or cause}; the older save, if any, is unchanged"
             ) from None
+        if self.processes.rank == 0:
+            slices.remove_steps(folder, keep=step_folder.name)
 
     def _file_numbers(self, sizes: dict[str, int]) -> dict[str, int]:
         """Returns for each tensor the number of the file, from 1, that its slices go to."""

@@ -154,19 +154,16 @@ def _in_order(name: str, parts: list[_Slice]) -> tuple[str, list[_Slice], int]:
     """
     parts = [part for part in parts if 0 not in part.shape] or parts[:1]  # more processes than rows
     parts.sort(key=lambda part: part.offset)
-    dimensions = {i for part in parts for i, start in enumerate(part.offset) if start}
-    dimension = max(dimensions, default=0)
-    end = 0
+    first, end = parts[0], 0
+    dimension = max((i for part in parts for i, start in enumerate(part.offset) if start), default=0)
     for part in parts:
-        others = [
-            (n, start) for i, (n, start) in enumerate(zip(part.shape, part.offset, strict=True)) if i != dimension
-        ]
-        expected = [(n, 0) for i, n in enumerate(parts[0].shape) if i != dimension]
-        start = part.offset[dimension] if part.offset else 0
-        is_next = start == end and (part is parts[0] or len(part.shape) > 0)
-        if not is_next or others != expected or part.dtype != parts[0].dtype:
+        offset, shape = [0] * len(first.shape), list(first.shape)
+        if shape:
+            offset[dimension], shape[dimension] = end, part.shape[dimension]
+            end += part.shape[dimension]
+        fits = (part.offset, part.shape, part.dtype) == (tuple(offset), tuple(shape), first.dtype)
+        if not fits or (part is not first and not shape):
             raise ValueError(f"the slices of {brief(name)} do not make one tensor")
-        end += part.shape[dimension] if part.shape else 0
     return name, parts, dimension
 
 
@@ -193,12 +190,17 @@ def _naming_damage(folder: Path) -> Iterator[None]:
 
 
 def write_meta(folder: Path, metadata: dict[str, Any], step_folder: str, files: dict[str, dict[str, Any]]) -> None:
-    """Makes the slices in `step_folder` the checkpoint that `folder` holds; then removes the older slices.
+    """Makes the slices in `step_folder` the checkpoint that `folder` holds.
 
-    `files` maps the names of the files to their `bytes` and `sha256`. Raises OSError.
+    `files` maps the names of the files to their `bytes` and `sha256`. Raises UserError if one of them is not there, and
+    OSError.
     """
+    if not all((folder / step_folder / name).exists() for name in files):
+        raise UserError(
+            f"cannot find in {folder / step_folder} what other processes have written there: choose an --out on a file "
+            "system that all machines share, or --sharded-saves off"
+        )
     write_json(folder / META, {**metadata, "slices": {"folder": step_folder, "files": files}})
-    _remove_steps(folder, keep=step_folder)
 
 
 def file_facts(path: Path) -> dict[str, Any]:
@@ -210,7 +212,7 @@ def file_facts(path: Path) -> dict[str, Any]:
 def remove(folder: Path) -> None:
     """Removes a checkpoint in slices, and nothing else that a folder may hold."""
     (folder / META).unlink(missing_ok=True)
-    _remove_steps(folder)
+    remove_steps(folder)
     with contextlib.suppress(OSError):
         folder.rmdir()
 
@@ -221,12 +223,15 @@ def remove_unfinished(folder: Path) -> None:
     if is_slices(folder):
         try:
             keep = read_json(folder / META)["slices"]["folder"]
+            if not _STEP.fullmatch(keep):
+                return
         except (OSError, ValueError, KeyError, TypeError):
             return  # damaged: nobody can tell which slices belong to it
-    _remove_steps(folder, keep)
+    remove_steps(folder, keep)
 
 
-def _remove_steps(folder: Path, keep: str = "") -> None:
+def remove_steps(folder: Path, keep: str = "") -> None:
+    """Removes all slices but those in the folder `keep`. Raises OSError."""
     for step_folder in folder.glob("step_*"):
         if step_folder.name == keep or not _STEP.fullmatch(step_folder.name):
             continue
