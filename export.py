@@ -1,4 +1,4 @@
-"""Exports a model as a folder that `transformers`, and every tool that builds on it, loads without our code."""
+"""Exports a model as a folder that `transformers` and every tool that builds on it load, or as one `.pt` of ours."""
 
 import sys
 from dataclasses import dataclass
@@ -8,15 +8,16 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
 from system.cli import run
+from system.errors import require
 
 
 @dataclass(frozen=True)
 class Config:
     out: Path
-    """folder to write"""
+    """folder to write for transformers; or a checkpoint of this project, if the name ends in .pt"""
     model: Path | None = None
     """checkpoint to export: a language model, an adapter (it is merged with its base model) or a classifier; by default
-    the newest in checkpoints/"""
+    the newest in checkpoints/. The folder NAME.last of a run in slices is one too"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """precision of the weights"""
     trim_vocab: bool = False
@@ -26,16 +27,27 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Loads a checkpoint and writes the folder, whole or not at all."""
+    """Loads a checkpoint and writes the folder or the file, whole or not at all."""
     import torch
 
     from generation.config import SamplingConfig
+    from weights import checkpoint as checkpoints
     from weights import huggingface
     from weights.listing import newest
     from weights.loading import load_checkpoint
 
-    huggingface.check_export_folder(config.out, config.overwrite)
+    is_file = config.out.suffix == ".pt"
+    if is_file:
+        require(config.dtype == "float32", "a .pt holds float32: leave out --dtype, or name a folder with --out")
+        require(config.overwrite or not config.out.exists(), f"{config.out} exists: add --overwrite to replace it")
+    else:
+        huggingface.check_export_folder(config.out, config.overwrite)
     checkpoint = load_checkpoint(config.model or newest("model"), verify=True, kinds=("base", "sft", "classifier"))
+    if is_file:
+        weights = checkpoints.without_run(checkpoint)
+        checkpoints.save(config.out, checkpoints.trim_vocabulary(weights) if config.trim_vocab else weights)
+        print(f"wrote {config.out}")
+        return
     sampling = SamplingConfig()
     generation = {
         "temperature": sampling.temperature,

@@ -77,6 +77,29 @@ def test_a_sharded_run_gives_the_losses_of_a_whole_one_and_resumes_as_either(toy
     assert losses(toy / "checkpoints/sharded.jsonl") == pytest.approx(whole, rel=1e-5)
 
 
+def test_slices_of_two_processes_with_fsdp_are_resumed_by_one_process(toy, whole):
+    arguments = [*COMMON, "--max-steps", "16", "--log-every", "4", "--out", "checkpoints/slices.pt"]
+    sharded = ["--fsdp", "--grad-accum-steps", "2", "--sharded-saves", "on"]
+    first = torchrun(toy, "train.py", *arguments, *sharded, *STOP)
+    assert first.returncode == 0, first.stderr[-3000:]
+    assert len(list((toy / "checkpoints/slices.last/step_5").iterdir())) == 2
+    assert not (toy / "checkpoints/slices.last.pt").exists()
+    succeed(toy, "train.py", *arguments, "--resume")
+    assert (toy / "checkpoints/slices.last.pt").exists() and not (toy / "checkpoints/slices.last").exists()
+    assert losses(toy / "checkpoints/slices.jsonl") == pytest.approx(whole, rel=1e-5)
+
+
+def test_slices_of_one_process_are_resumed_by_two(toy, whole):
+    arguments = [*COMMON, "--max-steps", "16", "--log-every", "4", "--out", "checkpoints/one_slice.pt"]
+    in_slices = ["--sharded-saves", "on"]
+    succeed(toy, "train.py", *arguments, *in_slices, *STOP)
+    last = torchrun(toy, "train.py", *arguments, *in_slices, "--resume")
+    assert last.returncode == 0, last.stderr[-3000:]
+    [folder] = (toy / "checkpoints/one_slice.last").glob("step_*")  # the older slices are gone
+    assert folder.name == "step_16" and len(list(folder.iterdir())) == 2
+    assert losses(toy / "checkpoints/one_slice.jsonl") == pytest.approx(whole, rel=1e-5)
+
+
 def test_a_sharded_run_in_bfloat16_gives_nearly_the_losses_in_float32(toy, whole):
     arguments = [*COMMON, "--max-steps", "16", "--log-every", "4", "--out", "checkpoints/sharded_bf16.pt"]
     result = torchrun(toy, "train.py", *arguments, "--fsdp", "--grad-accum-steps", "2", "--dtype", "bfloat16")

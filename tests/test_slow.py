@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from test_training import after_equal_gradients
 from demo import PROMPTS
 from model import GPT, GPTConfig
 from system.device import autocast
+from system.untrusted import read_json
 from training.optim import Muon
 from training.run_log import read_log
 from weights import checkpoint
@@ -141,15 +143,28 @@ def test_kills_at_any_moment_leave_the_old_files(tmp_path):
         assert data() == before
 
 
+@pytest.mark.parametrize("saves", ["file", "slices"])
 @pytest.mark.parametrize("part", range(5))
-def test_fifty_kills_leave_a_checkpoint_that_resumes(toy, part):
+def test_fifty_kills_leave_a_checkpoint_that_resumes(toy, part, saves):
     """Ten kills in each part at random moments, at least 3 of them while a checkpoint is being written."""
+    name, in_slices = f"kills_{saves}{part}", saves == "slices"
+    folder = toy / f"checkpoints/{name}.last"
+
+    def half_written() -> list[Path]:
+        """The temporary files, and the slices that `slices.json` does not name yet."""
+        meta = folder / "slices.json"
+        whole = read_json(meta)["slices"]["folder"] if meta.exists() else ""
+        files = [path for path in folder.glob("step_*/shard-*") if path.parent.name != whole]
+        return [*files, *(toy / "checkpoints").glob(f".{name}*.tmp"), *folder.glob(".slices.json.*.tmp")]
+
     arguments = [
-        "--data", "data/toy", "--out", f"checkpoints/kills{part}.pt", "--n-layer", "2", "--n-head", "4",
+        "--data", "data/toy", "--out", f"checkpoints/{name}.pt", "--n-layer", "2", "--n-head", "4",
         "--n-embd", "256", "--block-size", "32", "--batch-size", "2", "--device", "cpu", "--max-steps", "100000",
         "--warmup-steps", "0", "--save-every", "1", "--eval-every", "5", "--eval-tokens", "64", "--log-every", "1",
+        "--sharded-saves", "on" if in_slices else "off",
     ]  # fmt: skip
-    last, log = toy / f"checkpoints/kills{part}.last.pt", toy / f"checkpoints/kills{part}.jsonl"
+    last = folder / "slices.json" if in_slices else toy / f"checkpoints/{name}.last.pt"
+    log = toy / f"checkpoints/{name}.jsonl"
     rng, while_writing, step = random.Random(part), 0, 0
     for i in range(10):
         resume = ["--resume"] if last.exists() else ["--overwrite"]  # killed before the first save
@@ -162,16 +177,15 @@ def test_fifty_kills_leave_a_checkpoint_that_resumes(toy, part):
             assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()[-2000:]
             time.sleep(0.01)
         time.sleep(rng.random() * 0.5)
-        while i % 2 and not list((toy / "checkpoints").glob(".kills*.tmp")):
+        while i % 2 and not half_written():
             assert process.poll() is None
         process.kill()
         process.wait()
-        half_written = list((toy / "checkpoints").glob(".kills*.tmp"))
-        while_writing += bool(half_written)
-        for path in half_written:
+        while_writing += bool(left := half_written())
+        for path in () if in_slices else left:  # the next run removes unfinished slices
             path.unlink()
         if last.exists():
-            state = load_checkpoint(last, verify=True)
+            state = load_checkpoint(folder if in_slices else last, verify=True)
             checkpoint.build(state)
             assert state["step"] >= step
             step = state["step"]

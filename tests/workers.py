@@ -15,8 +15,10 @@ from training.distributed import Processes
 from training.loader import Windows
 from training.memory import fewest_micro_batches
 from training.sharding import Sharding
+from training.slice_writer import SliceWriter
 from training.state import TrainingState
 from training.trainer import Trainer
+from weights import checkpoint, slices
 
 SHAPE = GPTConfig(block_size=32, vocab_size=448, n_tokens=448, n_layer=2, n_head=2, n_embd=128)
 
@@ -51,8 +53,28 @@ def shard() -> None:
     assert all(
         dist.get_rank() and tensor is None or torch.equal(tensor, before[name]) for name, tensor in whole.items()
     )
+    save_slices(processes, sharding, model, before)
     print("sharded", flush=True)
     processes.leave()
+
+
+def save_slices(processes: Processes, sharding: Sharding, model: GPT, before: dict[str, torch.Tensor]) -> None:
+    """Saves a sharded model, and tensors that each process holds whole; compares what rank 0 reads with them."""
+    whole = {"rows": torch.arange(15.0).view(5, 3), "one row": torch.ones(1, 3), "number": torch.tensor(3.0)}
+    optimizer = {"state": {0: whole}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    contents = checkpoint.pack(model, kind="base", step=7, optimizer=[optimizer])
+    folder = Path(f"checkpoints/worker{processes.world_size}.last")
+    SliceWriter(processes).copy(contents, folder)()
+    assert len(list(folder.glob("step_7/*"))) == processes.world_size
+    dist.barrier()
+    if processes.rank == 0:
+        read = slices.read_contents(folder, verify=True)
+        before.pop("lm_head.weight")
+        assert read["model"].keys() == before.keys() and read["optimizer"][0]["state"][0].keys() == whole.keys()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in read["model"].items())
+        assert all(torch.equal(tensor, whole[name]) for name, tensor in read["optimizer"][0]["state"][0].items())
+        sizes = [path.stat().st_size for path in folder.glob("step_7/*")]
+        assert max(sizes) < 1.1 * min(sizes)
 
 
 if __name__ == "__main__":

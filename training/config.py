@@ -29,6 +29,16 @@ class Output:
         return self.out.with_suffix(".last.pt")
 
     @property
+    def slices_path(self) -> Path:
+        """The folder for `--resume` if each process saves its own slices: `checkpoints/pretrained.last`."""
+        return self.out.with_suffix(".last")
+
+    @property
+    def last_save(self) -> Path:
+        """The folder or the file for `--resume`, as a message names it."""
+        return self.slices_path if self.slices_path.is_dir() else self.last_path
+
+    @property
     def log_path(self) -> Path:
         """The log, one JSON object per line: `checkpoints/pretrained.jsonl`."""
         return self.out.with_suffix(".jsonl")
@@ -96,6 +106,9 @@ class Logging:
     """steps between lines of the log"""
     save_every: int = 1_000
     """steps between saves of the file for --resume"""
+    sharded_saves: Literal["auto", "on", "off"] = "auto"
+    """each process writes its own slices of what --resume reads, into a folder; auto does so from a billion parameters
+    on, if there are several processes"""
     snapshot_every: int = 0
     """steps between snapshots of the weights, all of which are kept; 0 for none"""
     keep: Literal["best", "last"] = "best"

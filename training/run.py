@@ -23,6 +23,7 @@ from training.prompts import prompts
 from training.report import Examples, ProgressBar, Report, Samples, Summary
 from training.run_log import RunLog
 from training.run_report import RunReport
+from training.slice_writer import slice_writer
 from training.state import Listener, StopReason, TrainingState
 from training.trainer import Trainer
 
@@ -60,13 +61,14 @@ def train(
     state = TrainingState.create(model, config, processes, sharding)
     if resumed:
         restore(state, resumed)
+        resumed.clear()  # the caller's reference would keep its tensors in memory
     trainer = Trainer(state, train_data, val_data)
     if config.plan:
         print_plan(trainer, metadata["kind"])
         processes.leave()
         return StopReason.DONE
     background = Background()
-    checkpointer = Checkpointer(metadata, background)
+    checkpointer = Checkpointer(metadata, background, slice_writer(config, processes, model.n_parameters()))
     if processes.rank > 0:
         return trainer.run([checkpointer])
     log = RunLog()

@@ -180,7 +180,7 @@ class Trainer:
         if not math.isfinite(loss) or not (math.isfinite(grad_norm) or state.scaler.is_enabled()):
             raise UserError(
                 f"the loss is not finite at step {figures.step} (loss {loss}, gradient norm {grad_norm}); the last "
-                f"save, if any, is in {config.last_path}: try a lower --learning-rate, or --dtype float32"
+                f"save, if any, is in {config.last_save}: try a lower --learning-rate, or --dtype float32"
             )
         state.recent_losses.append(loss)
         for listener in self.listeners:
@@ -234,7 +234,7 @@ class Trainer:
         if not loss < MAX_LOSS:
             raise UserError(
                 f"the weights have a validation loss of {loss:.4g} after step {state.step} and are not saved; the last "
-                f"save, if any, is in {config.last_path}: try a lower --learning-rate, or --dtype float32"
+                f"save, if any, is in {config.last_save}: try a lower --learning-rate, or --dtype float32"
             )
         return loss
 

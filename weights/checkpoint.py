@@ -29,6 +29,9 @@ _MAX_PICKLE_BYTES, _MAX_PICKLE_OPERATIONS = 2**25, 2**21
 _PICKLED_NAMES = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")
 """What the pickle of a checkpoint may refer to, ours or nanoGPT's: module and name."""
 
+RESUME_KEYS = ("optimizer", "scaler", "bad_evaluations", "recent_losses")
+"""What only a checkpoint for `--resume` holds."""
+
 Checkpoint = dict[str, Any]
 """A checkpoint in memory. `kind` is "base", "sft", "classifier" or "lora", `model` maps the names of parameters to
 float32 tensors, `config` is the GPTConfig, and `tokenizer` is the text that `text.tokenizer.from_spec` reads. Optional:
@@ -42,20 +45,29 @@ def save(path: str | Path, checkpoint: Checkpoint) -> None:
 
     Raises UserError if the disk is full or the folder is not writable; an older file at `path` then stays unchanged.
     """
-    contents = {
-        **checkpoint,
-        "format_version": FORMAT_VERSION,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "config": dataclasses.asdict(checkpoint["config"]),
-    }
     try:
         with atomic_write(path) as file:
-            torch.save(contents, file)
+            torch.save(as_stored(checkpoint), file)
     except (OSError, RuntimeError) as error:
         cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides the OSError
         if not isinstance(cause, OSError):
             raise
         raise UserError(f"cannot write {path}: {cause.strerror}; the old file, if any, is unchanged") from None
+
+
+def as_stored(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Returns what a file holds of a checkpoint: plain types only, `format_version`, and `created` (UTC, ISO 8601)."""
+    return {
+        **checkpoint,
+        "format_version": FORMAT_VERSION,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": dataclasses.asdict(checkpoint["config"]),
+    }
+
+
+def without_run(checkpoint: Checkpoint) -> Checkpoint:
+    """Returns a checkpoint without what only `--resume` reads, such as the state of the optimizer."""
+    return {name: value for name, value in checkpoint.items() if name not in RESUME_KEYS}
 
 
 def read(path: str | Path, verify: bool = False) -> Checkpoint:
