@@ -80,14 +80,22 @@ def main(config: Config, tokenizer: "Tokenizer | None" = None, in_brief: bool = 
     """Prepares one corpus, and prints what its token files hold, `in_brief` on one line. A `tokenizer` takes the place
     of the one that the config names."""
     from system.files import claim_folder
-    from text.corpora import open_corpus, training_text
-    from text.preparation import write_corpus
+    from system.launch import Launch, environment_number
+    from text.corpora import open_corpus
+    from text.parts import SHARD_TOKENS, Parts
+    from text.preparation import available_cores, train_tokenizer, write_corpus
     from text.token_files import count_tokens, report, summary
-    from text.tokenizer import gpt2, train_bpe
+    from text.tokenizer import gpt2
 
     if config.inspect:
         print(report(*count_tokens(config.inspect), config.inspect))
         return
+    launch = Launch.from_environment()
+    require(
+        launch.world_size == 1 or config.max_tokens is None,
+        "--max-tokens takes the first tokens, which several processes cannot count: start one process, or name fewer "
+        "files",
+    )
     written = ["train*.bin", "val*.bin", "meta.json"]
     if config.tokenizer:
         from weights.loading import load_tokenizer  # imports torch: a second
@@ -95,26 +103,35 @@ def main(config: Config, tokenizer: "Tokenizer | None" = None, in_brief: bool = 
         tokenizer = load_tokenizer(config.tokenizer)
     if config.vocab_size or tokenizer:
         written.append("tokenizer.json")
-    claim_folder(config.out, "meta.json", written, config.overwrite)
     corpus = open_corpus(config.dataset, config.input, config.text_column, config.config, config.split, config.revision)
-    if tokenizer is None and config.vocab_size:
-        print(f"training a tokenizer of {config.vocab_size:,} tokens on the text")
-        pieces = corpus.pieces(config.val_fraction, config.seed)
-        tokenizer = train_bpe(training_text(pieces), config.vocab_size)
-        if tokenizer.end_of_text < config.vocab_size:
-            print(f"the text is too short for that: the tokenizer has {tokenizer.end_of_text:,} tokens")
-    tokenizer = tokenizer or gpt2()
-    counts = write_corpus(
-        corpus,
-        tokenizer,
-        config.out,
-        source=list(config.input) or config.dataset,
-        val_fraction=config.val_fraction,
-        seed=config.seed,
-        workers=config.workers,
-        shard_tokens=config.shard_tokens,
-        max_tokens=config.max_tokens,
-    )
+    source = list(config.input) or config.dataset
+    workers = config.workers or max(1, available_cores() // max(1, environment_number("LOCAL_WORLD_SIZE", 1)))
+    vocabulary = tokenizer or config.vocab_size or gpt2()
+    shard_tokens = config.shard_tokens or corpus.default_shard_tokens
+    if launch.world_size > 1:
+        shard_tokens = shard_tokens or SHARD_TOKENS
+    if shard_tokens and not config.max_tokens:
+        parts = Parts(corpus, config.out, vocabulary, config.val_fraction, config.seed, shard_tokens, workers, launch)
+        result = parts.write(source, written, config.overwrite)
+        if result is None:
+            return
+        counts, tokenizer = result
+    else:
+        claim_folder(config.out, "meta.json", written, config.overwrite)
+        if isinstance(vocabulary, int):
+            vocabulary = train_tokenizer(corpus.pieces(config.val_fraction, config.seed), vocabulary)
+        tokenizer = vocabulary
+        counts = write_corpus(
+            corpus,
+            tokenizer,
+            config.out,
+            source=source,
+            val_fraction=config.val_fraction,
+            seed=config.seed,
+            workers=workers,
+            shard_tokens=shard_tokens,
+            max_tokens=config.max_tokens,
+        )
     print(summary(counts, tokenizer) if in_brief else report(counts, tokenizer, config.out))
     for line in corpus.notes.lines():
         print(line)
