@@ -47,10 +47,11 @@ class Config:
     max_tokens: int | None = None
     """stop after this many tokens, training and validation together"""
     shard_tokens: int | None = None
-    """write files of this many tokens (train_000001.bin and so on); default: 100 million for fineweb-edu, otherwise one
-    file per split"""
+    """write files of this many tokens (train_000001.bin and so on); default: 100 million for fineweb-edu and in several
+    processes, otherwise one file per split"""
     workers: int | None = None
-    """number of tokenizing threads, by default one per core; it does not change the output"""
+    """number of tokenizing threads, by default one per core, shared by the processes of torchrun; it does not change
+    the output"""
     seed: int = 1337
     """seed that draws the held-out documents"""
     inspect: Path | None = None

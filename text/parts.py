@@ -221,10 +221,9 @@ class Parts:
             named = [f"part {i + 1} (rank {i % self.launch.world_size})" for i in missing[:_MAX_NAMED]]
             if more := len(missing) - len(named):
                 named.append(f"{more:,} more")
-            idle = duration(time.monotonic() - last_seen[1])
-            return (
-                f"{n_done:,} of {len(self.parts):,} parts are complete, none since {idle}; missing: {', '.join(named)}"
-            )
+            idle = time.monotonic() - last_seen[1]
+            since = f" (no new one for {duration(idle)})" if idle >= 60 else ""
+            return f"{n_done:,} of {len(self.parts):,} parts are complete{since}; missing: {', '.join(named)}"
 
         _wait_until(are_complete, text)
 
