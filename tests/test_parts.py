@@ -173,6 +173,7 @@ def test_rank_0_names_the_missing_parts_and_waits(folder):
     assert (folder / "data/meta.json").exists()
 
 
+@pytest.mark.slow
 def test_a_kill_while_files_are_moved_needs_no_overwrite(folder, monkeypatch):
     prepare_here(folder, monkeypatch, 0, 1, "whole")
     code = f"""
