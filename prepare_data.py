@@ -48,10 +48,11 @@ class Config:
     max_tokens: int | None = None
     """stop after this many tokens, training and validation together"""
     shard_tokens: int | None = None
-    """write files of this many tokens (train_000001.bin and so on); default: 100 million for fineweb-edu and
-    climbmix, otherwise one file per split"""
+    """write files of this many tokens (train_000001.bin and so on); default: 100 million for fineweb-edu, for climbmix
+    and in several processes, otherwise one file per split"""
     workers: int | None = None
-    """number of tokenizing threads, by default one per core; it does not change the output"""
+    """number of tokenizing threads, by default one per core, shared by the processes of torchrun; it does not change
+    the output"""
     seed: int = 1337
     """seed that draws the held-out documents"""
     inspect: Path | None = None
@@ -81,15 +82,23 @@ def main(config: Config, tokenizer: "Tokenizer | None" = None, in_brief: bool = 
     """Prepares one corpus, and prints what its token files hold, `in_brief` on one line. A `tokenizer` takes the place
     of the one that the config names."""
     from system.files import claim_folder
+    from system.launch import Launch, environment_number
     from system.wording import without_secrets
-    from text.corpora import open_corpus, training_text
-    from text.preparation import write_corpus
+    from text.corpora import open_corpus
+    from text.parts import SHARD_TOKENS, Parts
+    from text.preparation import available_cores, train_tokenizer, write_corpus
     from text.token_files import count_tokens, report, summary
-    from text.tokenizer import gpt2, train_bpe
+    from text.tokenizer import gpt2
 
     if config.inspect:
         print(report(*count_tokens(config.inspect), config.inspect))
         return
+    launch = Launch.from_environment()
+    require(
+        launch.world_size == 1 or config.max_tokens is None,
+        "--max-tokens takes the first tokens, which several processes cannot count: start one process, or name fewer "
+        "files",
+    )
     written = ["train*.bin", "val*.bin", "meta.json"]
     if config.tokenizer:
         from weights.loading import load_tokenizer  # imports torch: a second
@@ -97,26 +106,35 @@ def main(config: Config, tokenizer: "Tokenizer | None" = None, in_brief: bool = 
         tokenizer = load_tokenizer(config.tokenizer)
     if config.vocab_size or tokenizer:
         written.append("tokenizer.json")
-    claim_folder(config.out, "meta.json", written, config.overwrite)
     corpus = open_corpus(config.dataset, config.input, config.text_column, config.config, config.split, config.revision)
-    if tokenizer is None and config.vocab_size:
-        print(f"training a tokenizer of {config.vocab_size:,} tokens on the text")
-        pieces = corpus.pieces(config.val_fraction, config.seed)
-        tokenizer = train_bpe(training_text(pieces), config.vocab_size)
-        if tokenizer.end_of_text < config.vocab_size:
-            print(f"the text is too short for that: the tokenizer has {tokenizer.end_of_text:,} tokens")
-    tokenizer = tokenizer or gpt2()
-    counts = write_corpus(
-        corpus,
-        tokenizer,
-        config.out,
-        source=list(map(without_secrets, config.input)) or config.dataset,
-        val_fraction=config.val_fraction,
-        seed=config.seed,
-        workers=config.workers,
-        shard_tokens=config.shard_tokens,
-        max_tokens=config.max_tokens,
-    )
+    source = list(map(without_secrets, config.input)) or config.dataset
+    workers = config.workers or max(1, available_cores() // max(1, environment_number("LOCAL_WORLD_SIZE", 1)))
+    vocabulary = tokenizer or config.vocab_size or gpt2()
+    shard_tokens = config.shard_tokens or corpus.default_shard_tokens
+    if launch.world_size > 1:
+        shard_tokens = shard_tokens or SHARD_TOKENS
+    if shard_tokens and not config.max_tokens:
+        parts = Parts(corpus, config.out, vocabulary, config.val_fraction, config.seed, shard_tokens, workers, launch)
+        result = parts.write(source, written, config.overwrite)
+        if result is None:
+            return
+        counts, tokenizer = result
+    else:
+        claim_folder(config.out, "meta.json", written, config.overwrite)
+        if isinstance(vocabulary, int):
+            vocabulary = train_tokenizer(corpus.pieces(config.val_fraction, config.seed), vocabulary)
+        tokenizer = vocabulary
+        counts = write_corpus(
+            corpus,
+            tokenizer,
+            config.out,
+            source=source,
+            val_fraction=config.val_fraction,
+            seed=config.seed,
+            workers=workers,
+            shard_tokens=shard_tokens,
+            max_tokens=config.max_tokens,
+        )
     print(summary(counts, tokenizer) if in_brief else report(counts, tokenizer, config.out))
     for line in corpus.notes.lines():
         print(line)

@@ -121,6 +121,11 @@ def claim_folder(folder: Path, meta: str, files: Iterable[str], overwrite: bool)
     """
     with writing(folder, meta):
         pass
+    require_no_files(folder, files, overwrite)
+
+
+def require_no_files(folder: Path, files: Iterable[str], overwrite: bool) -> None:
+    """Raises UserError if a folder holds files that match one of the globs `files`, unless `overwrite` is set."""
     taken = next((path for pattern in files for path in sorted(folder.glob(pattern))), None)
     if taken and not overwrite:
         raise UserError(f"{taken} exists: add --overwrite to replace the data there, or choose another --out")

@@ -193,9 +193,12 @@ class Session:
 
     def launch(self, arguments: list[str]) -> tuple[int, str]:
         """Runs a command for several GPUs with two processes on the CPU."""
-        i = arguments.index("train.py")
+        i = next(i for i, word in enumerate(arguments) if word.endswith(".py"))
         launcher = with_flags(arguments[:i], "--nproc-per-node 2")
-        script = [str(REPOSITORY / "train.py"), *with_flags(smaller("train.py", arguments[i + 1 :]), "--dtype float32")]
+        flags = smaller(arguments[i], arguments[i + 1 :])
+        if arguments[i] == "train.py":
+            flags = with_flags(flags, "--dtype float32")
+        script = [str(REPOSITORY / arguments[i]), *flags]
         result = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", *launcher, *script],
             cwd=self.folder, env=ENVIRONMENT, capture_output=True, encoding="utf-8", timeout=200,

@@ -5,7 +5,9 @@ A corpus yields documents. `Corpus.pieces` splits them into training and validat
 
 from __future__ import annotations
 
+import copy
 import glob
+import hashlib
 import io
 import math
 import os
@@ -14,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 
@@ -86,6 +88,17 @@ class Corpus(ABC):
         """Yields all documents in pieces, with their splits."""
         return hold_out(self, val_fraction, seed)
 
+    def parts(self, n_bytes: int) -> list[Self]:
+        """Returns corpora that hold the documents of this one, in the same order: files or groups of files.
+
+        Small files are grouped to about `n_bytes` bytes. A corpus that cannot be cut is one part.
+        """
+        return [self]
+
+    @abstractmethod
+    def sources(self) -> list:
+        """Returns what the text comes from, for JSON: as long as it is equal, so is the text."""
+
     def _texts_of_rows(self, rows: Iterable[tuple[str, dict]], text_column: str) -> Iterator[Iterable[str]]:
         """Yields the texts of rows, without the empty ones."""
         for where, row in rows:
@@ -107,6 +120,12 @@ class Texts(Corpus):
             yield [text]
             self.position += 1
 
+    def sources(self) -> list:
+        digest = hashlib.sha256()
+        for text in self.texts:
+            digest.update(f"{len(text)} {text}".encode("utf-8", "surrogatepass"))
+        return [digest.hexdigest()]
+
 
 class Files(Corpus):
     """Files, folders, globs and URLs. A text file is one document; in a table (.jsonl, .csv, …), each row is one."""
@@ -115,8 +134,7 @@ class Files(Corpus):
         """Raises UserError if a pattern matches no file that can be read."""
         self.paths = find_files(map(str, patterns))
         self.text_column = text_column
-        sizes = list(map(size_of, self.paths))
-        self.total = None if None in sizes else sum(size or 0 for size in sizes)
+        self.total = _total_size(self.paths)
 
     def _documents(self) -> Iterator[Iterable[str]]:
         for path in self.paths:
@@ -131,6 +149,24 @@ class Files(Corpus):
                 yield self._chunks(path, before)
             if size is not None:
                 self.position = before + size
+
+    def parts(self, n_bytes: int) -> list[Self]:
+        groups: list[list[File]] = []
+        room = 0
+        for path in self.paths:
+            if room <= 0:
+                groups.append([])
+                room = n_bytes
+            groups[-1].append(path)
+            size = size_of(path)
+            room -= n_bytes if size is None else size
+        parts = [copy.copy(self) for _ in groups]
+        for part, paths in zip(parts, groups, strict=True):
+            part.paths, part.total = paths, _total_size(paths)
+        return parts
+
+    def sources(self) -> list:
+        return [self.text_column, *map(_stamp, self.paths)]
 
     def _chunks(self, path: File, before: int) -> Iterator[str]:
         """Yields a text file in chunks; `before` is the position where the file begins."""
@@ -162,12 +198,26 @@ class Hub(Corpus):
     ) -> None:
         """Raises UserError if the Hub cannot be reached, or has no such data set."""
         self.name, self.config, self.text_column = name, config, text_column
+        self.split_name, self.label = split, name
         self.rows, self.files = load_hub(name, INSTEAD, config, split, revision)
 
     def _documents(self) -> Iterator[Iterable[str]]:
-        for document in self._texts_of_rows(hub_rows(self.name, self.rows), self.text_column):
+        for document in self._texts_of_rows(hub_rows(self.label, self.rows), self.text_column):
             yield document
             self.position += 1
+
+    def parts(self, n_bytes: int) -> list[Self]:
+        n = self.rows.num_shards  # files
+        parts = [copy.copy(self) for _ in range(n)]
+        if n > 1:
+            for i, part in enumerate(parts):
+                part.rows, part.label = self.rows.shard(n, i), f"{self.name}, file {i + 1}"
+        return parts
+
+    def sources(self) -> list:
+        """On the Hub, the names of the files hold the commit."""
+        files = {str(split): [_stamp(name) for name in names] for split, names in self.files.items()}
+        return [self.name, self.config, self.split_name, self.text_column, files]
 
 
 class OpenWebText(Hub):
@@ -178,23 +228,34 @@ class OpenWebText(Hub):
     """
 
     total: int
+    first_row: int = 0
 
     def __init__(self, dataset: Dataset) -> None:
         """Raises UserError if the Hub cannot be reached."""
         super().__init__(dataset.hub, dataset.config, text_column=dataset.text_column)
         try:
-            self.total = count_rows(self.files["train"])
+            self.row_counts = count_rows(self.files["train"])
         except Exception as error:  # whatever the Hub's client raises
             raise hub_error(self.name, INSTEAD, error) from None
+        self.total = sum(self.row_counts)
         if self.total != 8_013_769:
             print(f"{self.name} has {self.total:,} rows, not 8,013,769: its split is not the published one's")
 
     def is_val(self) -> np.ndarray:
         """Returns whether each row is held out: bool (rows,)."""
-        n_val = math.ceil(0.0005 * self.total)
-        held_out = np.zeros(self.total, dtype=bool)
-        held_out[np.random.default_rng(2357).permutation(self.total)[:n_val]] = True
-        return held_out
+        n_rows = sum(self.row_counts)
+        n_val = math.ceil(0.0005 * n_rows)
+        held_out = np.zeros(n_rows, dtype=bool)
+        held_out[np.random.default_rng(2357).permutation(n_rows)[:n_val]] = True
+        return held_out[self.first_row : self.first_row + self.total]
+
+    def parts(self, n_bytes: int) -> list[Self]:
+        parts = super().parts(n_bytes)
+        if len(parts) != len(self.row_counts):
+            return [self]
+        for i, part in enumerate(parts):
+            part.first_row, part.total = sum(self.row_counts[:i]), self.row_counts[i]
+        return parts
 
     def split(self, val_fraction: float, seed: int) -> Iterator[Piece]:
         """Yields all documents in pieces, with nanoGPT's split: the arguments change nothing."""
@@ -216,13 +277,24 @@ class Shards(Hub):
 class OwnSplits(Hub):
     """A data set that comes with a split "validation"."""
 
+    splits: tuple[str, ...] = ("val", "train")
+
     def split(self, val_fraction: float, seed: int) -> Iterator[Piece]:
         """Yields all documents in pieces, the held-out ones first: the arguments change nothing."""
         documents = iter(self)
-        rows, _ = load_hub(self.name, INSTEAD, self.config, "validation")
-        held_out = self._texts_of_rows(hub_rows(self.name, rows), self.text_column)
-        yield from _in_pieces(("val", document) for document in held_out)
-        yield from _in_pieces(("train", document) for document in documents)
+        if "val" in self.splits:
+            rows, _ = load_hub(self.name, INSTEAD, self.config, "validation")
+            held_out = self._texts_of_rows(hub_rows(self.name, rows), self.text_column)
+            yield from _in_pieces(("val", document) for document in held_out)
+        if "train" in self.splits:
+            yield from _in_pieces(("train", document) for document in documents)
+
+    def parts(self, n_bytes: int) -> list[Self]:
+        """Returns the held-out documents as one part, and the parts of the others."""
+        parts = [copy.copy(self), *super().parts(n_bytes)]
+        for i, part in enumerate(parts):
+            part.splits = ("train",) if i else ("val",)
+        return parts
 
 
 def open_corpus(
@@ -290,6 +362,23 @@ def _text_files(path: Path) -> set[Path]:
         suffixes = (*TEXTS, *TABLES)
         return {inside for inside in path.rglob("*") if content_suffix(inside) in suffixes and inside.is_file()}
     return {path} if path.is_file() else set()
+
+
+def _total_size(paths: Iterable[File]) -> int | None:
+    """Returns the bytes of files, None if the size of one is unknown."""
+    sizes = [size_of(path) for path in paths]
+    return None if None in sizes else sum(size or 0 for size in sizes)
+
+
+def _stamp(path: str | File) -> list[str | int | None]:
+    """Returns the name of a file and its size; for a local one also the second of its last change."""
+    if isinstance(path, RemoteFile):
+        return [str(path), path.size]
+    try:
+        status = os.stat(path)
+    except OSError:
+        return [str(path)]
+    return [str(path), status.st_size, int(status.st_mtime)]
 
 
 def training_text(pieces: Iterable[Piece]) -> Iterator[str]:

@@ -16,11 +16,11 @@ from system.errors import UserError
 from system.files import atomic_folder, write_json
 from system.progress import Progress, with_progress
 from text.conversations import Conversation
-from text.corpora import CHUNK, Corpus, Piece
+from text.corpora import CHUNK, Corpus, Piece, training_text
 from text.readers import Notes
 from text.templates import encode_conversation
 from text.token_files import ConversationFiles, TokenFiles, statistics
-from text.tokenizer import Tokenizer
+from text.tokenizer import Tokenizer, train_bpe
 
 SPLITS = ("train", "val")
 SplitIds = tuple[str, np.ndarray]
@@ -50,46 +50,89 @@ def write_corpus(
     val_tokens = shard_tokens if corpus.first_shard_val else None
     batches = tokenized(corpus.pieces(val_fraction, seed), tokenizer, workers or available_cores())
     if val_tokens:
-        batches = _hold_out_first(batches, val_tokens)
+        batches = hold_out_first(batches, val_tokens)
     if max_tokens:
         batches = _first_tokens(batches, max_tokens)
     with atomic_folder(out, last="meta.json") as folder:
-        files = {split: TokenFiles(folder, split, tokenizer.n_tokens, shard_tokens) for split in SPLITS}
-        with Progress(max_tokens or corpus.total) as progress:
-            for split, ids in batches:
-                files[split].write(ids)
-                if progress.is_due():
-                    _show(progress, corpus, files, tokenizer, max_tokens)
-        for split in SPLITS:
-            files[split].close()
-        counts = {split: files[split].counts for split in SPLITS}
-        _require_text(counts, tokenizer, corpus.notes, val_tokens)
-        names = files["train"].names + files["val"].names
-        if tokenizer.spec != "gpt2":
-            (folder / "tokenizer.json").write_text(tokenizer.spec, encoding="utf-8")
-            names.append("tokenizer.json")
-        meta = {
-            "files": names,
-            "tokenizer": tokenizer.name,
-            "n_tokens": tokenizer.n_tokens,
-            "splits": {split: statistics(counts[split], tokenizer) for split in SPLITS},
-            "source": source,
-            **_origin(corpus.notes),
-        }
-        write_json(folder / "meta.json", meta)
+        names, counts = write_tokens(batches, corpus, tokenizer, folder, shard_tokens, max_tokens)
+        require_text(counts, tokenizer, corpus.notes, val_tokens)
+        write_meta(folder, names["train"] + names["val"], counts, tokenizer, source, corpus.notes)
     return counts
 
 
+def write_tokens(
+    batches: Iterable[SplitIds],
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    folder: Path,
+    shard_tokens: int | None,
+    max_tokens: int | None = None,
+    part: str | None = "",
+) -> tuple[dict[str, list[str]], dict[str, np.ndarray]]:
+    """Writes the ids of a corpus into token files; returns their names by split, and the counts as `write_corpus`.
+
+    `part` begins what is shown meanwhile, such as "part 3 of 8: "; with None, nothing is shown.
+    """
+    files = {split: TokenFiles(folder, split, tokenizer.n_tokens, shard_tokens) for split in SPLITS}
+    with Progress(max_tokens or corpus.total) as progress:
+        for split, ids in batches:
+            files[split].write(ids)
+            if part is not None and progress.is_due():
+                _show(progress, corpus, files, tokenizer, max_tokens, part)
+    for split in SPLITS:
+        files[split].close()
+    return {split: files[split].names for split in SPLITS}, {split: files[split].counts for split in SPLITS}
+
+
+def write_meta(
+    folder: Path,
+    names: list[str],
+    counts: dict[str, np.ndarray],
+    tokenizer: Tokenizer,
+    source: str | list[str],
+    notes: Notes,
+    **more: str,
+) -> None:
+    """Writes `meta.json` for the token files `names`, and before it the tokenizer, unless it is GPT-2's."""
+    if tokenizer.spec != "gpt2":
+        (folder / "tokenizer.json").write_text(tokenizer.spec, encoding="utf-8")
+        names = [*names, "tokenizer.json"]
+    meta = {
+        "files": names,
+        "tokenizer": tokenizer.name,
+        "n_tokens": tokenizer.n_tokens,
+        "splits": {split: statistics(counts[split], tokenizer) for split in SPLITS},
+        "source": source,
+        **more,
+        **_origin(notes),
+    }
+    write_json(folder / "meta.json", meta)
+
+
+def train_tokenizer(pieces: Iterable[Piece], vocab_size: int) -> Tokenizer:
+    """Trains a tokenizer on the training text among the pieces of a corpus, and says so."""
+    print(f"training a tokenizer of {vocab_size:,} tokens on the text", flush=True)
+    tokenizer = train_bpe(training_text(pieces), vocab_size)
+    if tokenizer.end_of_text < vocab_size:
+        print(f"the text is too short for that: the tokenizer has {tokenizer.end_of_text:,} tokens")
+    return tokenizer
+
+
 def _show(
-    progress: Progress, corpus: Corpus, files: dict[str, TokenFiles], tokenizer: Tokenizer, max_tokens: int | None
+    progress: Progress,
+    corpus: Corpus,
+    files: dict[str, TokenFiles],
+    tokenizer: Tokenizer,
+    max_tokens: int | None,
+    part: str,
 ) -> None:
     """Shows how much of a corpus is tokenized."""
     totals = statistics(np.sum([files[split].counts for split in SPLITS], axis=0), tokenizer)
     megabytes = totals["bytes"] / 1e6
     progress.show(
         totals["tokens"] if max_tokens else corpus.position,
-        f"{totals['documents']:,} documents, {megabytes:,.1f} MB of text at {megabytes / progress.seconds:,.1f} MB/s, "
-        f"{totals['tokens']:,} tokens",
+        f"{part}{totals['documents']:,} documents, {megabytes:,.1f} MB of text at "
+        f"{megabytes / progress.seconds:,.1f} MB/s, {totals['tokens']:,} tokens",
     )
 
 
@@ -151,7 +194,7 @@ def _origin(notes: Notes) -> dict:
     return {"notes": notes.as_json(), "command": command_line(), "format_version": 1}
 
 
-def _require_text(counts: dict[str, np.ndarray], tokenizer: Tokenizer, notes: Notes, val_tokens: int | None) -> None:
+def require_text(counts: dict[str, np.ndarray], tokenizer: Tokenizer, notes: Notes, val_tokens: int | None) -> None:
     """Raises UserError if a split has no token of text. `val_tokens` is the size of a held-out first shard."""
     has_text = {split: counts[split][: tokenizer.end_of_text].any() for split in SPLITS}
     if has_text["train"] and has_text["val"]:
@@ -216,7 +259,7 @@ def grouped(pieces: Iterable[Piece]) -> Iterator[tuple[str, list[str], bool]]:
             yield name, texts[name], False
 
 
-def _hold_out_first(batches: Iterable[SplitIds], n: int) -> Iterator[SplitIds]:
+def hold_out_first(batches: Iterable[SplitIds], n: int) -> Iterator[SplitIds]:
     """Yields all ids again, the first `n` as "val" and the others as "train"."""
     for _, ids in batches:
         if n:

@@ -412,8 +412,8 @@ def hub_rows(name: str, rows: IterableDataset) -> Iterator[Row]:
         raise hub_error(name, "local files work", error) from None
 
 
-def count_rows(urls: Iterable[str]) -> int:
-    """Returns the number of rows in Parquet files, local or on the Hub, from their footers."""
+def count_rows(urls: Iterable[str]) -> list[int]:
+    """Returns the number of rows in each of some Parquet files, local or on the Hub, from their footers."""
     import fsspec
     from pyarrow.parquet import ParquetFile
 
@@ -422,7 +422,7 @@ def count_rows(urls: Iterable[str]) -> int:
             return ParquetFile(file).metadata.num_rows
 
     with ThreadPoolExecutor(16) as pool:
-        return sum(pool.map(count_in, urls))
+        return list(pool.map(count_in, urls))
 
 
 def hub_error(name: str, instead: str, error: Exception) -> UserError:

@@ -7,7 +7,6 @@ except for `training/sharding.py`, which cuts a model into slices (FSDP).
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,8 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from system.device import choose_device
 from system.errors import UserError
-
-_UNSET_OR_LAUNCH = "unset these variables, or start the run with torchrun, which sets them"
+from system.launch import UNSET_OR_LAUNCH, Launch
 
 
 @dataclass(frozen=True)
@@ -37,19 +35,10 @@ class Processes:
 
         Raises UserError if there is no such device, or if the environment variables of `torchrun` are wrong.
         """
-        world_size = _environment_number("WORLD_SIZE", 1)
-        rank, local_rank = _environment_number("RANK", 0), _environment_number("LOCAL_RANK", 0)
-        if not max(rank, local_rank) < world_size:
-            raise UserError(
-                f"RANK={rank} and LOCAL_RANK={local_rank} must be below WORLD_SIZE={world_size}: {_UNSET_OR_LAUNCH}"
-            )
+        launch = Launch.from_environment(("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
+        rank, local_rank, world_size = launch.rank, launch.local_rank, launch.world_size
         if world_size == 1:
             return cls(choose_device(device_name))
-        needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        if missing := [name for name in needed if name not in os.environ]:
-            raise UserError(
-                f"the {world_size} processes cannot meet ({', '.join(missing)} missing): {_UNSET_OR_LAUNCH}"
-            )
         if device_name in ("auto", "cuda") and torch.cuda.is_available():
             device_name = f"cuda:{local_rank}"
         device = choose_device(device_name)
@@ -58,7 +47,7 @@ class Processes:
             dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
         except (ValueError, RuntimeError) as error:  # such as a wrong MASTER_ADDR, or another process that is missing
             raise UserError(
-                f"the {world_size} processes cannot meet ({str(error).partition(chr(10))[0][:200]}): {_UNSET_OR_LAUNCH}"
+                f"the {world_size} processes cannot meet ({str(error).partition(chr(10))[0][:200]}): {UNSET_OR_LAUNCH}"
             ) from None
         return cls(device, rank, world_size)
 
@@ -102,17 +91,6 @@ class Processes:
         total = torch.tensor(float(flag), device=self.device)
         dist.all_reduce(total, dist.ReduceOp.MAX)
         return bool(total.item())
-
-
-def _environment_number(name: str, default: int) -> int:
-    """Returns the number in an environment variable. Raises UserError unless it is a whole number of 0 to 9 digits."""
-    text = os.environ.get(name, str(default))
-    if not (text.isascii() and text.isdecimal() and len(text) <= 9):
-        raise UserError(
-            f"{name}={text[:40]} in the environment is not a whole number of at least 0, or too large: "
-            f"{_UNSET_OR_LAUNCH}"
-        )
-    return int(text)
 
 
 def replicate(model: nn.Module, processes: Processes) -> nn.Module:
