@@ -1,5 +1,17 @@
 """A model in slices, one on each process (ZeRO, Rajbhandari et al. 2019), by PyTorch's `fully_shard`.
 
+What one step exchanges, for N parameters in b bytes each (2 in bfloat16) and L layers:
+
+- all-gathers of the parameters, in b bytes: of each layer before its forward pass and again before its backward pass,
+  of embeddings, head and last LayerNorm once. Every micro-batch needs them: 2 L + 1 collectives, up to 2 b N bytes.
+- reduce-scatters of the gradients in float32, with the last micro-batch only: L + 1 collectives, 4 N bytes.
+- one all-reduce of the norms of the gradients, 4 bytes for each tensor, and one of the loss, 4 bytes.
+- with Muon two all-to-alls for each shape of matrices in the layers, 4 shapes in all: their gradients to the processes
+  that orthogonalize them and the updates back, in the precision in which Muon orthogonalizes.
+
+Until the last micro-batch, each process adds up gradients of the whole model in float32, so several micro-batches take
+4 N bytes of memory more than one, and save 4 N bytes of exchange each.
+
 Imported only for `--fsdp`, since its imports take half a second.
 """
 
