@@ -113,7 +113,8 @@ def test_a_step_exchanges_what_the_docstrings_list(shard_worker):
     assert exchanged("allgather") == 2 * [2 * root, *4 * [2 * block]]  # in bfloat16, for each micro-batch
     assert exchanged("reducescatter") == [4 * block, 4 * block, 4 * root]  # in float32, once
     assert exchanged("allreduce") == [4 * n_parameters, 4]  # the norms of the gradients, and the loss
-    assert sorted(exchanged("alltoall")) == sorted(2 * [2 * 2 * n * width**2 for n in (3, 1, 4, 4)])  # Muon's matrices
+    of_a_layer = [n * width**2 for n in (3, 1, 4, 4)]  # half of the numbers in two layers, there and back, in bfloat16
+    assert sorted(exchanged("alltoall")) == sorted(2 * n for n in 2 * of_a_layer)
     assert len(fsdp) == 10 + 3 + 2 + 8
 
 

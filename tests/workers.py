@@ -88,7 +88,10 @@ def fields(variants: str) -> None:
 
 
 class Collectives(TorchDispatchMode):
-    """Records every collective: its kind, and the bytes of its larger tensor, which holds what all ranks exchange."""
+    """Records every collective: its kind, and the bytes of its larger tensor.
+
+    That tensor holds what all ranks exchange, in an all-to-all only what this rank sends.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,6 +130,15 @@ def fit_slices(processes: Processes) -> None:
         print(f"{megabytes} MB: {n}", flush=True)
 
 
+def rotate_in_float32(processes: Processes) -> None:
+    """Checks that a layer in bfloat16 gets its rotary angles in float32."""
+    trainer, seen = new_trainer(dataclasses.replace(SHAPE, rotary=True), processes, fsdp=True, dtype="bfloat16"), []
+    attention = trainer.state.model.h[1].attn
+    attention.register_forward_pre_hook(lambda _, inputs: seen.append((inputs[0].dtype, inputs[2].dtype)))
+    take_step(trainer, 0)
+    assert seen == 2 * [(torch.bfloat16, torch.float32)], seen
+
+
 def map_whole(sharding: Sharding) -> None:
     """Compares a function of whole matrices with the same one of matrices in slices, which divide evenly or not."""
     for n, rows, columns in ((4, 6, 5), (3, 5, 7), (1, 1, 3)):
@@ -152,6 +164,7 @@ def shard() -> None:
     copy = sharding.whole_model(model)
     assert dist.get_rank() or all(torch.equal(copy.state_dict()[name], before[name]) for name in before)
     map_whole(sharding)
+    rotate_in_float32(processes)
     print("sharded", flush=True)
     collectives(processes)
     fit_slices(processes)

@@ -120,7 +120,10 @@ def _environment_number(name: str, default: int) -> int:
 
 
 def replicate(model: nn.Module, processes: Processes) -> nn.Module:
-    """Returns the module to call in training: the model itself, or DDP around it, which averages gradients."""
+    """Returns the module to call in training: the model itself, or DDP around it, which averages gradients.
+
+    The model has no buffers to broadcast, and every parameter gets a gradient, so DDP has nothing else to do.
+    """
     if processes.world_size == 1:
         return model
     return DistributedDataParallel(model, gradient_as_bucket_view=True)  # no second copy of the gradients

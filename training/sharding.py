@@ -7,7 +7,7 @@ What one step exchanges, for N parameters in b bytes each (2 in bfloat16) and L 
 - reduce-scatters of the gradients in float32, with the last micro-batch only: L + 1 collectives, 4 N bytes.
 - one all-reduce of the norms of the gradients, 4 bytes for each tensor, and one of the loss, 4 bytes.
 - with Muon two all-to-alls for each shape of matrices in the layers, 4 shapes in all: their gradients to the processes
-  that orthogonalize them and the updates back, in the precision in which Muon orthogonalizes.
+  that orthogonalize them and the updates back, each process its slices, in the precision of the orthogonalization.
 
 Until the last micro-batch, each process adds up gradients of the whole model in float32, so several micro-batches take
 4 N bytes of memory more than one, and save 4 N bytes of exchange each.
@@ -50,7 +50,8 @@ class Sharding:
         gradients are added over processes in float32."""
         self.dtype = dtype
         self.mesh = init_device_mesh(processes.device.type, (processes.world_size,))
-        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        # Inputs are not cast: hidden states are in `dtype` already, and rotary angles must stay in float32.
+        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for part in (*model.h, model):
             if compiled and part is not model:
                 part.compile()
@@ -75,7 +76,7 @@ class Sharding:
         pass; on other ranks None. All ranks take part."""
         packed = checkpoint.pack(model, kind="base")
         for name, tensor in packed["model"].items():
-            full = tensor.full_tensor()  # one at a time: only rank 0 has room for all
+            full = tensor.full_tensor()  # one at a time, so that other ranks need little memory
             packed["model"][name] = full.to(self.dtype) if dist.get_rank() == 0 else None
         return checkpoint.build(packed, self.mesh.device_type) if dist.get_rank() == 0 else None
 
