@@ -119,9 +119,9 @@ def test_a_step_exchanges_what_the_docstrings_list(shard_worker):
 
 
 def test_a_sharded_batch_is_split_until_every_process_expects_it_to_fit(shard_worker):
-    found = re.findall(r"^\((\d+), \d+\) MB: (\d+)$", shard_worker, re.MULTILINE)
-    tightest, tight, roomy = (sorted(int(n) for room, n in found if room == limit) for limit in ("1", "20", "2000"))
-    assert tightest[0] == tightest[1] > tight[0] == tight[1] > 1 and roomy == [1, 1]
+    found = re.findall(r"^\((\d+), 4000\) MB: (\d+)$", shard_worker, re.MULTILINE)
+    tight, roomy = ([int(n) for room, n in found if room == megabytes] for megabytes in ("30", "4000"))
+    assert len(tight) == 2 and tight[0] == tight[1] > 1 and roomy == [1, 1]  # the second could do without
 
 
 def test_a_batch_is_split_until_it_fits_into_every_processs_memory(toy):

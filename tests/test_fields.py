@@ -153,7 +153,7 @@ def figures_of_processes(toy) -> dict[str, list[list[float]]]:
 def test_several_processes_and_slices_train_like_one_process(figures_of_processes, name):
     one, ddp, fsdp = figures_of_processes[name]
     assert ddp == pytest.approx(one, rel=1e-3) and fsdp == pytest.approx(one, rel=1e-3)
-    assert len(one) > 20 and one[0] > one[4]  # it learns
+    assert len(one) > 15 and one[0] > one[4]  # it learns
 
 
 def test_a_run_in_slices_writes_and_prints_what_one_process_does(toy):
