@@ -143,7 +143,7 @@ def test_export_refuses_what_it_does_not_know(toy, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def figures_of_processes(toy) -> dict[str, list[list[float]]]:
-    """For each variant the figures of three steps with Muon: of one process, of two with DDP, of two with FSDP."""
+    """For each variant the figures of two steps with Muon: of one process, of two with DDP, of two with FSDP."""
     result = torchrun(toy, "tests/workers.py", "fields", json.dumps(VARIANTS))
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(re.search("^found: (.*)$", result.stdout, re.MULTILINE)[1])
@@ -153,7 +153,7 @@ def figures_of_processes(toy) -> dict[str, list[list[float]]]:
 def test_several_processes_and_slices_train_like_one_process(figures_of_processes, name):
     one, ddp, fsdp = figures_of_processes[name]
     assert ddp == pytest.approx(one, rel=1e-3) and fsdp == pytest.approx(one, rel=1e-3)
-    assert len(one) > 15 and one[0] > one[4]  # it learns
+    assert len(one) > 14 and one[0] > one[2]  # it learns
 
 
 def test_a_run_in_slices_writes_and_prints_what_one_process_does(toy):

@@ -68,7 +68,7 @@ def take_step(trainer: Trainer, i: int) -> tuple[float, float]:
 def fields(variants: str) -> None:
     """Trains models with fields of `GPTConfig` (JSON: {name: fields}) as one process, with DDP and with FSDP.
 
-    Prints for each name, as JSON, the losses and norms of three steps and the sums of the matrices' squares after them.
+    Prints for each name, as JSON, the losses and norms of two steps and the sums of the matrices' squares after them.
     """
     torch.set_num_threads(1)
     processes, found = Processes.join("cpu"), {}
@@ -77,7 +77,7 @@ def fields(variants: str) -> None:
         found[name] = []
         for group, fsdp in ((Processes(), False), (processes, False), (processes, True)):
             trainer = new_trainer(shape, group, fsdp, grad_clip=0.5, embedding_lr_scale=3.0)
-            figures = [figure for i in range(3) for figure in take_step(trainer, i)]
+            figures = [figure for i in range(2) for figure in take_step(trainer, i)]
             state = trainer.state
             model = state.sharding.whole_model(state.model) if state.sharding else state.model
             if dist.get_rank() == 0:
@@ -102,7 +102,8 @@ class Collectives(TorchDispatchMode):
         if DTensor in types:
             return NotImplemented  # it calls again with the plain tensors inside
         kind = function.name().partition("::")[2].partition(".")[0].replace("_", "")
-        if kind.startswith(("allgather", "allreduce", "alltoall", "broadcast", "reduce")):
+        is_collective = kind.startswith(("allgather", "allreduce", "alltoall", "broadcast", "reduce"))
+        if function.namespace in ("c10d", "_c10d_functional") and is_collective:
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
             self.seen.append((kind, max(tensor.nbytes for tensor in tensors)))
         return function(*args, **(kwargs or {}))
