@@ -96,7 +96,6 @@ class Config(Model, TrainerConfig):
             f"--rotary needs heads of an even width, not {self.n_embd // self.n_head}",
         )
         require(0 <= self.dropout < 1, "--dropout must be at least 0 and below 1")
-        require(not (self.fsdp and self.sample_prompt), "--sample-prompt does not work with --fsdp")
 
 
 MODERN = Config(  # what years after GPT-2 have taught; benchmarks/recipe.py measures each part
@@ -215,7 +214,7 @@ def main(config: Config) -> None:
         {"kind": "base", "tokenizer": tokenizer.spec, "template": None},
         resumed=resumed,
         sharding=sharding,
-        samples=None if sharding else Samples(tokenizer, None, config.sample_prompt),
+        samples=Samples(tokenizer, None, config.sample_prompt),
         has_random_weights=start is None,
     )
 

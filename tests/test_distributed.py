@@ -1,5 +1,6 @@
 """Several processes that train one model, in real ones: equal to one, split to fit, sharded, resumed, killed."""
 
+import json
 import os
 import re
 import signal
@@ -108,9 +109,42 @@ def test_a_sharded_run_in_bfloat16_gives_nearly_the_losses_in_float32(toy, whole
     assert found == pytest.approx(whole, rel=2e-3) and found != pytest.approx(whole, rel=1e-6)
 
 
-def test_each_process_holds_a_slice_of_a_sharded_model(toy):
+@pytest.fixture(scope="module")
+def shard_worker(toy) -> str:
+    """What two processes print that shard a model: see `tests/workers.py`."""
     result = torchrun(toy, "tests/workers.py", "shard")
-    assert result.returncode == 0 and result.stdout.count("sharded") == 2, result.stderr[-2000:]
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+def test_each_process_holds_a_slice_of_a_sharded_model(shard_worker):
+    assert shard_worker.count("sharded\n") == 2
+
+
+def test_a_step_exchanges_what_the_docstrings_list(shard_worker):
+    """Those of `training/distributed.py` and `training/sharding.py`, here for two layers and two micro-batches."""
+    ddp, fsdp = (json.loads(re.search(rf"^{name}: (.*)$", shard_worker, re.MULTILINE)[1]) for name in ("DDP", "FSDP"))
+    width, n_parameters = 128, 2 + 2 * 12 + 2  # embeddings, layers, last LayerNorm; the head is tied
+    block = 12 * width**2 + 13 * width
+    root = (448 + 32 + 2) * width
+    assert {kind for kind, _ in ddp} == {"allreduce"}
+    assert sum(n_bytes for _, n_bytes in ddp) == 4 * (2 * block + root) + 4  # gradients once, and the loss
+
+    def exchanged(prefix: str) -> list[int]:
+        return [n_bytes for kind, n_bytes in fsdp if kind.startswith(prefix)]
+
+    assert exchanged("allgather") == 2 * [2 * root, *4 * [2 * block]]  # in bfloat16, for each micro-batch
+    assert exchanged("reducescatter") == [4 * block, 4 * block, 4 * root]  # in float32, once
+    assert exchanged("allreduce") == [4 * n_parameters, 4]  # the norms of the gradients, and the loss
+    of_a_layer = [n * width**2 for n in (3, 1, 4, 4)]  # half of the numbers in two layers, there and back, in bfloat16
+    assert sorted(exchanged("alltoall")) == sorted(2 * n for n in 2 * of_a_layer)
+    assert len(fsdp) == 10 + 3 + 2 + 8
+
+
+def test_a_sharded_batch_is_split_until_every_process_expects_it_to_fit(shard_worker):
+    found = re.findall(r"^\((\d+), 4000\) MB: (\d+)$", shard_worker, re.MULTILINE)
+    tight, roomy = ([int(n) for room, n in found if room == megabytes] for megabytes in ("30", "4000"))
+    assert len(tight) == 2 and tight[0] == tight[1] > 1 and roomy == [1, 1]  # the second could do without
 
 
 def test_a_batch_is_split_until_it_fits_into_every_processs_memory(toy):

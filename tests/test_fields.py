@@ -1,6 +1,7 @@
 """Every field of GPTConfig that changes the network works with everything that the project does with a model."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -140,15 +141,33 @@ def test_export_refuses_what_it_does_not_know(toy, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_several_processes_and_slices_train_all_of_them(toy):
-    common = ["--data", "data/toy", *TOY_SHAPE, *flags(CHANGED), "--embedding-lr-scale", "3", "--max-steps", "6"]
-    common += ["--log-every", "2", "--grad-accum-steps", "1"]
-    succeed(toy, "train.py", *common, "--out", "checkpoints/fields1.pt")
-    expected = losses(toy / "checkpoints/fields1.jsonl")
-    for name, options in {"fields2": [], "fields3": ["--fsdp"]}.items():
-        result = torchrun(toy, "train.py", *common, *options, "--out", f"checkpoints/{name}.pt")
-        assert result.returncode == 0, result.stderr[-3000:]
-        assert losses(toy / f"checkpoints/{name}.jsonl") == pytest.approx(expected, rel=1e-4)
+@pytest.fixture(scope="module")
+def figures_of_processes(toy) -> dict[str, list[list[float]]]:
+    """For each variant the figures of two steps with Muon: of one process, of two with DDP, of two with FSDP."""
+    result = torchrun(toy, "tests/workers.py", "fields", json.dumps(VARIANTS))
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(re.search("^found: (.*)$", result.stdout, re.MULTILINE)[1])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_several_processes_and_slices_train_like_one_process(figures_of_processes, name):
+    one, ddp, fsdp = figures_of_processes[name]
+    assert ddp == pytest.approx(one, rel=1e-3) and fsdp == pytest.approx(one, rel=1e-3)
+    assert len(one) > 14 and one[0] > one[2]  # it learns
+
+
+def test_a_run_in_slices_writes_and_prints_what_one_process_does(toy):
+    common = ["--preset", "modern", "--data", "data/toy", *TOY_SHAPE, "--optimizer", "muon", "--max-steps", "6"]
+    common += ["--log-every", "2", "--sample-prompt", "What"]
+    printed = [succeed(toy, "train.py", *common, "--out", "checkpoints/fields1.pt")]
+    result = torchrun(toy, "train.py", *common, "--fsdp", "--out", "checkpoints/fields2.pt")
+    assert result.returncode == 0, result.stderr[-3000:]
+    printed.append(result.stdout)
+    one, two = (losses(toy / f"checkpoints/fields{n}.jsonl") for n in (1, 2))
+    assert two == pytest.approx(one, rel=1e-4)
+    before, after = (re.findall("'What' → .*", text) for text in printed)
+    assert len(before) == len(after) == 2 and before[0] == after[0]
+    assert "After “What”" in (toy / "checkpoints/fields2.md").read_text(encoding="utf-8")
 
 
 def test_the_app_chats_with_all_of_them(here):  # noqa: F811

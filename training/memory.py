@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 
-from system.device import free_memory
+from system.device import free_memory, peak_memory, total_memory
 from system.errors import UserError, is_out_of_memory
 from training.loader import Batch, micro_batches
 from training.state import TrainingState
 
+OUT_OF_MEMORY = (
+    "out of memory even with one sequence at a time: try --grad-checkpointing, a shorter context or a smaller model"
+)
 ForwardBackward = Callable[[list[Batch], float, bool], Any]
 """Adds gradients of micro-batches: (micro-batches, total weight, whether ranks exchange gradients)."""
 
@@ -26,10 +29,7 @@ def fewest_micro_batches(state: TrainingState, rows: list[Batch], forward_backwa
     n, device, compiled = 1, state.processes.device, state.model.compiled
     while state.processes.any(not fits(state, rows, n, forward_backward)):
         if n * state.processes.world_size >= len(rows):
-            raise UserError(
-                "out of memory even with one sequence at a time: try --grad-checkpointing, a shorter context or a "
-                "smaller model"
-            )
+            raise UserError(OUT_OF_MEMORY)
         n = min(2 * n, len(rows))
         state.model.compiled = None
         free_memory(device)
@@ -38,6 +38,33 @@ def fewest_micro_batches(state: TrainingState, rows: list[Batch], forward_backwa
         state.model.compiled = compiled
     free_memory(device)
     return n
+
+
+def fewest_for_slices(
+    state: TrainingState, rows: list[Batch], forward_backward: ForwardBackward, limit: float | None = None
+) -> int:
+    """Returns what `fewest_micro_batches` returns, for a model in slices (`--fsdp`).
+
+    All ranks compute together there, so one that ran out of memory would leave the others waiting. Therefore the search
+    begins with single sequences, and doubles them only if the growth of the peak so far says that every rank stays
+    below `limit` bytes, by default 90% of its memory. Parts are tried uncompiled.
+    """
+    processes, device = state.processes, state.processes.device
+    limit = 0.9 * total_memory(device) if limit is None else limit
+    n = n_rows = -(-len(rows) // processes.world_size)
+    free_memory(device)
+    size, peak = 0, peak_memory(device)
+    with torch.compiler.set_stance("force_eager"):
+        while True:
+            if not fits(state, rows, n, forward_backward):
+                raise UserError(OUT_OF_MEMORY if n == n_rows else f"out of memory: try --grad-accum-steps {2 * n}")
+            smaller, size, peak_of_smaller, peak = size, -(-n_rows // n), peak, peak_memory(device)
+            free_memory(device)
+            n_next = -(-n // 2)
+            growth = (-(-n_rows // n_next) - size) * (peak - peak_of_smaller) / (size - smaller)
+            if n == 1 or processes.any(peak + growth > limit):
+                return n
+            n = n_next
 
 
 def fits(state: TrainingState, rows: list[Batch], n: int, forward_backward: ForwardBackward) -> bool:

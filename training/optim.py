@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from model import GPT
 from training.config import TrainerConfig
+
+if TYPE_CHECKING:
+    from training.sharding import Sharding
 
 
 def build_optimizers(
@@ -23,11 +26,12 @@ def build_optimizers(
     embedding_lr_scale: float = 1.0,
     dtype: torch.dtype = torch.float32,
     compiled: bool = False,
+    sharding: Sharding | None = None,
 ) -> list[torch.optim.Optimizer]:
     """Returns [AdamW], or if `name` is "muon" [Muon for the matrices inside the blocks, AdamW for the rest].
 
     Matrices and embeddings decay; biases and LayerNorms do not. AdamW's beta1 is 0.9. Muon
-    orthogonalizes in `dtype`; `compiled` compiles it.
+    orthogonalizes in `dtype`; `compiled` compiles it. `sharding` is that of a model in slices.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     embeddings = {p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
@@ -44,7 +48,7 @@ def build_optimizers(
     adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2), fused=trained[0].device.type != "mps")
     if not for_muon:
         return [adamw]
-    return [Muon(for_muon, learning_rate, weight_decay, dtype=dtype, compiled=compiled), adamw]
+    return [Muon(for_muon, learning_rate, weight_decay, 0.95, dtype, compiled, sharding), adamw]
 
 
 def learning_rate_at(step: int, config: TrainerConfig) -> float:
@@ -85,10 +89,15 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         dtype: torch.dtype = torch.float32,
         compiled: bool = False,
+        sharding: Sharding | None = None,
     ) -> None:
-        """Orthogonalizes in `dtype`. `compiled` compiles that, once for each shape."""
+        """Orthogonalizes in `dtype`. `compiled` compiles that, once for each shape.
+
+        With `sharding` each process holds a slice of every matrix and of its momentum, and orthogonalizes some whole
+        matrices for all: see `Sharding.map_whole`.
+        """
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self.dtype = dtype
+        self.dtype, self.sharding = dtype, sharding
         self.orthogonalize = torch.compile(orthogonalize, dynamic=False) if compiled else orthogonalize
 
     @torch.no_grad()
@@ -103,13 +112,22 @@ class Muon(torch.optim.Optimizer):
                 for p in params:
                     if not self.state[p]:
                         self.state[p]["momentum"] = torch.zeros_like(p)
-                gradients = [p.grad for p in params if p.grad is not None]
-                momenta = [self.state[p]["momentum"] for p in params]
+                gradients = self.local([p.grad for p in params if p.grad is not None])
+                momenta = self.local([self.state[p]["momentum"] for p in params])
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-                nesterov = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))  # (n, rows, columns)
-                updates = self.orthogonalize(nesterov.to(self.dtype)).to(params[0].dtype)
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(updates), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+                nesterov = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"])).to(self.dtype)
+                if self.sharding:  # (n, rows of this process, columns)
+                    updates = self.sharding.map_whole(self.orthogonalize, nesterov, n_rows=shape[0])
+                else:  # (n, rows, columns)
+                    updates = self.orthogonalize(nesterov)
+                weights = self.local(params)
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                step_size = group["lr"] * 0.2 * max(shape) ** 0.5
+                torch._foreach_add_(weights, list(updates.to(weights[0].dtype)), alpha=-step_size)
+
+    def local(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Returns the tensors themselves, or this process's slices of them."""
+        return [self.sharding.local(tensor) for tensor in tensors] if self.sharding else tensors
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:

@@ -97,7 +97,9 @@ def rows_to_measure(trainer: Trainer, needed: int, limit: int) -> int:
         return batch_size
     start = time.perf_counter()
     forward_backward(trainer, trainer.train_data.largest_batch()[:1])
-    seconds = time.perf_counter() - start
+    total = torch.tensor(time.perf_counter() - start)
+    trainer.state.processes.sum_in_place(total)  # all ranks take as many sequences, so that collective calls match
+    seconds = total.item() / trainer.state.processes.world_size
     n = min(batch_size, max(1, int(_SECONDS / _MIN_STEPS / seconds)))
     return n if needed < limit else min(n, max(1, batch_size * limit // needed // 4))
 

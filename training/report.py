@@ -160,7 +160,8 @@ class Summary(Listener):
 class Samples(Listener):
     """Prints what the model writes: with a prompt after every evaluation, otherwise once at the end.
 
-    At the end it prints the samples of all evaluations below each other, after `--resume` those since then.
+    At the end it prints the samples of all evaluations below each other, after `--resume` those since then. Needed on
+    rank 0, and with `--fsdp` on every rank, since all take part in gathering the weights.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str | None, prompt: str):
@@ -169,26 +170,32 @@ class Samples(Listener):
         self.last: tuple[int, str] | None = None  # step and text: the report asks for the same text again
 
     def on_evaluation(self, state: TrainingState, entry: dict[str, Any], is_best: bool) -> None:
-        if self.prompt:
-            text = self.sample(state)
+        text = self.sample(state)  # here, so that all ranks gather at the same time; the report asks for it again
+        if self.prompt and state.processes.rank == 0:
             print(f"  {self.prompt!r} → {text!r}")
             step_and_loss = f"{state.step:>9,} {entry['val_loss']:>8.3f}  "
             self.lines.append(step_and_loss + shorten(printable(text), SAMPLE_COLUMNS - len(step_and_loss)))
 
     def on_end(self, state: TrainingState, reason: StopReason) -> None:
         if not self.prompt:
-            print(f"after the last step it writes, for example:\n  {self.sample(state)!r}")
+            text = self.sample(state)
+            if state.processes.rank == 0:
+                print(f"after the last step it writes, for example:\n  {text!r}")
         elif self.lines:
             print(f"what it wrote after {self.prompt!r}:")
             print(f"{'step':>9} {'loss':>8}")
             print("\n".join(self.lines))
 
     def sample(self, state: TrainingState) -> str:
-        """Returns what the model writes after the prompt, or a chat model's answer to it."""
+        """Returns what the model writes after the prompt, or a chat model's answer to it; "" on a rank above 0."""
         if self.last and self.last[0] == state.step:
             return self.last[1]
+        self.last = state.step, ""
+        model = state.sharding.whole_model(state.model) if state.sharding else state.model
+        if model is None:
+            return ""
         was_training = state.model.training
-        text_model = TextModel(state.model.eval(), self.tokenizer, self.template, dtype=state.dtype)
+        text_model = TextModel(model.eval(), self.tokenizer, self.template, dtype=state.dtype)
         config = SamplingConfig(max_new_tokens=60, seed=state.config.seed)
         if self.template:
             text = "".join(text_model.answer([{"role": "user", "content": self.prompt}], config))

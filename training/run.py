@@ -70,7 +70,7 @@ def train(
     background = Background()
     checkpointer = Checkpointer(metadata, background, slice_writer(config, processes, model.n_parameters()))
     if processes.rank > 0:
-        return trainer.run([checkpointer])
+        return trainer.run([samples, checkpointer] if sharding and samples else [checkpointer])
     log = RunLog()
     listeners: list[Listener | None] = [
         # The order matters: the bar goes before anything is printed, examples belong in the log and in the checkpoint,

@@ -1,14 +1,28 @@
 """A model in slices, one on each process (ZeRO, Rajbhandari et al. 2019), by PyTorch's `fully_shard`.
 
+What one step exchanges, for N parameters in b bytes each (2 in bfloat16) and L layers:
+
+- all-gathers of the parameters, in b bytes: of each layer before its forward pass and again before its backward pass,
+  of embeddings, head and last LayerNorm once. Every micro-batch needs them: 2 L + 1 collectives, up to 2 b N bytes.
+- reduce-scatters of the gradients in float32, with the last micro-batch only: L + 1 collectives, 4 N bytes.
+- one all-reduce of the norms of the gradients, 4 bytes for each tensor, and one of the loss, 4 bytes.
+- with Muon two all-to-alls for each shape of matrices in the layers, 4 shapes in all: their gradients to the processes
+  that orthogonalize them and the updates back, each process its slices, in the precision of the orthogonalization.
+
+Until the last micro-batch, each process adds up gradients of the whole model in float32, so several micro-batches take
+4 N bytes of memory more than one, and save 4 N bytes of exchange each.
+
 Imported only for `--fsdp`, since its imports take half a second.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -17,9 +31,10 @@ from torch.utils._pytree import tree_map_only
 
 from model import GPT, chunk_loss
 from system.device import choose_dtype, copy_to_host, uses_compile
-from system.errors import UserError
+from system.errors import require
 from training.config import TrainerConfig
 from training.distributed import Processes
+from weights import checkpoint
 
 
 class Sharding:
@@ -33,12 +48,14 @@ class Sharding:
     def __init__(self, model: GPT, processes: Processes, dtype: torch.dtype, compiled: bool):
         """Leaves every process a slice of each parameter. A layer is whole only while it computes, then in `dtype`;
         gradients are added over processes in float32."""
-        mesh = init_device_mesh(processes.device.type, (processes.world_size,))
-        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        self.dtype = dtype
+        self.mesh = init_device_mesh(processes.device.type, (processes.world_size,))
+        # Inputs are not cast: hidden states are in `dtype` already, and rotary angles must stay in float32.
+        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for part in (*model.h, model):
             if compiled and part is not model:
                 part.compile()
-            fully_shard(part, mesh=mesh, mp_policy=precision)
+            fully_shard(part, mesh=self.mesh, mp_policy=precision)
         if compiled:
             model.compiled = model.hidden, torch.compile(chunk_loss)
 
@@ -53,6 +70,37 @@ class Sharding:
             return copy_to_host(full) if dist.get_rank() == 0 else None
 
         return tree_map_only(Tensor, gather, state)
+
+    def whole_model(self, model: GPT) -> GPT | None:
+        """Returns a whole copy of the model on the device of rank 0, in evaluation mode and the dtype of the forward
+        pass; on other ranks None. All ranks take part."""
+        packed = checkpoint.pack(model, kind="base")
+        for name, tensor in packed["model"].items():
+            full = tensor.full_tensor()  # one at a time, so that other ranks need little memory
+            packed["model"][name] = full.to(self.dtype) if dist.get_rank() == 0 else None
+        return checkpoint.build(packed, self.mesh.device_type) if dist.get_rank() == 0 else None
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """Returns this process's slice of a tensor, as a view."""
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def map_whole(self, function: Callable[[Tensor], Tensor], slices: Tensor, n_rows: int) -> Tensor:
+        """Applies a function to whole matrices of which each process holds a slice: (n, rows of this process, columns).
+
+        Each process collects `ceil(n / world size)` matrices, applies `function` to that batch (k, n_rows, columns),
+        and sends the slices of its result back. So the work is divided, and each slice travels twice. Returns the
+        slices of the results. Rows and matrices of zeros pad what does not divide evenly.
+        """
+        world_size, (n, own_rows, columns) = self.mesh.size(), slices.shape
+        k, rows = -(-n // world_size), -(-n_rows // world_size)  # `fully_shard` cuts like `torch.chunk`
+        sent = F.pad(slices, (0, 0, 0, rows - own_rows, 0, k * world_size - n))  # (ranks * k, rows, columns)
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent)
+        whole = received.view(world_size, k, rows, columns).transpose(0, 1).reshape(k, -1, columns)
+        results = F.pad(function(whole[:, :n_rows]), (0, 0, 0, rows * world_size - n_rows))
+        sent = results.view(k, world_size, rows, columns).transpose(0, 1).contiguous()
+        dist.all_to_all_single(received, sent.flatten(0, 1))
+        return received[:n, :own_rows]
 
     def whole_norm(self, norm: Tensor) -> Tensor:
         """Returns the gradient norm over all slices, on every rank."""
@@ -77,7 +125,10 @@ class Sharding:
 def shard(model: GPT, config: TrainerConfig, processes: Processes) -> Sharding:
     """Shards a model in place for `--fsdp`. Raises UserError for a run that cannot be sharded."""
     dtype = choose_dtype(config.dtype, processes.device)
-    is_possible = config.grad_accum_steps != "auto" and config.optimizer == "adamw"
-    if processes.world_size == 1 or dtype == torch.float16 or not is_possible:
-        raise UserError("--fsdp needs torchrun, a number of --grad-accum-steps, AdamW, and bfloat16 or float32")
+    require(processes.world_size > 1, "--fsdp shards over several processes: start the run with torchrun")
+    require(
+        dtype != torch.float16,
+        "--fsdp does not train in float16, whose gradient scaler would have to skip a step on all processes at once: "
+        "use --dtype bfloat16 or float32, or leave --fsdp away",
+    )
     return Sharding(model, processes, dtype, uses_compile(config.compile, processes.device))

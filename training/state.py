@@ -89,6 +89,7 @@ class TrainingState:
                 config.embedding_lr_scale,
                 torch.bfloat16 if device.type == "cuda" else dtype,
                 compiled=uses_compile(config.compile, device),
+                sharding=sharding,
             ),
             torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
             sharding,

@@ -21,7 +21,7 @@ from system.interrupts import catch_stop_signals
 from training.distributed import local_gradients, replicate
 from training.evaluation import bits_per_byte, compile_evaluation, mean_loss
 from training.loader import Batch, Epochs, Prefetcher, StepBatch, Windows, micro_batches, require_known_ids, step_seed
-from training.memory import fewest_micro_batches
+from training.memory import fewest_for_slices, fewest_micro_batches
 from training.optim import learning_rate_at, set_learning_rate
 from training.state import Listener, StepFigures, StopReason, TrainingState
 
@@ -49,7 +49,8 @@ class Trainer:
         self.compiled_evaluation = compile_evaluation(state.model) if is_whole else None
         self.forward = state.model if state.sharding else replicate(state.model, state.processes)
         if state.config.grad_accum_steps == "auto" and state.processes.device.type != "cpu":
-            state.n_micro_batches = fewest_micro_batches(state, train_data.largest_batch(), self.forward_backward)
+            search = fewest_for_slices if state.sharding else fewest_micro_batches
+            state.n_micro_batches = search(state, train_data.largest_batch(), self.forward_backward)
 
     def run(self, listeners: Sequence[Listener] = ()) -> StopReason:
         """Trains until `max_steps`, an early stop, or SIGINT or SIGTERM, which finishes the step and saves.
@@ -132,9 +133,10 @@ class Trainer:
     def forward_backward(self, batches: list[Batch], total_weight: float, exchange: bool = True) -> Tensor:
         """Adds up the gradients of micro-batches; returns this rank's part of the mean loss, in nats per token.
 
-        DDP exchanges gradients with the last micro-batch, unless `exchange` is False; FSDP does with each.
+        Ranks exchange gradients with the last micro-batch, unless `exchange` is False. FSDP always exchanges them.
         """
         state, device = self.state, self.state.processes.device
+        exchange = exchange or state.sharding is not None
         total = torch.zeros((), device=device)
         for i, batch in enumerate(batches):
             batch = batch.to(device)
