@@ -1,7 +1,10 @@
 """What the tests run in processes of their own, by themselves or by torchrun: `python tests/workers.py NAME …`."""
 
+import os
 import resource
+import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -9,6 +12,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import train
 from model import GPT, GPTConfig
 from training.config import TrainerConfig
 from training.distributed import Processes
@@ -55,5 +59,29 @@ def shard() -> None:
     processes.leave()
 
 
+def die() -> None:
+    """Kills rank 1 while rank 0 does something of its own, beside which torchrun's SIGTERM has no effect."""
+    processes = Processes.join("cpu")
+    if processes.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(20)
+    print("still alone", flush=True)
+
+
+def lag(seconds: str) -> None:
+    """Trains with train.py; each forward pass of rank 1 takes so many seconds more."""
+
+    def wait(module: torch.nn.Module, arguments: tuple) -> None:
+        if isinstance(module, GPT):
+            time.sleep(float(seconds))
+
+    if os.environ["RANK"] == "1":
+        torch.nn.modules.module.register_module_forward_pre_hook(wait)
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64, "batch_size": 4, "device": "cpu"}
+    steps = {"max_steps": 16, "log_every": 4, "eval_every": 100, "eval_tokens": 1000, "warmup_steps": 2}
+    train.main(train.Config(data=Path("data/toy"), out=Path("checkpoints/lags.pt"), **shape, **steps))
+
+
 if __name__ == "__main__":
-    {"fit": fit, "shard": shard}[sys.argv[1]](*sys.argv[2:])
+    {"fit": fit, "shard": shard, "die": die, "lag": lag}[sys.argv[1]](*sys.argv[2:])
