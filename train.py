@@ -166,15 +166,15 @@ def main(config: Config) -> None:
     from text.token_files import read_token_meta
     from text.tokenizer import require_same_tokenizer, tokenizer_of_data
     from training.checkpointing import claim_data, claim_output
-    from training.distributed import Processes
     from training.loader import Windows
     from training.prepared import prepare_first
     from training.report import Samples
+    from training.restarts import join
     from training.run import train
     from weights import checkpoint
     from weights.loading import load_checkpoint
 
-    processes = Processes.join(config.device)
+    processes, config = join(config)
     resumed = claim_output(config, processes, "base", inputs=(Path(config.data), Path(config.init_from)))
     start = resumed
     if not resumed and config.init_from != "scratch":

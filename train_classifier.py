@@ -112,13 +112,13 @@ def main(config: Config) -> None:
     from text.labelled import counts, one_of_each, read_examples, split
     from training.checkpointing import claim_output
     from training.classifier import Classifier, LabelledTexts, freeze, test
-    from training.distributed import Processes
     from training.report import Examples
+    from training.restarts import join
     from training.run import train
     from weights import checkpoint
     from weights.loading import load_checkpoint
 
-    processes = Processes.join(config.device)
+    processes, config = join(config)
     inputs = (config.model, *([config.input] if config.input else ()))
     resumed = claim_output(config, processes, "classifier", inputs=inputs)
     start = resumed or load_checkpoint(config.model)

@@ -118,16 +118,16 @@ def main(config: Config) -> None:
     from text.token_files import read_sft_meta
     from text.tokenizer import require_same_tokenizer
     from training.checkpointing import claim_data, claim_output
-    from training.distributed import Processes
     from training.loader import Conversations
     from training.prepared import prepare_first
     from training.report import Examples, Samples, greedy_answers
+    from training.restarts import join
     from training.run import train
     from weights import checkpoint, lora
     from weights.loading import load_base, load_checkpoint
 
     kind = "lora" if config.lora_rank else "sft"
-    processes = Processes.join(config.device)
+    processes, config = join(config)
     resumed = claim_output(config, processes, kind, inputs=(config.model, config.data))
     if resumed and kind == "sft":
         start = resumed

@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import os
 import resource
+import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -14,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import train
 from model import GPT, GPTConfig
 from system.device import peak_memory
 from training.config import TrainerConfig
@@ -195,5 +199,29 @@ def save_slices(processes: Processes, sharding: Sharding, model: GPT, before: di
         assert max(sizes) < 1.1 * min(sizes)
 
 
+def die() -> None:
+    """Kills rank 1 while rank 0 does something of its own, beside which torchrun's SIGTERM has no effect."""
+    processes = Processes.join("cpu")
+    if processes.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(20)
+    print("still alone", flush=True)
+
+
+def lag(seconds: str) -> None:
+    """Trains with train.py; each forward pass of rank 1 takes so many seconds more."""
+
+    def wait(module: torch.nn.Module, arguments: tuple) -> None:
+        if isinstance(module, GPT):
+            time.sleep(float(seconds))
+
+    if os.environ["RANK"] == "1":
+        torch.nn.modules.module.register_module_forward_pre_hook(wait)
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64, "batch_size": 4, "device": "cpu"}
+    steps = {"max_steps": 16, "log_every": 4, "eval_every": 100, "eval_tokens": 1000, "warmup_steps": 2}
+    train.main(train.Config(data=Path("data/toy"), out=Path("checkpoints/lags.pt"), **shape, **steps))
+
+
 if __name__ == "__main__":
-    {"fit": fit, "fields": fields, "shard": shard}[sys.argv[1]](*sys.argv[2:])
+    {"fit": fit, "fields": fields, "shard": shard, "die": die, "lag": lag}[sys.argv[1]](*sys.argv[2:])

@@ -131,6 +131,8 @@ class Hardware:
     """torch.compile; auto compiles on CUDA"""
     grad_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
+    process_timeout: float = 600.0
+    """with torchrun: seconds after which a process that does not answer the others ends the run"""
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ class TrainerConfig(Output, Optimization, Logging, Hardware):
         require(self.out.suffix == ".pt", f"--out {self.out} must end in .pt")
         require(not self.out.name.endswith(".last.pt"), f"--out {self.out}: files for --resume end in .last.pt")
         require_at_least(1, self, "max_steps", "batch_size", "eval_every", "save_every", "log_every", "eval_tokens")
+        require_at_least(1, self, "process_timeout")
         require_at_least(
             0, self, "learning_rate", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "embedding_lr_scale"
         )

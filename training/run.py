@@ -21,10 +21,12 @@ from training.plan import print_plan
 from training.plots import LossPlot
 from training.prompts import prompts
 from training.report import Examples, ProgressBar, Report, Samples, Summary
+from training.restarts import RestartMark
 from training.run_log import RunLog
 from training.run_report import RunReport
 from training.slice_writer import slice_writer
 from training.state import Listener, StopReason, TrainingState
+from training.stragglers import Stragglers
 from training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -48,9 +50,8 @@ def train(
     """Trains a model, and writes `--out`, the resume file, the log, the plot and the report. `--plan` measures only.
 
     `metadata` (kind, tokenizer, template and the like) is stored in the checkpoints. `resumed` is a loaded resume file,
-    whose weights `model` has. `has_random_weights` says that the first loss is known. Raises
-    UserError for data that cannot be used, and for a loss that is not finite. On the CPU a resumed run equals an
-    uninterrupted one bit for bit.
+    whose weights `model` has. `has_random_weights` says that the first loss is known. Raises UserError for data that
+    cannot be used, and for a loss that is not finite. On the CPU, resuming changes no bit of the result.
     """
     if config.dtype == "auto" and processes.device.type == "cpu" and not sharding:
         config = dataclasses.replace(config, dtype=cpu_precision(model, processes, resumed))
@@ -77,11 +78,13 @@ def train(
         # and a checkpoint is written before its plot.
         ProgressBar(),
         examples,
+        Stragglers(),
         log,
         Report(train_data, math.log(model.config.vocab_size) if has_random_weights else None),
         samples,
         Summary(log, metadata["kind"], val_data.bytes_per_token),
         checkpointer,
+        RestartMark(),
         LossPlot(background),
         RunReport(log, train_data, val_data, metadata["kind"], samples),
     ]
