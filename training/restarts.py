@@ -11,6 +11,7 @@ import torch.distributed as dist
 from training.config import TrainerConfig
 from training.distributed import Processes
 from training.state import Listener, TrainingState
+from weights import slices
 
 _BEGAN = "training began"
 
@@ -36,7 +37,9 @@ def after_restart(config: Config, processes: Processes) -> Config:
     store = _torchrun_store()
     if store is None or not store.check([_BEGAN]):
         return config
-    has_saved = processes.any(processes.rank == 0 and config.last_path.exists())
+    has_saved = processes.any(
+        processes.rank == 0 and (slices.is_slices(config.slices_path) or config.last_path.exists())
+    )
     if processes.rank == 0:
         what = "goes on from its last save" if has_saved else "begins again, since it had not saved yet"
         print(f"torchrun has restarted this run: it {what}")
