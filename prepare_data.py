@@ -110,9 +110,8 @@ def main(config: Config, tokenizer: "Tokenizer | None" = None, in_brief: bool = 
     source = list(map(without_secrets, config.input)) or config.dataset
     workers = config.workers or max(1, available_cores() // max(1, environment_number("LOCAL_WORLD_SIZE", 1)))
     vocabulary = tokenizer or config.vocab_size or gpt2()
-    shard_tokens = config.shard_tokens or corpus.default_shard_tokens
-    if launch.world_size > 1:
-        shard_tokens = shard_tokens or SHARD_TOKENS
+    in_several = SHARD_TOKENS if launch.world_size > 1 else None
+    shard_tokens = config.shard_tokens or corpus.default_shard_tokens or in_several
     if shard_tokens and not config.max_tokens:
         parts = Parts(corpus, config.out, vocabulary, config.val_fraction, config.seed, shard_tokens, workers, launch)
         result = parts.write(source, written, config.overwrite)

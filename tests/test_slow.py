@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from conftest import ENVIRONMENT, REPOSITORY, TOY_SHAPE, command, run_script
 from test_training import after_equal_gradients
 
-from demo import PROMPTS
+from demo import PROMPTS, affordable
 from model import GPT, GPTConfig
 from system.device import autocast
 from system.untrusted import read_json
@@ -38,6 +39,15 @@ def test_the_demo_keeps_its_promises(tmp_path, monkeypatch):
         right, asked = map(int, re.search(rf"{words}: (\d+) of (\d+) answered", result.stdout).groups())
         assert 140 <= asked <= 500 and right >= share * asked
     assert all(f"> {prompt}" in result.stdout for prompt in PROMPTS)
+
+
+def test_the_demo_trains_and_teaches_less_if_time_is_short(toy, tmp_path, monkeypatch, capsys):
+    shutil.copytree(toy / "data/toy", tmp_path / "data/demo")
+    monkeypatch.chdir(tmp_path)
+    assert affordable(1) == (150, 73)  # a tenth, at least
+    assert "To take 1, it trains 10% of the steps and teaches 10% of the answers" in capsys.readouterr().out
+    assert affordable(1e6) == (None, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 @pytest.mark.parametrize("script", ["train.py", "train.py --preset modern", "train_sft.py"])
