@@ -133,6 +133,6 @@ def local_gradients(module: nn.Module, on: bool) -> contextlib.AbstractContextMa
     """Returns the context for a backward pass; if `on`, DDP and FSDP do not exchange their gradients yet."""
     if isinstance(module, DistributedDataParallel):
         return module.no_sync() if on else contextlib.nullcontext()
-    if hasattr(module, "set_requires_gradient_sync"):  # FSDP
-        module.set_requires_gradient_sync(not on)
+    if set_exchange := getattr(module, "set_requires_gradient_sync", None):  # FSDP
+        set_exchange(not on)
     return contextlib.nullcontext()
