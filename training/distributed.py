@@ -145,6 +145,6 @@ def local_gradients(module: nn.Module, on: bool) -> contextlib.AbstractContextMa
     """Returns the context for a backward pass; if `on`, DDP and FSDP do not exchange their gradients yet."""
     if isinstance(module, DistributedDataParallel):
         return module.no_sync() if on else contextlib.nullcontext()
-    if set_sync := getattr(module, "set_requires_gradient_sync", None):  # FSDP
-        set_sync(not on)
+    if set_exchange := getattr(module, "set_requires_gradient_sync", None):  # FSDP
+        set_exchange(not on)
     return contextlib.nullcontext()

@@ -161,7 +161,9 @@ def cpu_memory_needed(trainer: Trainer) -> int:
 
 def saved_bytes(trainer: Trainer, rows: list[Batch]) -> int:
     """Returns the bytes of the tensors that autograd keeps for the backward pass of a micro-batch, weights apart."""
-    weights = {p.untyped_storage().data_ptr() for p in trainer.state.model.parameters()}
+    sharding, parameters = trainer.state.sharding, trainer.state.model.parameters()
+    stored = [sharding.local(p) for p in parameters] if sharding else parameters
+    weights = {p.untyped_storage().data_ptr() for p in stored}
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:

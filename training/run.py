@@ -88,11 +88,16 @@ def train(
         LossPlot(background),
         RunReport(log, train_data, val_data, metadata["kind"], samples),
     ]
+    return run_and_outlive_output(trainer, [listener for listener in listeners if listener])
+
+
+def run_and_outlive_output(trainer: Trainer, listeners: list[Listener]) -> StopReason:
+    """Runs the training loop. If nobody reads the output any more, saves and raises UserError."""
     with outlive_output() as broken:
-        reason = trainer.run([listener for listener in listeners if listener])
+        reason = trainer.run(listeners)
     if broken and reason is StopReason.INTERRUPTED:
         command = command_line("--resume", drop=("--overwrite",))
-        raise UserError(f"{broken[0]}; the run is saved at step {state.step:,}: continue with {command}")
+        raise UserError(f"{broken[0]}; the run is saved at step {trainer.state.step:,}: continue with {command}")
     return reason
 
 
