@@ -153,6 +153,7 @@ PRESETS = {
         batch_size=16,
         eval_every=250,
         save_every=500,
+        patience=3,
     ),
 }
 

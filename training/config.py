@@ -87,7 +87,7 @@ class Optimization:
     grad_clip: float = 1.0
     """largest gradient norm; 0 turns clipping off"""
     patience: int = 0
-    """stop after this many evaluations without improvement; 0 never stops"""
+    """stop after this many evaluations without improvement, with at least one evaluation per epoch; 0 never stops"""
     target_loss: float = 0.0
     """stop when the training loss, averaged between two lines of the log, reaches this value"""
     seed: int = 1337

@@ -58,8 +58,8 @@ class Report(Listener):
         n_epochs = config.max_steps / data.batches_per_epoch
         if n_epochs > MANY_EPOCHS and isinstance(data, Windows):
             print(
-                f"warning: {n_epochs:,.0f} passes over so little text end in memorizing it: set a smaller --max-steps, "
-                "and a smaller --eval-every to keep the best weights"
+                f"warning: {n_epochs:,.0f} passes over so little text end in memorizing it. The best weights are kept; "
+                "a smaller --max-steps gives better ones"
             )
         if state.n_micro_batches > 1:
             print(f"each step adds up the gradients of {state.n_micro_batches} micro-batches")
@@ -127,12 +127,14 @@ class Summary(Listener):
             StopReason.INTERRUPTED: "interrupted",
         }[reason]
         print(f"{why} at step {state.step:,}; model in {config.out}, curves in {config.plot_path()}")
+        best_step = state.step
         if math.isfinite(state.best_val_loss):
             is_best = config.keep == "best"
             loss = state.best_val_loss if is_best else state.history[-1]["val_loss"]
             steps = [entry["step"] for entry in state.history if entry.get("val_loss") == loss]
             is_earlier = is_best and bool(steps) and steps[0] < state.step
-            at = f" (at step {steps[0]:,}: the model is of that step)" if is_earlier else ""
+            best_step = steps[0] if is_earlier else state.step
+            at = f" (at step {best_step:,}: the model is of that step)" if is_earlier else ""
             text = f"{'best' if is_best else 'last'} validation loss {loss:.4f}{at}"
             if self.kind != "classifier":
                 text += f", perplexity {perplexity(loss):,.2f}"
@@ -144,7 +146,12 @@ class Summary(Listener):
             f"{state.tokens:,} tokens in {duration(seconds)}: {state.tokens / max(seconds, 1e-9):,.0f} tokens/s, "
             f"peak memory {peak_memory(state.processes.device) / 1e6:,.0f} MB"
         )
-        if self.kind == "base":
+        if self.kind == "base" and 0 < best_step < 0.7 * state.step:
+            print(
+                f"after step {best_step:,} it only memorized: a run with --max-steps {best_step} probably gives a "
+                "better model, since the learning rate falls until the last step"
+            )
+        elif self.kind == "base":
             per_parameter = state.tokens / state.model.n_parameters()
             print(
                 f"{per_parameter:.2g} tokens per parameter; the compute-optimal number is about 20 "

@@ -53,6 +53,8 @@ def train(
     whose weights `model` has. `has_random_weights` says that the first loss is known. Raises UserError for data that
     cannot be used, and for a loss that is not finite. On the CPU, resuming changes no bit of the result.
     """
+    if config.patience:  # needs an evaluation in each epoch
+        config = dataclasses.replace(config, eval_every=min(config.eval_every, math.ceil(train_data.batches_per_epoch)))
     if config.dtype == "auto" and processes.device.type == "cpu" and not sharding:
         config = dataclasses.replace(config, dtype=cpu_precision(model, processes, resumed))
     metadata = {**metadata, "data": [train_data.fingerprint(), val_data.fingerprint()]}
