@@ -148,6 +148,7 @@ def main(config: Config) -> None:
     start["config"] = dataclasses.replace(start["config"], dropout=config.dropout)
     model = checkpoint.build(start)
     metadata: dict[str, Any] = {"kind": kind, "tokenizer": tokenizer.spec, "template": meta["template"]}
+    metadata["is_held_out"] = meta.get("is_held_out", True)
     if kind == "lora":
         new: dict[str, Any] = {"rank": config.lora_rank, "alpha": config.lora_alpha, "base": str(config.model)}
         settings = resumed["lora"] if resumed else {**new, "base_sha256": lora.sha256_of(config.model)}
@@ -159,7 +160,6 @@ def main(config: Config) -> None:
     config = with_steps(config, len(read("train", batch_size=1)))
     assert config.batch_size
     train_data, val_data = (read(split, batch_size=config.batch_size) for split in ("train", "val"))
-    exchanges = val_data.first_exchanges(5)
     train(
         model,
         train_data,
@@ -168,7 +168,7 @@ def main(config: Config) -> None:
         processes,
         metadata,
         resumed=resumed,
-        examples=Examples(lambda state: greedy_answers(state, tokenizer, exchanges)),
+        examples=Examples(partial(greedy_answers, tokenizer=tokenizer, exchanges=val_data.first_exchanges(5))),
         samples=Samples(tokenizer, meta["template"], config.sample_prompt) if config.sample_prompt else None,
     )
 

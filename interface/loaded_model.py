@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import streamlit as st
 
 from generation.text_model import TextModel
+from system.wording import loss_name
 from weights import checkpoint
 from weights.loading import load_checkpoint
 
@@ -52,7 +53,7 @@ def introduction(state: checkpoint.Checkpoint) -> str:
         text += f", trained on {data}"
     loss = (state.get("history") or [{}])[-1].get("val_loss")
     if loss is not None:
-        text += f", with a validation loss of {loss:.2f}"
+        text += f", with a {loss_name(state)} of {loss:.2f}"
     return text + "."
 
 

@@ -1,6 +1,8 @@
 """How times and texts look in what is printed."""
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 _USER = re.compile(r"\b([a-z][a-z0-9.+-]+:/{1,2})[^\s/?#]*@", re.IGNORECASE)
 _QUERY = re.compile(r"\b(https?:/{1,2}[^\s?#]*)([?#])(?:…(?=[\s:;,.)'\"]|$)|\S*)", re.IGNORECASE)
@@ -20,6 +22,11 @@ def duration(seconds: float) -> str:
         return f"{minutes // 60} h {minutes % 60} min"
     hours = round(seconds / 3600)
     return f"{hours // 24:,} d {hours % 24} h"
+
+
+def loss_name(checkpoint: Mapping[str, Any]) -> str:
+    """Returns what the validation loss of a checkpoint is: of few conversations none is held out."""
+    return "validation loss" if checkpoint.get("is_held_out", True) else "loss on its training conversations"
 
 
 def shorten(text: str, max_length: int) -> str:

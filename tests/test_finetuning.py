@@ -34,6 +34,7 @@ from training.loader import Conversations
 from training.plots import draw_confusion_matrix, most_confused
 from training.recall import is_recalled, recall_report
 from weights import checkpoint
+from weights.listing import table
 from weights.loading import load_checkpoint
 from weights.lora import add_adapter, restore_adapter
 
@@ -202,6 +203,9 @@ def test_a_file_of_chats_is_prepared_as_the_model_needs_it_and_learnt_by_heart(
     out = capsys.readouterr().out
     assert "reading data/chats, which was prepared from chats" in out
     assert f"{n} conversations in batches of 8: 100 steps" in out
+    assert "best loss on its training conversations 0." in out and "best validation loss" not in out
+    assert re.search(r"sft.pt .* 0\.\d{4} \(training\) ", table())
+    assert "| loss on its training conversations 0." in Path("checkpoints/sft.md").read_text()
     assert recall_report(TextModel.load("checkpoints/sft.pt"), Path("data/chats"), "train").startswith("8 of 8 ")
     train_sft.main(train_sft.Config(**{**options, "max_steps": 1}, out=Path("checkpoints/new.pt")))
     assert f"{n_new} conversations in batches of {n_new}: 1 steps" in capsys.readouterr().out  # a new run does

@@ -24,8 +24,9 @@ def read_meta(path: str | Path, command: str) -> dict[str, Any]:
     """Reads a `meta.json` or `sft_meta.json`.
 
     `files` are then names of files in the same folder, with token files of both splits among them; `tokenizer` is a
-    text; `splits` maps names to counts of `tokens` and perhaps `bytes`; `template`, if present, is "chat" or "alpaca".
-    Raises UserError, naming the command that writes the file, if it is missing or damaged.
+    text; `splits` maps names to counts of `tokens` and perhaps `bytes`; `template`, if present, is "chat" or "alpaca",
+    and `is_held_out` true or false. Raises UserError, naming the command that writes the file, if it is missing or
+    damaged.
     """
     path = Path(path)
     try:
@@ -74,6 +75,7 @@ _META_FIELDS: dict[str, Callable[[object], bool]] = {
     "files": _are_files,
     "tokenizer": is_text,
     "splits": _are_splits,
+    "is_held_out": lambda is_held_out: is_held_out is None or isinstance(is_held_out, bool),
     "template": lambda template: template is None or (isinstance(template, str) and template in ("chat", "alpaca")),
 }
 

@@ -15,7 +15,7 @@ from model import GPT
 from system.device import peak_flops, peak_memory
 from system.progress import Progress
 from system.untrusted import printable
-from system.wording import duration, shorten
+from system.wording import duration, loss_name, shorten
 from text.tokenizer import Tokenizer
 from training.evaluation import bits_per_byte, perplexity
 from training.loader import Epochs, Windows
@@ -114,9 +114,10 @@ class ProgressBar(Listener):
 class Summary(Listener):
     """Prints what the run came to."""
 
-    def __init__(self, log: RunLog, kind: str, bytes_per_token: float | None):
-        """`kind` is that of the checkpoint: base, sft, lora, or classifier, whose loss has no perplexity."""
-        self.log, self.kind, self.bytes_per_token = log, kind, bytes_per_token
+    def __init__(self, log: RunLog, metadata: dict[str, Any], bytes_per_token: float | None):
+        """`metadata` is that of the checkpoints."""
+        self.log, self.bytes_per_token = log, bytes_per_token
+        self.kind, self.loss_name = metadata["kind"], loss_name(metadata)
 
     def on_end(self, state: TrainingState, reason: StopReason) -> None:
         config = state.config
@@ -135,7 +136,7 @@ class Summary(Listener):
             is_earlier = is_best and bool(steps) and steps[0] < state.step
             best_step = steps[0] if is_earlier else state.step
             at = f" (at step {best_step:,}: the model is of that step)" if is_earlier else ""
-            text = f"{'best' if is_best else 'last'} validation loss {loss:.4f}{at}"
+            text = f"{'best' if is_best else 'last'} {self.loss_name} {loss:.4f}{at}"
             if self.kind != "classifier":
                 text += f", perplexity {perplexity(loss):,.2f}"
             if self.bytes_per_token:

@@ -84,11 +84,11 @@ def train(
         log,
         Report(train_data, math.log(model.config.vocab_size) if has_random_weights else None),
         samples,
-        Summary(log, metadata["kind"], val_data.bytes_per_token),
+        Summary(log, metadata, val_data.bytes_per_token),
         checkpointer,
         RestartMark(),
         LossPlot(background),
-        RunReport(log, train_data, val_data, metadata["kind"], samples),
+        RunReport(log, train_data, val_data, metadata, samples),
     ]
     return run_and_outlive_output(trainer, [listener for listener in listeners if listener])
 

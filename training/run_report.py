@@ -13,6 +13,7 @@ from system.cli import command_line, plain
 from system.device import machine, peak_memory
 from system.files import atomic_write, read_utf8
 from system.untrusted import as_utf8, printable
+from system.wording import loss_name
 from text.token_files import read_token_meta
 from training.config import TrainerConfig
 from training.evaluation import bits_per_byte, perplexity
@@ -57,12 +58,13 @@ class RunReport(Listener):
         log: RunLog,
         train_data: Windows | Epochs,
         val_data: Windows | Epochs,
-        kind: str,
+        metadata: dict[str, Any],
         samples: Samples | None,
     ):
-        """`kind` is that of the checkpoint. Without `samples`, the first example of an evaluation is shown."""
+        """`metadata` is that of the checkpoints. Without `samples`, the first example of an evaluation is shown."""
         self.log, self.train_data, self.val_data = log, train_data, val_data
-        self.kind, self.samples, self.rows = kind, samples, list[str]()
+        self.kind, self.loss_name = metadata["kind"], loss_name(metadata)
+        self.samples, self.rows = samples, list[str]()
 
     def on_start(self, state: TrainingState) -> None:
         if state.step and is_report(state.config.report_path):
@@ -150,7 +152,7 @@ class RunReport(Listener):
         is_best = state.config.keep == "best"
         kept = min(state.history, key=lambda entry: entry["val_loss"]) if is_best else state.history[-1]
         loss = kept["val_loss"]
-        text = f"validation loss {loss:.4f} at step {kept['step']:,}"
+        text = f"{self.loss_name} {loss:.4f} at step {kept['step']:,}"
         if self.kind != "classifier":
             text += f", perplexity {perplexity(loss):,.2f}"
         if self.val_data.bytes_per_token:

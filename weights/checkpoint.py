@@ -36,8 +36,8 @@ Checkpoint = dict[str, Any]
 """A checkpoint in memory. `kind` is "base", "sft", "classifier" or "lora", `model` maps the names of parameters to
 float32 tensors, `config` is the GPTConfig, and `tokenizer` is the text that `text.tokenizer.from_spec` reads. Optional:
 `template`, `labels` (of a classifier), `lora` (of an adapter), `step`, `tokens`, `history`, `train_config`, `created`,
-`data` (fingerprints of the training and validation data), `prompts` (short texts like those that it learned from),
-and in a `.last.pt` file the state of the optimizer."""
+`data` (fingerprints of the training and validation data), `is_held_out` (whether these differ), `prompts` (short texts
+like those that it learned from), and in a `.last.pt` file the state of the optimizer."""
 
 
 def save(path: str | Path, checkpoint: Checkpoint) -> None:

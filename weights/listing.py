@@ -103,7 +103,7 @@ def _facts(checkpoint: Checkpoint) -> tuple[str, str, str, str, str]:
     return (
         _KINDS[checkpoint["kind"]],
         f"{sum(tensor.numel() for tensor in checkpoint['model'].values()):,}",
-        "-" if loss is None else f"{loss:.4f}",
+        "-" if loss is None else f"{loss:.4f}" + ("" if checkpoint.get("is_held_out", True) else " (training)"),
         data_of(options) or "-",
         parent_of(options) or "-",
     )

@@ -173,6 +173,8 @@ def _require_metadata(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     for name in ("step", "tokens"):
         value = checkpoint.get(name, 0)
         _require(is_integer(value), path, f"its {name} is {brief(value)}, not an integer from 0")
+    is_held_out = checkpoint.get("is_held_out", True)
+    _require(isinstance(is_held_out, bool), path, f"its is_held_out is {brief(is_held_out)}, not true or false")
     created = checkpoint.get("created", "")
     _require(is_text(created), path, f"its created is {brief(created)}, not a text")
     prompts = checkpoint.get("prompts", [])
