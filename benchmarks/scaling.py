@@ -11,6 +11,7 @@ a small model with two gloo processes on this machine, and prints predicted and 
 from __future__ import annotations
 
 import datetime
+import math
 import re
 import shlex
 import sys
@@ -155,8 +156,10 @@ def batch_table(config: Config, models: dict[str, Sizes], share: Callable[[Sizes
     for name, sizes, n in cases(config, models):
         sequences, memory = share(sizes, n), 1e9 * config.gpu_memory
         computing = sequences * sizes.config.block_size * sizes.flops_per_token / config.flops
-        room_ddp, room_fsdp = room(sizes, n, memory)
-        n_ddp, n_fsdp = (-(-sequences // fit) if fit else 0 for fit in (room_ddp, room_fsdp))
+        rooms = room(sizes, n, memory)
+        if rooms[1] < sequences:
+            rooms = room(sizes, n, memory, accumulates=True)
+        n_ddp, n_fsdp = (math.ceil(sequences / fit) if fit else 0 for fit in rooms)
         row = [name, f"{n:,}", f"{n * sequences:,}", f"{sequences:,}", f"{n_ddp or '-'}, {n_fsdp or '-'}"]
         row.append(milliseconds(computing))
         for sent in (
@@ -237,9 +240,10 @@ def cases(config: Config, models: dict[str, Sizes]) -> list[tuple[str, Sizes, in
     return [(f"`{name}`", sizes, n) for name, sizes in models.items() for n in config.gpus]
 
 
-def room(sizes: Sizes, n: int, memory: float) -> tuple[int, int]:
-    """Returns how many sequences fit into a GPU at a time, with DDP and with FSDP."""
-    states = steps.ddp_state(sizes), steps.fsdp_state(sizes, n)
+def room(sizes: Sizes, n: int, memory: float, accumulates: bool = False) -> tuple[int, int]:
+    """Returns how many sequences fit into a GPU at a time, with DDP and with FSDP, in one of several micro-batches if
+    the step accumulates."""
+    states = steps.ddp_state(sizes), steps.fsdp_state(sizes, n, accumulates)
     ddp, fsdp = (steps.sequences_that_fit(sizes, memory, state) for state in states)
     return ddp, fsdp
 

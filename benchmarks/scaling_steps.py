@@ -94,14 +94,14 @@ def fsdp_bytes(
     """Returns the bytes that each of `n` processes sends in a step of FSDP2, as `training/sharding.py` sets it up.
 
     Each micro-batch gathers the parameters of each layer twice, for the forward and the backward pass, those outside of
-    the layers once, since they stay whole in between, and scatters the sum of all float32 gradients (Rajbhandari et al.
-    2019). Each of these sends (n - 1) / n of its tensor. `parameter` is the bytes of a gathered number. With
-    `reduce_as_all_reduce`, the sum takes an all-reduce, as in PyTorch's gloo, and sends twice as much.
+    the layers once, since they stay whole in between. The last one scatters the sum of all float32 gradients
+    (Rajbhandari et al. 2019). Each of these sends (n - 1) / n of its tensor. `parameter` is the bytes of a gathered
+    number. With `reduce_as_all_reduce`, the sum takes an all-reduce, as in PyTorch's gloo, and sends twice as much.
     """
     layers, rest = sum(whole(layer, n) for layer in sizes.layers), whole(sizes.rest, n)
     gathered = parameter * (2 * layers + rest)
     reduced = (2 if reduce_as_all_reduce else 1) * FLOAT32 * (layers + rest)
-    return micro_batches * (n - 1) / n * (gathered + reduced)
+    return (n - 1) / n * (micro_batches * gathered + reduced)
 
 
 def efficiency(compute: float, exchange: float) -> tuple[float, float]:
@@ -115,15 +115,17 @@ def ddp_state(sizes: Sizes) -> int:
     return 4 * FLOAT32 * sizes.n_parameters
 
 
-def fsdp_state(sizes: Sizes, n: int) -> int:
+def fsdp_state(sizes: Sizes, n: int, accumulates: bool = False) -> int:
     """Returns the bytes of the same with FSDP2: slices of all, and what is whole while a layer computes.
 
     Whole are this layer and the parameters outside of the layers, each as bfloat16 weights, bfloat16 gradients and
-    their float32 copy that is reduced, and the bfloat16 weights of the next layer.
+    their float32 copy that is reduced, and the bfloat16 weights of the next layer. A step that accumulates several
+    micro-batches also keeps the whole float32 gradients.
     """
     layers, rest = [whole(shapes, n) for shapes in sizes.layers], whole(sizes.rest, n)
     layer, sliced = max(layers), (sum(layers) + rest) // n
-    return 4 * FLOAT32 * sliced + (2 * BFLOAT16 + FLOAT32) * (layer + rest) + BFLOAT16 * layer
+    accumulated = FLOAT32 * (sum(layers) + rest) if accumulates else 0
+    return accumulated + 4 * FLOAT32 * sliced + (2 * BFLOAT16 + FLOAT32) * (layer + rest) + BFLOAT16 * layer
 
 
 def activation_bytes(sizes: Sizes) -> int:
