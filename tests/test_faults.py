@@ -42,7 +42,7 @@ def test_a_killed_process_is_named_and_torchrun_goes_on_from_the_last_save(toy):
     stdout, stderr = job.communicate(timeout=100)
     assert job.returncode == 0, stderr[-3000:]
     assert stderr.count("does not answer") == 1 and "error: rank 1 does not answer: " in stderr
-    assert "torchrun has restarted this run: it goes on from its last save\n" in stdout
+    assert "restarted by torchrun: the run goes on from its last save\n" in stdout
     assert "resuming at step" in stdout
     found = losses(toy / "checkpoints/killed.jsonl")
     assert list(found) == list(range(4, 49, 4))

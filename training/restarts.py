@@ -42,7 +42,7 @@ def after_restart(config: Config, processes: Processes) -> Config:
     )
     if processes.rank == 0:
         what = "goes on from its last save" if has_saved else "begins again, since it had not saved yet"
-        print(f"torchrun has restarted this run: it {what}")
+        print(f"restarted by torchrun: the run {what}")
     return dataclasses.replace(config, resume=has_saved, overwrite=not has_saved)
 
 
