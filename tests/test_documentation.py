@@ -254,6 +254,13 @@ def test_a_command_of_the_documentation_works(session, command):
     assert status == 0 and "Traceback" not in output, output[-3000:]
 
 
+def test_the_demo_teaches_the_readers_chats(session):
+    _, output = session.results["make demo INPUT=book.txt CHATS=chats.jsonl"]
+    assert " of 30 answered word for word (" in output and output.count(" answered word for word (") == 1
+    assert "The loss on conversations\nthat it does not train on would rise" in output
+    assert "it has learned your conversations by heart" in output
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_the_python_of_a_page_can_be_pasted(session, page):
     status, output = session.session.ask({"paste": "\n\n".join(blocks(page, "python"))})
