@@ -89,7 +89,7 @@ def main(config: Config) -> None:
         prompts = line_beginnings(tokenizer.decode(read_tokens(DATA / "val.bin").tolist()))
 
     title("2. A GPT learns to predict the next token")
-    n_steps, n_answers = (config.max_steps, None) if config.max_steps else affordable(config.minutes)
+    n_steps, n_answers = (config.max_steps, None) if config.max_steps else affordable(config)
     print("It begins with random weights. At every evaluation it continues the same words, so you see it learn.")
     sample_prompt = [f"--sample-prompt={prompts[0]}"] if prompts else []  # with "=", since a line may begin with "--"
     script("train.py", "--preset", "demo", "--overwrite", *sample_prompt, *flag("--max-steps", n_steps))
@@ -130,22 +130,23 @@ def title(text: str) -> None:
     print(f"\n=== {text}", flush=True)
 
 
-def affordable(minutes: float) -> tuple[int | None, int | None]:
+def affordable(config: Config) -> tuple[int | None, int | None]:
     """Measures this machine; returns how many steps and answers fit into the minutes, or twice None if all of them do.
 
-    Both are cut by the same factor, so the model sees each answer as often as in the whole demo.
+    Both are cut by the same factor, so the model sees each answer as often as in the whole demo. Own chats are all
+    taught.
     """
     plan = script("train.py", "--preset", "demo", "--overwrite", "--plan", captured=True)
     print(plan, end="")
     step = re.search(r"^speed +(\S+) s a step", plan, re.MULTILINE)
     whole = STARTS_SECONDS + WHOLE_STEPS * float(step[1]) if step else 0.0
-    if whole <= 60 * minutes:
+    if whole <= 60 * config.minutes:
         return None, None
-    share = max(0.1, (60 * minutes - STARTS_SECONDS) / (whole - STARTS_SECONDS))
+    share = max(0.1, (60 * config.minutes - STARTS_SECONDS) / (whole - STARTS_SECONDS))
     print(
-        f"On this machine the whole demo takes about {whole / 60:.0f} minutes. To take {minutes:g}, it trains "
-        f"{share:.0%} of the steps and teaches {share:.0%} of the answers "
-        f"(MINUTES={whole / 60 + 1:.0f} is enough for all)."
+        f"On this machine the whole demo takes about {whole / 60:.0f} minutes. To take {config.minutes:g} minutes, it "
+        f"trains {share:.0%} of the steps{'' if config.chats else f' and teaches {share:.0%} of the answers'} "
+        f"(make demo MINUTES={whole / 60 + 1:.0f} does all)."
     )
     return int(share * PRESETS["demo"].max_steps), int(share * len(list(lessons(builtins_only=True))))
 

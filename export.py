@@ -52,7 +52,7 @@ def main(config: Config) -> None:
     generation = {
         "temperature": sampling.temperature,
         "top_k": sampling.top_k,
-        "max_new_tokens": sampling.max_new_tokens,
+        "max_new_tokens": min(sampling.max_new_tokens, checkpoint["config"].block_size // 2),
     }
     huggingface.write_folder(checkpoint, config.out, getattr(torch, config.dtype), config.trim_vocab, generation)
     print(f"wrote {config.out}: " + ", ".join(sorted(path.name for path in config.out.iterdir())))

@@ -117,7 +117,7 @@ def main(config: Config) -> None:
         if not text_model.template:
             raise UserError(
                 f"{name} only completes text: drop --chat, or fine-tune it: "
-                f"python train_sft.py --model {name} --data CHATS.jsonl"
+                f"{listing.fine_tuning_command(name, text_model.model.n_parameters())} --data CHATS.jsonl"
             )
         terminal.chat(text_model, config)
     elif config.instruction is not None:

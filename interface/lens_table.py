@@ -15,7 +15,8 @@ def lens_table(text_model: TextModel, text: str, width: int) -> Iterator[str]:
     """Yields the lines of a table of at most `width` characters: one row for each token of the text, one column for the
     embedding and each layer. A cell holds the likeliest next token and its probability.
 
-    Layers in the middle are left out if the table is too wide. Raises UserError if the text is empty.
+    Layers in the middle are left out if the table is too wide, and a last line says so. Raises UserError if the text is
+    empty.
     """
     trace = text_model.trace(text)
     predictions = text_model.predictions_by_layer(trace, k=1)
@@ -32,3 +33,5 @@ def lens_table(text_model: TextModel, text: str, width: int) -> Iterator[str]:
     yield f"{'token':{CELL}}" + "".join(f" {head:{CELL + 4}}" for head in heads)
     for i, token in enumerate(trace.tokens.tolist()):
         yield cell(token) + "".join(f" {cell(candidates[j][i])}{math.exp(logprobs[j][i]):4.0%}" for j in layers)
+    if columns <= n_layers:
+        yield f"({n_layers + 1 - columns} of {n_layers} layers left out: a wider terminal shows them)"

@@ -15,7 +15,7 @@ import torch
 from conftest import ENVIRONMENT, REPOSITORY, TOY_SHAPE, command, run_script
 from test_training import after_equal_gradients
 
-from demo import PROMPTS, affordable
+from demo import PROMPTS, Config, affordable
 from model import GPT, GPTConfig
 from system.device import autocast
 from system.untrusted import read_json
@@ -44,9 +44,9 @@ def test_the_demo_keeps_its_promises(tmp_path, monkeypatch):
 def test_the_demo_trains_and_teaches_less_if_time_is_short(toy, tmp_path, monkeypatch, capsys):
     shutil.copytree(toy / "data/toy", tmp_path / "data/demo")
     monkeypatch.chdir(tmp_path)
-    assert affordable(1) == (150, 73)  # a tenth, at least
-    assert "To take 1, it trains 10% of the steps and teaches 10% of the answers" in capsys.readouterr().out
-    assert affordable(1e6) == (None, None)
+    assert affordable(Config(minutes=1)) == (150, 73)  # a tenth, at least
+    assert "To take 1 minutes, it trains 10% of the steps and teaches 10% of the answers" in capsys.readouterr().out
+    assert affordable(Config(minutes=1e6)) == (None, None)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 

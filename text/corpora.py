@@ -351,7 +351,9 @@ def find_files(patterns: Iterable[str]) -> list[File]:
         for path in map(Path, matches or [pattern]):
             files = _text_files(path)
             if not files:
-                raise UserError(f"no text in {pattern}: name files, globs, or folders with {' '.join(suffixes)} files")
+                missing = "" if path.exists() else ", which does not exist"
+                names = f"name files, globs, or folders with {' '.join(suffixes)} files"
+                raise UserError(f"no text in {pattern}{missing}: {names}")
             found |= files
     return [*sorted(found), *sorted(remote, key=lambda file: file.url)]
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from system.device import peak_memory, total_memory
 from system.wording import duration
-from training.loader import Batch, Prefetcher, StepBatch, micro_batches
+from training.loader import Batch, Prefetcher, StepBatch, Windows, micro_batches
 from training.optim import learning_rate_at
+from training.report import MANY_EPOCHS
 from training.trainer import Trainer
 from weights import checkpoint
 
@@ -62,6 +63,7 @@ def print_plan(trainer: Trainer, kind: str) -> None:
     compiled = ", compiled" if state.is_compiled else ""
     precision = str(state.dtype).removeprefix("torch.")
     best, last, free, problems = *file_sizes(trainer, kind), free_space(config.out), []
+    memorizes = ", which end in memorizing it" if epochs > MANY_EPOCHS and isinstance(data, Windows) else ""
     n_snapshots = config.max_steps // config.snapshot_every if config.snapshot_every else 0
     disk = best + last + max(best, last) + n_snapshots * best  # a new file is whole before it replaces the old one
     if measured.peak_memory > limit:
@@ -72,7 +74,7 @@ def print_plan(trainer: Trainer, kind: str) -> None:
         problems.append(f"the disk space: {size(disk)}, and {size(free)} are free; try another disk with --out")
     rows = {
         "model": f"{n:,} parameters",
-        "data": f"{data.n_tokens:,} training tokens; {config.max_steps:,} steps are {epochs:,.2f} epochs",
+        "data": f"{data.n_tokens:,} training tokens; {config.max_steps:,} steps are {epochs:,.2f} epochs{memorizes}",
         "tokens": f"{tokens:,.0f}, {tokens / n:.2g} per parameter; compute-optimal are about {COMPUTE_OPTIMAL} "
         f"(Hoffmann et al. 2022), after {optimal_steps:,.0f} steps",
         "speed": f"{measured.seconds:.3g} s a step, {tokens_per_step / measured.seconds:,.0f} tokens/s: "

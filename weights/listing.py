@@ -25,6 +25,8 @@ _FITS: dict[Wanted, Callable[[Checkpoint], bool]] = {
 _KINDS = {"base": "base", "sft": "chat", "lora": "chat (LoRA)", "classifier": "classifier"}
 _HEADINGS = ("name", "kind", "parameters", "loss", "data", "written", "made from")
 _MAX_NAMED = 5
+SMALL = 20_000_000
+"""Parameters below which a model is trained with the presets for small ones."""
 _MAKE_ONE = "make demo, or python train.py --preset demo --data TEXT.txt"
 
 
@@ -38,21 +40,31 @@ def newest(wanted: Wanted) -> str:
         if file.path.parent.name == "snapshots":
             continue
         if checkpoint and _FITS[wanted](checkpoint):
-            print(on_one_line(f"model: {file.path}, the newest {wanted} in {FOLDER}/"), file=sys.stderr)
+            untrained = ", still untrained" if checkpoint["kind"] == "base" and checkpoint.get("step") == 0 else ""
+            print(on_one_line(f"model: {file.path}, the newest {wanted} in {FOLDER}/{untrained}"), file=sys.stderr)
             return str(file.path)
         others.append((str(file.path), checkpoint))
-    commands = {"classifier": "python train_classifier.py", "chat model": "python train_sft.py"}
-    command = commands.get(wanted, _MAKE_ONE)
-    base = next((name for name, checkpoint in others if checkpoint and checkpoint["kind"] == "base"), None)
-    if base and wanted in commands:
-        command += f" --model {base}"
-    if wanted == "chat model" and not base:
-        command = "make demo"
+    command = "python train_classifier.py" if wanted == "classifier" else _MAKE_ONE
+    bases = [(name, checkpoint) for name, checkpoint in others if checkpoint and checkpoint["kind"] == "base"]
+    if bases and wanted == "classifier":
+        command += f" --model {bases[0][0]}"
+    elif wanted == "chat model":
+        command = fine_tuning_command(bases[0][0], n_parameters(bases[0][1])) if bases else "make demo"
     named = [f"{name} ({_KINDS[checkpoint['kind']] if checkpoint else 'damaged'})" for name, checkpoint in others]
     there_is = f", only {', '.join(named[:_MAX_NAMED])}" if named else ""
     if len(named) > _MAX_NAMED:
         there_is += f" and {len(named) - _MAX_NAMED:,} more"
     raise UserError(f"no {wanted} in {FOLDER}/{there_is}: make one with {command}, or name one with --model")
+
+
+def fine_tuning_command(name: object, n: int) -> str:
+    """Returns the command that teaches chats to a model of `n` parameters. Small ones need the rates of the demo."""
+    return f"python train_sft.py {'--preset demo ' if n < SMALL else ''}--model {name}"
+
+
+def n_parameters(checkpoint: Checkpoint) -> int:
+    """Returns the number of parameters of a checkpoint."""
+    return sum(tensor.numel() for tensor in checkpoint["model"].values())
 
 
 def table() -> str:
@@ -102,7 +114,7 @@ def _facts(checkpoint: Checkpoint) -> tuple[str, str, str, str, str]:
     loss = history[-1].get("val_loss")
     return (
         _KINDS[checkpoint["kind"]],
-        f"{sum(tensor.numel() for tensor in checkpoint['model'].values()):,}",
+        f"{n_parameters(checkpoint):,}",
         "-" if loss is None else f"{loss:.4f}" + ("" if checkpoint.get("is_held_out", True) else " (training)"),
         data_of(options) or "-",
         parent_of(options) or "-",
