@@ -77,7 +77,7 @@ def all_lessons():
 
 def test_bundled_conversations_are_in_order(all_lessons):
     conversations = list(read_file(REPOSITORY / "data/samples/chat.jsonl", Notes()))
-    bundled = all_lessons[: len(conversations)]
+    bundled = [lesson for lesson in all_lessons if lesson.conversation in conversations]
     assert len(conversations) >= 350 and [lesson.conversation for lesson in bundled] == conversations
     assert sum(len(messages) > 2 for messages in conversations) >= 30
     assert conversations[0] == [
@@ -90,13 +90,21 @@ def test_bundled_conversations_are_in_order(all_lessons):
 
 
 def test_each_builtin_is_asked_for_by_its_name_in_many_words(all_lessons):
-    n_bundled = len((REPOSITORY / "data/samples/chat.jsonl").read_text(encoding="utf-8").splitlines())
-    names = [entry.name for entry, _ in pydocs.answers(builtins_only=True)]
-    of_builtins = dict(zip(names, all_lessons[n_bundled:], strict=True))
+    names = {f"What is {entry.name}?": entry.name for entry, _ in pydocs.answers(builtins_only=True)}
+    of_builtins = {names[lesson.taught[0]]: lesson for lesson in all_lessons if lesson.taught[0] in names}
+    assert of_builtins.keys() == set(names.values())
     for name, lesson in of_builtins.items():
         assert all(name in wording for wording in lesson.taught + lesson.held_out)
         assert len({as_heard(wording) for wording in lesson.taught}) >= 30 and len(lesson.held_out) == 2
     assert "Explain len." in of_builtins["len"].taught
+
+
+def test_each_beginning_of_the_lessons_has_small_talk_and_functions(all_lessons):
+    first = [lesson.taught[0] for lesson in all_lessons[:73]]  # a tenth: what the demo teaches on a slow machine
+    assert {"What is the capital of France?", "What is a built-in?", "Hello", "Hi", "Thanks!", "How are you?"} <= set(
+        first
+    )
+    assert {"What is abs?", "What is len?"} <= set(first)
 
 
 def test_no_held_out_wording_is_trained_on(all_lessons):
