@@ -113,6 +113,15 @@ class Page:
 
         wait(typed)
 
+    def move_slider(self, i: int, *keys: str) -> WebElement:
+        """Gives keys to a slider, whose input is too small for Chromium to type into; returns the input."""
+        from selenium.webdriver.common.action_chains import ActionChains
+
+        slider = self.all("[data-testid=stSlider] input[type=range]")[i]
+        self.driver.execute_script("arguments[0].focus()", slider)
+        ActionChains(self.driver).send_keys(*keys).perform()
+        return slider
+
     def choose_model(self, name: str) -> None:
         """Picks a model."""
 

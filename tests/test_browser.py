@@ -63,8 +63,7 @@ def lengthen(page: Page) -> None:
     """Moves the slider Length to its end."""
     from selenium.webdriver.common.keys import Keys
 
-    slider = page.all("[data-testid=stSlider] input[type=range]")[4]
-    slider.send_keys(Keys.END)
+    slider = page.move_slider(4, Keys.END)
     wait(lambda: slider.get_attribute("value") == "1000")
     page.idle()
 
@@ -75,9 +74,7 @@ def test_chat_streams_stops_edits_regenerates_and_downloads(page, folder):
     page.type("Hello <b>there</b>")
     seen = {len(wait(lambda: page.messages()[1])) for _ in range(20) if time.sleep(0.1) is None}
     assert len(seen) > 3  # it grew meanwhile
-    page.all("[data-testid=stSlider] input[type=range]")[0].send_keys(
-        "\ue012"
-    )  # another temperature does not stop the answer
+    page.move_slider(0, "\ue012")  # another temperature does not stop the answer
     time.sleep(0.5)
     assert page.has("Stop") and len(page.messages()[1]) > max(seen)
     page.click("Stop")
@@ -136,7 +133,7 @@ def test_tokens_can_be_chosen_and_replaced(page, folder):
     wait(lambda: len(page.all("[data-testid=stVegaLiteChart]")) == 2 and len(page.bars()) >= 10)
     page.driver.save_screenshot(str(folder / "completion.png"))
     widths = [bar.size["width"] for bar in page.in_components(".bar.after")]
-    page.all("[data-testid=stSlider] input[type=range]")[0].send_keys("\ue010")  # to the highest temperature
+    page.move_slider(0, "\ue010")  # to the highest temperature
     wait(lambda: [bar.size["width"] for bar in page.in_components(".bar.after")] != widths)  # the bars follow
     assert [chip.text for chip in page.chips()] == names
     page.press(next(bar for bar in page.bars() if "chosen" not in bar.get_attribute("class")))
