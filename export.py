@@ -8,7 +8,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
 from system.cli import run
-from system.errors import require
+from system.errors import UserError, require
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,10 @@ def main(config: Config) -> None:
     is_file = config.out.suffix == ".pt"
     if is_file:
         require(config.dtype == "float32", "a .pt holds float32: leave out --dtype, or name a folder with --out")
-        require(config.overwrite or not config.out.exists(), f"{config.out} exists: add --overwrite to replace it")
+        if config.out.exists() and not config.overwrite:
+            raise UserError(f"{config.out} exists: add --overwrite to replace it")
+        if config.model and config.out.exists() and config.model.exists() and config.out.samefile(config.model):
+            raise UserError(f"the export would replace {config.model}, which it reads: choose another --out")
     else:
         huggingface.check_export_folder(config.out, config.overwrite)
     checkpoint = load_checkpoint(config.model or newest("model"), verify=True, kinds=("base", "sft", "classifier"))

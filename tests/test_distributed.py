@@ -90,6 +90,7 @@ def test_slices_of_two_processes_with_fsdp_are_resumed_by_one_process(toy, whole
     assert losses(toy / "checkpoints/slices.jsonl") == pytest.approx(whole, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_slices_of_one_process_are_resumed_by_two(toy, whole):
     arguments = [*COMMON, "--max-steps", "16", "--log-every", "4", "--out", "checkpoints/one_slice.pt"]
     in_slices = ["--sharded-saves", "on"]
@@ -101,6 +102,7 @@ def test_slices_of_one_process_are_resumed_by_two(toy, whole):
     assert losses(toy / "checkpoints/one_slice.jsonl") == pytest.approx(whole, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_in_bfloat16_gives_nearly_the_losses_in_float32(toy, whole):
     arguments = [*COMMON, "--max-steps", "16", "--log-every", "4", "--out", "checkpoints/sharded_bf16.pt"]
     result = torchrun(toy, "train.py", *arguments, "--fsdp", "--grad-accum-steps", "2", "--dtype", "bfloat16")
@@ -118,7 +120,7 @@ def shard_worker(toy) -> str:
 
 
 def test_each_process_holds_a_slice_of_a_sharded_model(shard_worker):
-    assert shard_worker.count("sharded\n") == 2
+    assert shard_worker.count("sharded") == 2
 
 
 def test_a_step_exchanges_what_the_docstrings_list(shard_worker):

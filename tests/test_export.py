@@ -264,8 +264,9 @@ def test_bad_input_costs_one_line_and_no_file(toy, tmp_path):
     more = run_script(toy, *arguments[:3], "--out", tmp_path / "out", "--overwrite")
     assert more.returncode == 1 and "more than an export" in more.stderr.splitlines()[-1]
     (tmp_path / "out/mine.txt").unlink()
-    onto = run_script(toy, *arguments[:3], "--out", tmp_path / "x.pt")
-    assert onto.returncode == 1 and "x.pt is a file" in onto.stderr.splitlines()[-1]
+    for flags, message in (((), "x.pt exists: add --overwrite"), (("--overwrite",), "x.pt, which it reads")):
+        onto = run_script(toy, *arguments[:3], "--out", tmp_path / "x.pt", *flags)
+        assert onto.returncode == 1 and message in onto.stderr.splitlines()[-1]
     (tmp_path / "other").mkdir()
     (tmp_path / "other/README.md").write_text("mine")
     other = run_script(toy, *arguments[:3], "--out", tmp_path / "other", "--overwrite")

@@ -72,6 +72,7 @@ def test_a_process_that_dies_outside_of_a_collective_call_is_noticed(toy):
     assert "error: rank 1 does not answer: " in result.stderr, result.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_a_slow_process_shows_in_the_log(toy):
     result = torchrun(toy, "tests/workers.py", "lag", "0.05")
     assert result.returncode == 0, result.stderr[-3000:]

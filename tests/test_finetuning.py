@@ -82,7 +82,7 @@ def loss_after_the_role_token(state: dict, **changed) -> float:
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_the_role_tokens_are_learnt(here, lora_rank):
     base = load_checkpoint("checkpoints/pretrained.pt")
-    steps, rate = (100, 5e-2) if lora_rank else (60, 2e-2)
+    steps, rate = (200, 5e-2) if lora_rank else (60, 2e-2)
     sft(max_steps=steps, save_every=steps, eval_every=steps, batch_size=8, lora_rank=lora_rank, learning_rate=rate)
     tuned = load_checkpoint("checkpoints/sft.pt")
     user = checkpoint.tokenizer_of(base).user

@@ -328,6 +328,7 @@ def test_other_loggers_get_the_numbers_or_are_asked_for_in_one_line(toy, name):
         assert {e.step: e.value for e in events.Scalars("val_loss")} == pytest.approx(logged)
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_every_row(tmp_path):
     shape = [
         "--n-layer",
