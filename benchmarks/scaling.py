@@ -69,7 +69,7 @@ class Simulation:
     simulate: bool = False
     """compare the formulas with two gloo processes on this machine (Linux)"""
     rounds: int = 7
-    """measurements of each kind of step, of which the median counts"""
+    """measurements of each kind of step; their median counts"""
     n_layer: int = 4
     """layers"""
     n_head: int = 4
@@ -122,7 +122,7 @@ def all_tables(config: Config) -> Tables:
     """Returns what follows from the presets and the flags."""
     models: dict[str, Sizes] = {name: Sizes.of_preset(name) for name in config.presets}
     assumptions = (
-        f"{config.gpu}: {PEAK_FLOPS[config.gpu] / 1e12:,.0f} TFLOP/s in bfloat16, of which computing reaches "
+        f"{config.gpu}: {PEAK_FLOPS[config.gpu] / 1e12:,.0f} TFLOP/s in bfloat16, used to "
         f"{config.mfu:.0%}; {config.gpu_memory:,g} GB of memory; ${config.price:,.2f} per GPU hour."
     )
     texts = (

@@ -99,7 +99,7 @@ class Parts:
 
     @cached_property
     def folder(self) -> Path:
-        """Where the processes meet."""
+        """The staging folder, in which the processes meet."""
         vocabulary = self.vocabulary
         settings = {
             "format": 1,
