@@ -70,13 +70,13 @@ def main() -> None:
     elif loaded is None or text_model is None:
         st.info(f"This model is a classifier. Ask it with `python classify.py --model {file.path}`.")
     elif mode == "Chat":
-        chat_view(text_model, session, loaded.prompts)
+        chat_view(text_model, file, session, loaded.prompts)
     elif mode == "Inside":
         inside_view(text_model, loaded.prompts)
     elif st.toggle("Compare", key="compare", help="Shows a second completion of the same prompt beside the first."):
-        compare_view(text_model, file, session)
+        compare_view(text_model, file, session, loaded.beginnings)
     else:
-        completion_view(text_model, file, session, [] if is_chat_model else loaded.prompts)
+        completion_view(text_model, file, session, loaded.beginnings)
 
 
 main()

@@ -104,6 +104,7 @@ PRESETS = {
         warmup_steps=10,
         beta2=0.99,
         eval_every=300,
+        eval_tokens=20_000,
         save_every=600,
         keep="last",
     ),

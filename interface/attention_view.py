@@ -15,7 +15,7 @@ _ATTENTION = st.components.v2.component(
         <div class="grid" role="listbox" aria-label="heads"></div>
         <p class="name"></p>
         <div class="text"></div>
-        <canvas class="map"></canvas>
+        <div class="frame"><div class="keys"></div><div class="queries"></div><canvas class="map"></canvas></div>
     """,
     css="""
         :host { color: var(--st-text-color); font-family: var(--st-font); font-size: 0.875rem; }
@@ -30,10 +30,19 @@ _ATTENTION = st.components.v2.component(
                        margin: 0 1px; cursor: pointer; white-space: pre-wrap;
                        background: color-mix(in srgb, #3b82f6 calc(var(--w) * 90%), transparent); }
         .text button.query { border-color: #f59e0b; }
-        .map { width: 100%; max-width: 32rem; aspect-ratio: 1; margin-top: 0.5rem; image-rendering: pixelated;
-               touch-action: pan-y; }
+        .frame { display: grid; grid-template-columns: auto minmax(0, 32rem); margin-top: 0.5rem; gap: 2px;
+                 font-family: var(--st-code-font); font-size: 0.65rem; line-height: 1; }
+        .keys { grid-column: 2; display: flex; }
+        .keys span { flex: 1 1 0; min-width: 0; writing-mode: vertical-rl; transform: rotate(180deg); }
+        .queries { display: flex; flex-direction: column; text-align: right; }
+        .queries span { flex: 1 1 0; min-height: 0; align-content: center; }
+        .frame span { max-width: 6rem; max-height: 6rem; overflow: hidden; white-space: nowrap; }
+        .frame span.query { color: #f59e0b; font-weight: 600; }
+        .map { grid-column: 2; width: 100%; aspect-ratio: 1; image-rendering: pixelated; touch-action: pan-y; }
     """,
     js="""
+        const MAX_LABELS = 40;  // tokens along the edges of the map; more cannot be read
+
         export default function ({ data, parentElement }) {
             const find = (selector) => parentElement.querySelector(selector);
             const { layers, heads, tokens } = data, T = tokens.length;
@@ -53,6 +62,7 @@ _ATTENTION = st.components.v2.component(
                     chip.className = i === query ? "query" : "";
                     chip.title = Math.round(row[i] / 2.55) + " %";
                 });
+                [...find(".queries").children].forEach((label, i) => label.className = i === query ? "query" : "");
             }
             function choose(h) {
                 parentElement.head = head = h;
@@ -89,6 +99,13 @@ _ATTENTION = st.components.v2.component(
                 chip.onpointerenter = chip.onfocus = chip.onclick = () => { query = i; shade(); };
                 return chip;
             }));
+            for (const edge of [".keys", ".queries"]) {
+                find(edge).replaceChildren(...(T > MAX_LABELS ? [] : tokens).map((token) => {
+                    const label = document.createElement("span");
+                    label.textContent = token;
+                    return label;
+                }));
+            }
             find(".map").onpointermove = find(".map").onpointerdown = (event) => {
                 query = Math.min(T - 1, Math.max(0, Math.floor(event.offsetY / event.target.clientHeight * T)));
                 shade();

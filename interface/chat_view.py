@@ -10,16 +10,20 @@ from streamlit.delta_generator import DeltaGenerator
 
 from generation.text_model import Chat, Sample, TextModel
 from interface.sessions import Answer, Conversation, Session
+from interface.sidebar import CheckpointFile
 from interface.streaming import clip, offer_prompts, show_stream, speed_line
 from interface.token_view import draw_bars, draw_chips
+from weights.listing import fine_tuning_command
 
 GENERIC_PROMPTS = ("What can you do?", "What is the capital of France?", "Tell me a story.")
 
 
-def chat_view(text_model: TextModel, session: Session, prompts: list[str]) -> None:
-    """Draws the conversation, and answers a new message. Offers `prompts` as the first one."""
+def chat_view(text_model: TextModel, file: CheckpointFile, session: Session, prompts: list[str]) -> None:
+    """Draws the conversation, and answers a new message. `file` is the model's; `prompts` are offered first."""
     if not text_model.template:
-        st.info("This model was not trained to chat. Choose Completion above, or another model.")
+        teach = fine_tuning_command(file.path, text_model.model.n_parameters())
+        st.info("This model was not trained to chat. Choose Completion above, or another model, or teach this one:")
+        st.code(f"{teach} --data CHATS.jsonl", None, wrap_lines=True)
         return
     state, conversation = st.session_state, session.conversation
     with session.lock:  # until a stopped answer is stored

@@ -14,7 +14,7 @@ from streamlit.delta_generator import DeltaGenerator
 
 from generation.config import SamplingConfig
 from generation.text_model import TextModel
-from interface.completion_view import begin, complete, decode, prompt_field
+from interface.completion_view import begin, complete, decode, offer_beginnings, prompt_field
 from interface.loaded_model import load_model
 from interface.sessions import Completion, Session
 from interface.sidebar import CheckpointFile, listed_checkpoints, name_of
@@ -39,13 +39,15 @@ class Side:
         return [token.id for token in branch.tokens[branch.n_prompt :]]
 
 
-def compare_view(text_model: TextModel, file: CheckpointFile, session: Session) -> None:
-    """Draws a prompt, the choice of the second side, and both completions. `file` is the model's."""
+def compare_view(text_model: TextModel, file: CheckpointFile, session: Session, prompts: list[str]) -> None:
+    """Draws a prompt, the choice of the second side, and both completions. `file` is the model's; `prompts` are offered
+    until one is completed."""
     state = st.session_state
+    offers = st.container()
     prompt_field(session)
     other, temperature = pick_second(file)
     writers: list[tuple[TextModel, SamplingConfig]] = []
-    started = st.button("Complete both", type="primary", icon=":material/play_arrow:")
+    started = st.button("Complete both", type="primary", icon=":material/play_arrow:") or state.pop("start", False)
     controls = st.empty()
     with session.lock:  # until a stopped generation has stored its text
         sides: tuple[Side, Side] | None = state.get("comparison")
@@ -64,6 +66,7 @@ def compare_view(text_model: TextModel, file: CheckpointFile, session: Session) 
         )
         state.comparison = sides
     if sides is None or sides[0].completion.file != file:
+        offer_beginnings(prompts, offers)
         return
     summary = st.container()
     columns = [column.container(border=True) for column in st.columns(2)]

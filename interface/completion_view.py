@@ -33,8 +33,7 @@ def completion_view(text_model: TextModel, file: CheckpointFile, session: Sessio
         completion = session.completion = begin(text_model, session.prompt, file)
         state.step = completion.branch.n_prompt + 1
     if completion is None or completion.file != file:
-        with offers:
-            offer_prompts(prompts or GENERIC_PROMPTS, lambda text: state.update(prompt=text, start=True))
+        offer_beginnings(prompts, offers)
         return
     with st.container(border=True):
         placeholder = st.empty()
@@ -52,6 +51,12 @@ def prompt_field(session: Session) -> None:
     """Draws the field for the prompt, which the session keeps."""
     st.session_state.setdefault("prompt", session.prompt)
     session.prompt = st.text_area("Beginning of a text", key="prompt", placeholder="Once upon a time")
+
+
+def offer_beginnings(prompts: list[str], container: DeltaGenerator) -> None:
+    """Offers texts to complete, the model's own or generic ones. The next drawing of the page completes the chosen."""
+    with container:
+        offer_prompts(prompts or GENERIC_PROMPTS, lambda text: st.session_state.update(prompt=text, start=True))
 
 
 def begin(text_model: TextModel, prompt: str, file: CheckpointFile) -> Completion:

@@ -14,24 +14,25 @@ MAX_POINTS = 1000  # of one curve
 def loss_chart(runs: Mapping[str, list[dict[str, Any]]]) -> alt.LayerChart:
     """Returns the training and validation losses of runs over the optimizer steps: the entries of a log by name.
 
-    The colours tell the two losses of one run, or several runs, apart.
+    The colours tell the two losses of one run apart, or several runs; then the training losses are dashed.
     """
-    layers = []
+    layers, is_alone = [], len(runs) == 1
     for key, split in (("loss", "training"), ("val_loss", "validation")):
         rows = []
         for name, entries in runs.items():
             points = [{"step": entry["step"], "loss": entry[key]} for entry in entries if key in entry]
-            series = split if len(runs) == 1 else name
-            rows += [{**point, "series": series} for point in points[:: max(1, len(points) // MAX_POINTS)]]
-        line = alt.Chart(alt.Data(values=rows)).mark_line(
-            point=key == "val_loss", opacity=0.8 if len(runs) == 1 or key == "val_loss" else 0.35
-        )
-        colours = alt.Scale(range=[GREY, BLUE]) if len(runs) == 1 else alt.Scale(domain=list(runs))
+            kept = points[:: max(1, len(points) // MAX_POINTS)]
+            rows += [{**point, "split": split, "run": name} for point in kept]
+        line = alt.Chart(alt.Data(values=rows)).mark_line(point=key == "val_loss", opacity=0.8)
+        colours = alt.Scale(range=[GREY, BLUE]) if is_alone else alt.Scale(domain=list(runs))
+        legend = alt.Legend(orient="top", columns=2)
+        dashes = alt.Scale(domain=["training", "validation"], range=[[1, 0] if is_alone else [2, 3], [1, 0]])
         layers.append(
             line.encode(
                 x=alt.X("step:Q", title="optimizer step"),
                 y=alt.Y("loss:Q", title="loss (nats)", scale=alt.Scale(zero=False)),
-                color=alt.Color("series:N", title=None, scale=colours, legend=alt.Legend(orient="top", columns=2)),
+                color=alt.Color("split:N" if is_alone else "run:N", title=None, scale=colours, legend=legend),
+                strokeDash=alt.StrokeDash("split:N", title=None, scale=dashes, legend=None if is_alone else legend),
             )
         )
     return alt.LayerChart(layer=layers).properties(height=360)

@@ -98,7 +98,10 @@ def embeddings_view(text_model: TextModel, ids: list[int]) -> None:
             ).properties(height=24 * len(rows) + 40)
         )
     st.subheader("A map of common tokens")
-    st.caption("The two directions in which the embeddings differ most (PCA). Tokens with low ids are common.")
+    st.caption(
+        "The two directions in which the embeddings differ most (PCA). Tokens with low ids are common. Turn the wheel "
+        "to spread crowded tokens, and drag the map to move it."
+    )
     common = [i for i in range(256, tokenizer.end_of_text) if tokenizer.decode([i]).strip().isalpha()][:200]
     if len(common) >= 2:
         points = embedding_map(model, common).tolist()

@@ -25,6 +25,11 @@ class LoadedModel:
     text_model: TextModel | None
     """None for a classifier, which writes no text"""
 
+    @property
+    def beginnings(self) -> list[str]:
+        """Those of the prompts that are beginnings of texts."""
+        return [] if self.text_model and self.text_model.template else self.prompts
+
 
 @st.cache_resource(max_entries=2, show_spinner=False)  # two, to compare them
 def load_model(path: str, modified: float) -> LoadedModel:

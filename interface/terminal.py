@@ -282,14 +282,20 @@ def obey(conversation: Chat, command: str, argument: str, confirm: Callable[[str
         require_file(command, argument)
     if command == "save":
         save_conversation(Path(argument), conversation.messages, confirm)
-        return f"saved {len(conversation.messages) // 2} exchanges in {argument}"
+        return f"saved {count(conversation.messages)} in {argument}"
     if command == "load":
         conversation.messages[:] = load_conversation(Path(argument))
-        return f"loaded {len(conversation.messages) // 2} exchanges"
+        return f"loaded {count(conversation.messages)}"
     if command in OPTIONS:
         conversation.config = set_or_keep(conversation.config, command, argument)
         return show_option(conversation.config, command)
     raise UserError(f"unknown command /{command}: /help lists the commands")
+
+
+def count(messages: list[Message]) -> str:
+    """Returns how many exchanges there are, in words."""
+    n = len(messages) // 2
+    return f"{n} exchange{'s' * (n != 1)}"
 
 
 def require_file(command: str, argument: str) -> None:

@@ -21,7 +21,7 @@ _CHIPS = st.components.v2.component(
     html='<div class="chips" role="list"></div>',
     css="""
         .chips { line-height: 2; font-family: var(--st-code-font); font-size: 0.875rem; color: var(--st-text-color);
-                 max-height: 22rem; overflow-y: auto; overflow-wrap: anywhere; }
+                 max-height: 21rem; overflow-y: auto; overflow-wrap: anywhere; }  /* 12 lines */
         button { font: inherit; line-height: 1.5; color: inherit; margin: 0 1px; padding: 0 3px; border-radius: 4px;
                  border: 1px solid transparent; cursor: pointer; white-space: pre-wrap; text-align: left;
                  background: color-mix(in srgb, #3b82f6 calc(var(--p) * 75%), transparent); }

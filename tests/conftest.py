@@ -1,11 +1,15 @@
 """What the tests share: the scripts as real processes, and a toy base model and chat model that they trained."""
 
+import functools
 import http.server
 import json
 import os
 import resource
+import select
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,19 +35,48 @@ def command(script: str, *arguments: object) -> list[str]:
     return [sys.executable, str(REPOSITORY / name), *flags, *map(str, arguments)]
 
 
+class CommandServer:
+    """Runs jobs in a folder, each in a process of its own that has imported torch already (command_server.py)."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(REPOSITORY / "tests/command_server.py")],
+            env=ENVIRONMENT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            start_new_session=True,
+        )
+
+    def run(self, folder: Path, job: dict, stdin: str, timeout: int) -> subprocess.CompletedProcess:
+        """Runs a job; `stdin` is its standard input. Fails after `timeout` seconds."""
+        with tempfile.TemporaryDirectory() as streams:
+            paths = {name: Path(streams) / name for name in ("stdin", "stdout", "stderr")}
+            for path in paths.values():
+                path.write_text(stdin if path.name == "stdin" else "", encoding="utf-8")
+            job = {**job, "folder": str(folder), **{name: str(path) for name, path in paths.items()}}
+            print(json.dumps(job), file=self.process.stdin, flush=True)
+            if not select.select([self.process.stdout], [], [], timeout)[0]:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                command_server.cache_clear()
+                pytest.fail(f"{job} takes more than {timeout} s")
+            status = int(self.process.stdout.readline())
+            out, err = (paths[name].read_text(encoding="utf-8", errors="replace") for name in ("stdout", "stderr"))
+        return subprocess.CompletedProcess(job, status, out, err)
+
+
+@functools.cache
+def command_server() -> CommandServer:
+    """Returns the server of this test process; it ends when its standard input does."""
+    return CommandServer()
+
+
 def run_script(
     folder: Path, script: str, *arguments: object, stdin: str = "", timeout: int = 240
 ) -> subprocess.CompletedProcess:
-    """Runs a script in a folder as a real process; `stdin` is its standard input."""
-    return subprocess.run(
-        command(script, *arguments),
-        cwd=folder,
-        input=stdin,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=timeout,
-        env=ENVIRONMENT,
-    )
+    """Runs a script in a folder as a process of its own; `stdin` is its standard input."""
+    [_, path, *rest] = command(script, *arguments)
+    return command_server().run(folder, {"script": path, "arguments": rest}, stdin, timeout)
 
 
 def succeed(folder: Path, script: str, *arguments: object, stdin: str = "") -> str:
@@ -79,7 +112,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for line in (
         "prepare_data.py --input text --vocab-size 400 --out data/toy",
         f"train.py --data data/toy --out checkpoints/toy.pt --max-steps 20 {' '.join(TOY_SHAPE)}",
-        "prepare_sft_data.py --dataset pydocs-qa --max-conversations 60 --out data/toy --block-size 64",
+        "prepare_sft_data.py --dataset builtins-qa --max-conversations 60 --out data/toy --block-size 64",
         "train_sft.py --model checkpoints/toy.pt --data data/toy --out checkpoints/sft.pt "
         "--epochs 1 --batch-size 64 --learning-rate 1e-3 --warmup-steps 1 --device cpu",
     ):

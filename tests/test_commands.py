@@ -8,7 +8,6 @@ import select
 import signal
 import subprocess
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow
 import pyarrow.parquet
@@ -274,7 +273,7 @@ BAD_INPUT = [  # exit status, a part of the message, the command
     (1, "1 conversations without an answer were dropped", "PREPARE_SFT --input bad/no_answer.jsonl"),
     (1, "with an empty turn were dropped", "PREPARE_SFT --input bad/empty_turn.jsonl"),
     (1, "with a role like 'tool'", "PREPARE_SFT --input bad/role.jsonl"),
-    (1, "one exchange alone is too long", "PREPARE_SFT --dataset pydocs-qa --max-conversations 9 --block-size 2"),
+    (1, "one exchange alone is too long", "PREPARE_SFT --dataset builtins-qa --max-conversations 9 --block-size 2"),
     (1, "expected an object", "PREPARE_SFT --input bad/other.json"),
     (1, "expected messages", "PREPARE_SFT --input bad/number.json"),
     (1, "fewer than two", "PREPARE_SFT --input bad/one.jsonl"),
@@ -397,9 +396,8 @@ def write_bad_checkpoints(folder, good_path):
 
 @pytest.fixture(scope="module")
 def bad_results(bad):
-    """The finished process of each line of BAD_INPUT, run two at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda i: run_script(bad, *bad_command(i)), range(len(BAD_INPUT))))
+    """The finished process of each line of BAD_INPUT."""
+    return [run_script(bad, *bad_command(i)) for i in range(len(BAD_INPUT))]
 
 
 @pytest.mark.parametrize("i", range(len(BAD_INPUT)), ids=lambda i: BAD_INPUT[i][2][:70])
@@ -418,9 +416,10 @@ def test_bad_input_leaves_nothing_half_written(bad_results, bad):
 
 def test_a_killed_preparation_leaves_the_old_files(toy):
     succeed(toy, "prepare_data.py", "--input", "text", "--vocab-size", "300", "--out", "data/kill", "--overwrite")
+    (toy / "long.txt").write_text("A long text, which takes a second. " * 150_000, encoding="utf-8")
     before = {path.name: path.read_bytes() for path in (toy / "data/kill").iterdir()}
     process = subprocess.Popen(
-        command("prepare_data.py", "--dataset", "pydocs", "--vocab-size", "300", "--out", "data/kill", "--overwrite"),
+        command("prepare_data.py", "--input", "long.txt", "--tokenizer", "gpt2", "--out", "data/kill", "--overwrite"),
         cwd=toy,
         env=ENVIRONMENT,
         stderr=subprocess.DEVNULL,
@@ -437,7 +436,7 @@ def test_a_killed_preparation_leaves_the_old_files(toy):
 
 
 def test_output_into_a_closed_pipe_is_no_error(toy):
-    long = "generate.py --model checkpoints/toy.pt --prompt x --max-new-tokens 3000 --num-samples 50 --device cpu"
+    long = "generate.py --model checkpoints/toy.pt --prompt x --max-new-tokens 300 --num-samples 20 --device cpu"
     process = subprocess.Popen(command(long), cwd=toy, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.read(5)
     process.stdout.close()

@@ -14,12 +14,11 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ENVIRONMENT, REPOSITORY, run_script
+from conftest import ENVIRONMENT, REPOSITORY, command_server, run_script
 from test_house import PACKAGES
 
 from model import GPT, GPTConfig
@@ -122,14 +121,6 @@ class Session:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         write_files(folder)
-        self.server = subprocess.Popen(
-            [sys.executable, str(REPOSITORY / "tests/command_server.py")],
-            cwd=folder,
-            env={**ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            encoding="utf-8",
-        )
 
     def run(self, command: str) -> tuple[int, str]:
         """Runs a command of the documentation; returns its exit status and all that it printed."""
@@ -148,12 +139,9 @@ class Session:
         return self.ask({"script": str(REPOSITORY / script), "arguments": smaller(script, arguments[1:])})
 
     def ask(self, job: dict) -> tuple[int, str]:
-        """Has the server run a job; its output comes back through a file."""
-        output = self.folder / "output.txt"
-        output.unlink(missing_ok=True)
-        job = {**job, "stdin": str(self.folder / "stdin.txt"), "output": str(output)}
-        print(json.dumps(job), file=self.server.stdin, flush=True)
-        return int(self.server.stdout.readline()), output.read_text(encoding="utf-8", errors="replace")
+        """Has the server run a job."""
+        result = command_server().run(self.folder, job, STDIN, timeout=240)
+        return result.returncode, result.stdout + result.stderr
 
     def make(self, arguments: list[str]) -> tuple[int, str]:
         """Asks `make` what it would run. Runs the demo with a reader's files, nothing that installs, tests or deletes.
@@ -231,7 +219,6 @@ def write_files(folder: Path) -> None:
     (folder / "sms.tsv").write_text("".join(f"{label}\t{text}\n" for label, text in messages))
     question = {"ctx": "The sun", "endings": [" shines.", " sings.", " barks.", " swims."], "label": 0}
     (folder / "hellaswag_val.jsonl").write_text(json.dumps(question) + "\n")
-    (folder / "stdin.txt").write_text(STDIN)
     config = GPTConfig(block_size=64, n_layer=1, n_head=2, n_embd=32)
     model = checkpoint.pack(GPT(config), kind="base", tokenizer=gpt2().spec, template=None)
     for name in ("gpt2", "gpt2-xl"):
@@ -239,13 +226,11 @@ def write_files(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+def session(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A session in which every command has run; `results` maps each to its exit status and its output."""
     session = Session(tmp_path_factory.mktemp("reader"))
     results = {command: session.run(command) for command in COMMANDS if NEW_FIELD not in command}
-    yield SimpleNamespace(session=session, results=results, folder=session.folder)
-    session.server.stdin.close()
-    session.server.wait(60)
+    return SimpleNamespace(session=session, results=results, folder=session.folder)
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if NEW_FIELD not in command])

@@ -167,6 +167,8 @@ def _json_lines(path: File, stream: Stream) -> Iterator[Row]:
         is_blank = text.isspace()
         try:
             row = None if is_blank else _parse(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where} is not JSON: {error.msg} at character {error.pos + 1:,}") from None
         except ValueError as error:
             raise UserError(f"{where} is not JSON: {error}") from None
         text = ""  # a line may be long: free it while the row is in use

@@ -300,7 +300,8 @@ def main(config: Config) -> None:
         for i in ids:
             print(f"{i:6}  {legible(tokenizer.decode_bytes([i]))}")
         n_bytes = len(text.encode())
-        print(f"{len(ids):,} tokens, {len(text):,} characters, {n_bytes:,} bytes", file=sys.stderr)
+        counts = f"{len(ids):,} tokens, {len(text):,} characters, {n_bytes:,} bytes"
+        print(f"{counts}; tokenizer: {config.tokenizer or 'GPT-2'}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -25,10 +26,10 @@ def prepare_first(
     """Returns the folder with the prepared data that `--data` stands for.
 
     If `data` is a file, the URL of one, or one of the data sets `names`, the folder is named after it, and `prepare` is
-    called with that folder and with whether to replace what is there. With `--plan` the folder is a temporary one. A
-    resumed run goes on with what was prepared for it. `meta` is the name of the folder's meta file. Raises UserError if
-    several processes would prepare the data together, if the folder holds data of another source, or if a URL names no
-    file.
+    called with that folder and with whether to replace what is there. With `--plan` the folder is a temporary one, of
+    which nothing is printed. A resumed run goes on with what was prepared for it. `meta` is the name of the folder's
+    meta file. Raises UserError if several processes would prepare the data together, if the folder holds data of
+    another source, or if a URL names no file.
     """
     data = with_plain_path(str(data))
     file: Path | RemoteFile = RemoteFile(data) if is_url(data) else Path(data)
@@ -49,5 +50,6 @@ def prepare_first(
             f"{shown} would be prepared in {folder}, which holds other data: rename {file.name}, or that folder"
         )
     else:
-        prepare(folder, config.overwrite or is_prepared)
+        with contextlib.redirect_stdout(None) if config.plan else contextlib.nullcontext():
+            prepare(folder, config.overwrite or is_prepared)
     return folder

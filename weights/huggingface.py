@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import re
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def _snapshot(name: str) -> Path:
     try:
         return Path(snapshot_download(HUB_NAMES.get(name, name), allow_patterns=FILES_READ))
     except Exception as error:  # the client of the Hub raises many types
-        problem = " ".join(str(error).split())[:150]
+        problem = textwrap.shorten(str(error), 200, placeholder=" …")
         raise UserError(
             f"cannot get {name} from the Hugging Face Hub, nor is it in the cache ({type(error).__name__}: {problem}); "
             "without a network, name a local folder or checkpoint"

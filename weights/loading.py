@@ -62,7 +62,7 @@ def _load_folder(path: Path, verify: bool) -> Checkpoint:
         return from_contents(slices.read_contents(path, verify), path)
     folder = huggingface.find_folder(path)
     if folder is None:
-        raise UserError(f"no checkpoint {path}: train one with train.py, or name one with --model")
+        raise UserError(f"no checkpoint {path}: train one with train.py, or choose one that generate.py --list shows")
     return huggingface.read_folder(folder)
 
 
