@@ -147,14 +147,19 @@ class Page:
         """Returns the chips of the tokens."""
         return self.in_components(".chips button")
 
+    def chip_texts(self, selector: str = ".chips button") -> list[str]:
+        """Returns the texts of elements inside our own components, in one call: there may be hundreds."""
+        return self.in_components(selector, ".map(e => e.textContent)")
+
     def bars(self) -> list[WebElement]:
         """Returns the candidates at the chosen token, each of which is a button."""
         return self.in_components(".bars button")
 
-    def in_components(self, selector: str) -> list[WebElement]:
-        """Returns the elements inside our own components that match a CSS selector."""
+    def in_components(self, selector: str, then: str = "") -> list:
+        """Returns the elements inside our own components that match a CSS selector, or what `then`, JavaScript, makes
+        of their list."""
         return self.driver.execute_script(
             "return [...document.querySelectorAll('*')].filter(e => e.shadowRoot)"
-            ".flatMap(e => [...e.shadowRoot.querySelectorAll(arguments[0])])",
+            f".flatMap(e => [...e.shadowRoot.querySelectorAll(arguments[0])]){then}",
             selector,
         )

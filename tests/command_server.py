@@ -1,8 +1,8 @@
 """Runs commands and pasted Python in processes that have imported torch already, which saves seconds for each.
 
 Reads one job a line from standard input, as JSON: `script` and `arguments`, or `paste`, Python as one types it;
-`folder`, where it runs; `stdin`, `stdout` and `stderr`, the paths of three files. Answers each with the exit status of
-its process. conftest.py starts it.
+`folder`, where it runs; `environments`, the variables to set in each of its processes, usually one; `stdin`, `stdout`
+and `stderr`, the paths of three files. Answers each with its exit status. conftest.py starts it.
 """
 
 import code
@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -70,9 +71,28 @@ def run_and_exit(job: dict) -> None:
     os._exit(status)  # Python's own end would copy all memory that it shares with the server
 
 
+def run_in_processes(job: dict) -> int:
+    """Runs a job in one process for each of its environments; returns the first exit status that is not 0, or 0.
+
+    As with torchrun, a process that fails takes the others with it.
+    """
+    processes, status = set(), 0
+    for environment in job["environments"]:
+        process = os.fork()
+        if not process:
+            os.environ.update(environment)
+            run_and_exit(job)
+        processes.add(process)
+    while processes:
+        process, how = os.wait()
+        processes.remove(process)
+        if failed := os.waitstatus_to_exitcode(how):
+            status = status or failed
+            for other in processes:
+                os.kill(other, signal.SIGTERM)
+    return status
+
+
 gc.freeze()
 for line in sys.stdin:
-    process = os.fork()
-    if not process:
-        run_and_exit(json.loads(line))
-    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+    print(run_in_processes(json.loads(line)), flush=True)

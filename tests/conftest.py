@@ -7,12 +7,13 @@ import os
 import resource
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -48,13 +49,22 @@ class CommandServer:
             start_new_session=True,
         )
 
-    def run(self, folder: Path, job: dict, stdin: str, timeout: int) -> subprocess.CompletedProcess:
-        """Runs a job; `stdin` is its standard input. Fails after `timeout` seconds."""
+    def run(
+        self,
+        folder: Path,
+        job: dict,
+        stdin: str = "",
+        timeout: int = 240,
+        environments: Iterable[dict[str, str]] = ({},),
+    ) -> subprocess.CompletedProcess:
+        """Runs a job in a process for each of the environments, which are additional variables; `stdin` is its standard
+        input. Fails after `timeout` seconds."""
         with tempfile.TemporaryDirectory() as streams:
             paths = {name: Path(streams) / name for name in ("stdin", "stdout", "stderr")}
             for path in paths.values():
                 path.write_text(stdin if path.name == "stdin" else "", encoding="utf-8")
-            job = {**job, "folder": str(folder), **{name: str(path) for name, path in paths.items()}}
+            job |= {"folder": str(folder), "environments": list(environments)}
+            job |= {name: str(path) for name, path in paths.items()}
             print(json.dumps(job), file=self.process.stdin, flush=True)
             if not select.select([self.process.stdout], [], [], timeout)[0]:
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -77,6 +87,17 @@ def run_script(
     """Runs a script in a folder as a process of its own; `stdin` is its standard input."""
     [_, path, *rest] = command(script, *arguments)
     return command_server().run(folder, {"script": path, "arguments": rest}, stdin, timeout)
+
+
+def run_in_processes(folder: Path, script: str, *arguments: object, n: int = 2) -> subprocess.CompletedProcess:
+    """Runs a script in `n` processes, with the variables that torchrun and other schedulers set."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n)]
+    [_, path, *rest] = command(script, *arguments)
+    return command_server().run(folder, {"script": path, "arguments": rest}, environments=ranks)
 
 
 def succeed(folder: Path, script: str, *arguments: object, stdin: str = "") -> str:

@@ -182,6 +182,8 @@ def test_a_base_model_completes_and_does_not_chat(folder):
     assert page.button_group[0].value == "Completion"
     choose(page, "Chat")
     assert "not trained to chat" in page.info[0].value and not page.chat_input
+    teach = "python train_sft.py --preset demo --model checkpoints/toy.pt --data CHATS.jsonl"
+    assert [code.value for code in page.code] == [teach]
 
 
 def test_a_completion_follows_every_sampling_control(folder):
@@ -330,6 +332,16 @@ def test_two_temperatures_are_compared_and_the_first_other_token_is_marked(folde
     chances = [f"“{name}” ({math.exp(side[n].logprob):.0%})" for name, side in zip(names, tokens, strict=True)]
     assert marked == names
     assert line == f"The same for {n} token{'s' * (n != 1)}; then {chances[0]} and {chances[1]}."
+
+
+def test_a_comparison_offers_the_models_prompts(folder):
+    page = open_page("toy.pt")
+    page.toggle(key="compare").set_value(True).run()
+    slider(page, "Length").set_value(3)
+    prompt = load_checkpoint("checkpoints/toy.pt")["prompts"][1]
+    page.button(key="try 1").click().run()
+    assert not page.exception and not any(b.key == "try 0" for b in page.button)
+    assert all(text.value.startswith(prompt) for text in page.main.text) and len(page.main.text) == 2
 
 
 def test_models_with_other_tokenizers_are_compared_by_characters(folder):
@@ -642,8 +654,10 @@ def test_runs_are_laid_over_each_other_and_show_samples_over_time(folder):
     runs.set_value([Path("checkpoints/sft.jsonl"), Path("checkpoints/toy.jsonl")]).run()
     assert not page.exception and [m.label for m in page.metric].count("Step") == 2
     [chart] = (json.loads(chart.proto.spec) for chart in page.get("vega_lite_chart"))
-    drawn = {row["series"] for layer in chart["layer"] for row in layer["data"]["values"]}
-    assert drawn == {"sft", "toy"}
+    drawn = {(row["run"], row["split"]) for layer in chart["layer"] for row in layer["data"]["values"]}
+    assert drawn == {(run, split) for run in ("sft", "toy") for split in ("training", "validation")}
+    for layer in chart["layer"]:
+        assert layer["encoding"]["color"]["field"] == "run" and layer["encoding"]["strokeDash"]["field"] == "split"
     runs = page.multiselect[0]
     runs.set_value([]).run()
     assert not page.exception

@@ -26,6 +26,7 @@ def benchmark(name: str, *arguments: object, environment: dict[str, str] = ENVIR
     return result.stdout
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_generation_measures_every_variant_with_every_prompt(tmp_path: Path):
     shape = ["--n-layer", 1, "--n-head", 1, "--n-embd", 16, "--block-size", 32, "--vocab-size", 256]
     flags = ["--prompts", 4, 8, "--new-tokens", 4, "--rounds", 1, "--device", "cpu", "--json", tmp_path / "b.json"]
@@ -38,6 +39,7 @@ def test_the_benchmark_of_generation_measures_every_variant_with_every_prompt(tm
     assert all(row["ratio"] == 1 for row in rows if row["name"] == "transformers")
 
 
+@pytest.mark.slow
 def test_the_methods_of_the_preparation_benchmark_write_the_same_number_of_tokens():
     stdout = benchmark("preparation", "--megabytes", 1, "--rounds", 1, "--workers", 2)
     assert all(f"\n{method:14}" in stdout for method in ("datasets.map", "pool", "ours"))

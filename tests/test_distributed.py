@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, REPOSITORY, TOY_SHAPE, log, run_script, succeed, wait_for_log
+from conftest import ENVIRONMENT, REPOSITORY, TOY_SHAPE, log, run_in_processes, run_script, succeed, wait_for_log
 
 COMMON = ["--data", "data/toy", *TOY_SHAPE]
 STOP = ["--target-loss", "100"]  # one step after the first line of the log, since losses are looked at that late
@@ -18,14 +18,6 @@ STOP = ["--target-loss", "100"]  # one step after the first line of the log, sin
 def torchrun_command(script: str, *arguments: str) -> list[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return [*launcher, str(REPOSITORY / script), *arguments]
-
-
-def torchrun(folder: Path, script: str, *arguments: str) -> subprocess.CompletedProcess:
-    """Runs a script in two processes."""
-    return subprocess.run(
-        torchrun_command(script, *arguments), cwd=folder, env=ENVIRONMENT, capture_output=True, encoding="utf-8",
-        timeout=200,
-    )  # fmt: skip
 
 
 def losses(path: Path) -> dict[int, float]:
@@ -46,8 +38,10 @@ def whole(toy) -> dict[int, float]:
 def test_two_processes_equal_one(toy):
     arguments = [*COMMON, "--max-steps", "20", "--log-every", "1"]
     succeed(toy, "train.py", "--out", "checkpoints/alone.pt", *arguments)
-    launched = torchrun(toy, "train.py", "--out", "checkpoints/two.pt", *arguments)
-    assert launched.returncode == 0, launched.stderr[-3000:]
+    subprocess.run(
+        torchrun_command("train.py", "--out", "checkpoints/two.pt", *arguments), cwd=toy, env=ENVIRONMENT, check=True,
+        timeout=200,
+    )  # fmt: skip
     one, two = (
         [entry.get("loss", entry.get("val_loss")) for entry in log(toy / f"checkpoints/{name}.jsonl")]
         for name in ("alone", "two")
@@ -60,7 +54,7 @@ def test_a_run_resumes_on_another_number_of_processes_and_micro_batches(toy, who
     arguments = [*COMMON, "--max-steps", "16", "--log-every", "4", "--out", "checkpoints/moves.pt"]
     succeed(toy, "train.py", *arguments, *STOP)
     assert losses(toy / "checkpoints/moves.jsonl").keys() == {4}
-    result = torchrun(toy, "train.py", *arguments, "--resume", "--grad-accum-steps", "2")
+    result = run_in_processes(toy, "train.py", *arguments, "--resume", "--grad-accum-steps", "2")
     assert result.returncode == 0, result.stderr[-3000:]
     assert losses(toy / "checkpoints/moves.jsonl") == pytest.approx(whole, rel=1e-5)
 
@@ -69,9 +63,9 @@ def test_a_sharded_run_gives_the_losses_of_a_whole_one_and_resumes_as_either(toy
     arguments = [*COMMON, "--max-steps", "16", "--log-every", "4", "--out", "checkpoints/sharded.pt"]
     sharded = ["--fsdp", "--grad-accum-steps", "2", "--grad-checkpointing"]
     results = [
-        torchrun(toy, "train.py", *arguments, *sharded, *STOP),
+        run_in_processes(toy, "train.py", *arguments, *sharded, *STOP),
         run_script(toy, "train.py", *arguments, "--resume", *STOP),
-        torchrun(toy, "train.py", *arguments, *sharded, "--resume"),
+        run_in_processes(toy, "train.py", *arguments, *sharded, "--resume"),
     ]
     assert not any(result.returncode for result in results), [result.stderr[-2000:] for result in results]
     assert [re.search(r"at step (\d+);", result.stdout).group(1) for result in results] == ["5", "9", "16"]
@@ -81,7 +75,7 @@ def test_a_sharded_run_gives_the_losses_of_a_whole_one_and_resumes_as_either(toy
 def test_slices_of_two_processes_with_fsdp_are_resumed_by_one_process(toy, whole):
     arguments = [*COMMON, "--max-steps", "16", "--log-every", "4", "--out", "checkpoints/slices.pt"]
     sharded = ["--fsdp", "--grad-accum-steps", "2", "--sharded-saves", "on"]
-    first = torchrun(toy, "train.py", *arguments, *sharded, *STOP)
+    first = run_in_processes(toy, "train.py", *arguments, *sharded, *STOP)
     assert first.returncode == 0, first.stderr[-3000:]
     assert len(list((toy / "checkpoints/slices.last/step_5").iterdir())) == 2
     assert not (toy / "checkpoints/slices.last.pt").exists()
@@ -95,7 +89,7 @@ def test_slices_of_one_process_are_resumed_by_two(toy, whole):
     arguments = [*COMMON, "--max-steps", "16", "--log-every", "4", "--out", "checkpoints/one_slice.pt"]
     in_slices = ["--sharded-saves", "on"]
     succeed(toy, "train.py", *arguments, *in_slices, *STOP)
-    last = torchrun(toy, "train.py", *arguments, *in_slices, "--resume")
+    last = run_in_processes(toy, "train.py", *arguments, *in_slices, "--resume")
     assert last.returncode == 0, last.stderr[-3000:]
     [folder] = (toy / "checkpoints/one_slice.last").glob("step_*")  # the older slices are gone
     assert folder.name == "step_16" and len(list(folder.iterdir())) == 2
@@ -105,7 +99,7 @@ def test_slices_of_one_process_are_resumed_by_two(toy, whole):
 @pytest.mark.slow
 def test_a_sharded_run_in_bfloat16_gives_nearly_the_losses_in_float32(toy, whole):
     arguments = [*COMMON, "--max-steps", "16", "--log-every", "4", "--out", "checkpoints/sharded_bf16.pt"]
-    result = torchrun(toy, "train.py", *arguments, "--fsdp", "--grad-accum-steps", "2", "--dtype", "bfloat16")
+    result = run_in_processes(toy, "train.py", *arguments, "--fsdp", "--grad-accum-steps", "2", "--dtype", "bfloat16")
     assert result.returncode == 0, result.stderr[-3000:]
     found = losses(toy / "checkpoints/sharded_bf16.jsonl")
     assert found == pytest.approx(whole, rel=2e-3) and found != pytest.approx(whole, rel=1e-6)
@@ -114,7 +108,7 @@ def test_a_sharded_run_in_bfloat16_gives_nearly_the_losses_in_float32(toy, whole
 @pytest.fixture(scope="module")
 def shard_worker(toy) -> str:
     """What two processes print that shard a model: see `tests/workers.py`."""
-    result = torchrun(toy, "tests/workers.py", "shard")
+    result = run_in_processes(toy, "tests/workers.py", "shard")
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout
 
@@ -151,7 +145,7 @@ def test_a_sharded_batch_is_split_until_every_process_expects_it_to_fit(shard_wo
 
 def test_a_batch_is_split_until_it_fits_into_every_processs_memory(toy):
     def split(*megabytes):
-        launch = torchrun if len(megabytes) > 1 else run_script
+        launch = run_in_processes if len(megabytes) > 1 else run_script
         result = launch(toy, "tests/workers.py", "fit", *map(str, megabytes))
         return list(map(int, re.findall(r"micro-batches: (\d+)", result.stdout))), result.stderr
 

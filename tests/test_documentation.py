@@ -18,8 +18,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ENVIRONMENT, REPOSITORY, command_server, run_script
+from conftest import ENVIRONMENT, REPOSITORY, command_server, run_in_processes
 from test_house import PACKAGES
+from torch.distributed import run as torchrun
 
 from model import GPT, GPTConfig
 from system import cli
@@ -140,7 +141,7 @@ class Session:
 
     def ask(self, job: dict) -> tuple[int, str]:
         """Has the server run a job."""
-        result = command_server().run(self.folder, job, STDIN, timeout=240)
+        result = command_server().run(self.folder, job, STDIN)
         return result.returncode, result.stdout + result.stderr
 
     def make(self, arguments: list[str]) -> tuple[int, str]:
@@ -180,17 +181,13 @@ class Session:
         return int(status), process.communicate()[0]
 
     def launch(self, arguments: list[str]) -> tuple[int, str]:
-        """Runs a command for several GPUs with two processes on the CPU."""
+        """Parses what torchrun would, and runs the script in two processes on the CPU."""
         i = next(i for i, word in enumerate(arguments) if word.endswith(".py"))
-        launcher = with_flags(arguments[:i], "--nproc-per-node 2")
+        torchrun.parse_args(arguments)
         flags = smaller(arguments[i], arguments[i + 1 :])
         if arguments[i] == "train.py":
             flags = with_flags(flags, "--dtype float32")
-        script = [str(REPOSITORY / arguments[i]), *flags]
-        result = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", *launcher, *script],
-            cwd=self.folder, env=ENVIRONMENT, capture_output=True, encoding="utf-8", timeout=200,
-        )  # fmt: skip
+        result = run_in_processes(self.folder, arguments[i], *flags)
         return result.returncode, result.stdout + result.stderr
 
 
@@ -285,7 +282,10 @@ def test_the_worked_example_changes_the_model(session, changed):
     _, script, *arguments = words_of(command)
 
     def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
-        return run_script(session.folder, str(changed / script), *arguments)
+        return subprocess.run(  # not by the server, which has imported the modules of the unchanged project
+            [sys.executable, str(changed / script), *arguments],
+            cwd=session.folder, env=ENVIRONMENT, capture_output=True, encoding="utf-8",
+        )  # fmt: skip
 
     trained = run(script, *smaller(script, arguments))
     assert trained.returncode == 0, trained.stderr

@@ -164,7 +164,10 @@ def test_scripts_find_their_modules_in_isolated_mode(tmp_path, script):
 TRAIN = "train.py --data data/toy --n-layer 1 --n-head 1 --n-embd 16 --block-size 32 --batch-size 2 --eval-tokens 64"
 
 
-@pytest.mark.parametrize("lost", ["stdout", "stderr", "terminal"])
+@pytest.mark.parametrize(
+    "lost",
+    ["stdout", pytest.param("stderr", marks=pytest.mark.slow), "terminal"],  # a line of progress comes after 30 s
+)
 def test_a_run_that_loses_its_output_saves_and_says_how_to_go_on(toy, tmp_path, lost):
     out = tmp_path / "a.pt"
     endless = ["--max-steps", "1000000", "--eval-every", "5", "--log-every", "5", "--device", "cpu", "--out", out]

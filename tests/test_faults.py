@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from conftest import ENVIRONMENT, TOY_SHAPE, log, succeed, wait_for_log
-from test_distributed import losses, torchrun, torchrun_command
+from conftest import ENVIRONMENT, TOY_SHAPE, log, run_in_processes, succeed, wait_for_log
+from test_distributed import losses, torchrun_command
 
 import train
 from training.distributed import Processes
@@ -67,14 +67,14 @@ def test_a_process_that_hangs_is_named_after_the_timeout(toy):
 
 def test_a_process_that_dies_outside_of_a_collective_call_is_noticed(toy):
     """As with NCCL, whose calls do not fail by themselves: rank 0 computes for a long time, rank 1 is killed."""
-    result = torchrun(toy, "tests/workers.py", "die")
+    result = run_in_processes(toy, "tests/workers.py", "die")
     assert result.returncode != 0 and "still alone" not in result.stdout
     assert "error: rank 1 does not answer: " in result.stderr, result.stderr[-2000:]
 
 
 @pytest.mark.slow
 def test_a_slow_process_shows_in_the_log(toy):
-    result = torchrun(toy, "tests/workers.py", "lag", "0.05")
+    result = run_in_processes(toy, "tests/workers.py", "lag", "0.05")
     assert result.returncode == 0, result.stderr[-3000:]
     entries = [entry for entry in log(toy / "checkpoints/lags.jsonl") if "own_seconds" in entry]
     assert [entry["step"] for entry in entries] == [4, 8, 12, 16]

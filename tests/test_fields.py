@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOY_SHAPE, log, succeed
+from conftest import TOY_SHAPE, log, run_in_processes, succeed
 from streamlit.testing.v1 import AppTest
 from test_app import open_page, say
-from test_distributed import losses, torchrun
+from test_distributed import losses
 from test_finetuning import here, labelled, sft, write_csv  # noqa: F401
 
 import export
@@ -144,7 +144,7 @@ def test_export_refuses_what_it_does_not_know(toy, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def figures_of_processes(toy) -> dict[str, list[list[float]]]:
     """For each variant the figures of two steps with Muon: of one process, of two with DDP, of two with FSDP."""
-    result = torchrun(toy, "tests/workers.py", "fields", json.dumps(VARIANTS))
+    result = run_in_processes(toy, "tests/workers.py", "fields", json.dumps(VARIANTS))
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(re.search("^found: (.*)$", result.stdout, re.MULTILINE)[1])
 
@@ -160,7 +160,7 @@ def test_a_run_in_slices_writes_and_prints_what_one_process_does(toy):
     common = ["--preset", "modern", "--data", "data/toy", *TOY_SHAPE, "--optimizer", "muon", "--max-steps", "6"]
     common += ["--log-every", "2", "--sample-prompt", "What"]
     printed = [succeed(toy, "train.py", *common, "--out", "checkpoints/fields1.pt")]
-    result = torchrun(toy, "train.py", *common, "--fsdp", "--out", "checkpoints/fields2.pt")
+    result = run_in_processes(toy, "train.py", *common, "--fsdp", "--out", "checkpoints/fields2.pt")
     assert result.returncode == 0, result.stderr[-3000:]
     printed.append(result.stdout)
     one, two = (losses(toy / f"checkpoints/fields{n}.jsonl") for n in (1, 2))

@@ -82,8 +82,12 @@ def test_a_text_is_cut_into_tokens_while_one_types(page, text_model):
 def test_attention_shades_what_a_token_looks_at(page, text_model):
     type_text(page, TEXT)
     page.click("Attention")
-    wait(lambda: [chip.text for chip in page.in_components(".text button")] == names(text_model, TEXT))
+    wait(lambda: page.chip_texts(".text button") == names(text_model, TEXT))
     trace = text_model.trace(TEXT)
+    edges = [
+        [label.get_attribute("textContent") for label in page.in_components(e)] for e in (".keys span", ".queries span")
+    ]
+    assert edges == [names(text_model, TEXT)] * 2
     pictures = page.in_components(".grid button")
     assert [p.get_attribute("title") for p in pictures] == [f"layer {i}, head {j}" for i in (1, 2) for j in (1, 2, 3)]
     page.press(pictures[4])
@@ -93,6 +97,7 @@ def test_attention_shades_what_a_token_looks_at(page, text_model):
         for chip in page.in_components(".text button")
     ]
     assert shades == pytest.approx(trace.attention[1, 1, 7].tolist(), abs=1 / 255)
+    assert [label.get_attribute("class") for label in page.in_components(".queries span")].index("query") == 7
 
 
 def test_layer_by_layer_shows_the_likeliest_token_and_ten_candidates(page, text_model):

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, REPOSITORY, TOY_SHAPE, command, run_script, succeed, wait_for_log
+from conftest import ENVIRONMENT, REPOSITORY, TOY_SHAPE, command, run_in_processes, run_script, succeed, wait_for_log
 
 from system.errors import UserError
 from system.locks import is_locked, locked, output_lock, reading, releases_locks, writing
@@ -102,24 +102,16 @@ def test_a_training_keeps_others_out_until_it_is_killed_and_the_next_run_cleans_
 def test_every_training_script_locks_its_output(here):
     flags = ["--out", "checkpoints/a.pt", "--device", "cpu"]
     with hold_output(here / "checkpoints", "a"):
-        processes = [
-            subprocess.Popen(command(script, *flags), cwd=here, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-            for script in ("train_sft.py --data data", "train_classifier.py")
-        ]
-        for process in processes:
-            _, stderr = process.communicate(timeout=60)
-            assert process.returncode == 1
-            assert f"checkpoints/a.pt is being written by another run (process {os.getpid()})" in stderr
+        for script in ("train_sft.py --data data", "train_classifier.py"):
+            result = run_script(here, script, *flags)
+            assert result.returncode == 1
+            assert f"checkpoints/a.pt is being written by another run (process {os.getpid()})" in result.stderr
 
 
 def test_a_refused_job_of_several_processes_ends_with_one_line(here):
     (here / "checkpoints/a.pt").touch()
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     with hold_output(here / "checkpoints", "a"):
-        result = subprocess.run(
-            [*launcher, str(REPOSITORY / "train.py"), *TRAIN, "--out", "checkpoints/a.pt"],
-            cwd=here, env=ENVIRONMENT, capture_output=True, encoding="utf-8", timeout=60,
-        )  # fmt: skip
+        result = run_in_processes(here, "train.py", *TRAIN, "--out", "checkpoints/a.pt")
     assert result.returncode != 0
     errors = re.findall(r"^error: .*", result.stderr, re.MULTILINE)
     assert len(errors) == 1 and f"is being written by another run (process {os.getpid()})" in errors[0], result.stderr
