@@ -19,7 +19,10 @@ REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 import matplotlib.backends.backend_agg  # noqa: E402, F401
+import matplotlib.figure  # noqa: E402, F401
 import pyarrow.parquet  # noqa: E402, F401
+import tokenizers  # noqa: E402, F401
+import torch._dynamo  # noqa: E402, F401
 import tyro  # noqa: E402, F401
 
 from text.tokenizer import gpt2  # noqa: E402

@@ -63,7 +63,7 @@ class CommandServer:
             paths = {name: Path(streams) / name for name in ("stdin", "stdout", "stderr")}
             for path in paths.values():
                 path.write_text(stdin if path.name == "stdin" else "", encoding="utf-8")
-            job |= {"folder": str(folder), "environments": list(environments)}
+            job |= {"folder": str(folder), "environments": [{**ENVIRONMENT, **more} for more in environments]}
             job |= {name: str(path) for name, path in paths.items()}
             print(json.dumps(job), file=self.process.stdin, flush=True)
             if not select.select([self.process.stdout], [], [], timeout)[0]:
@@ -87,6 +87,16 @@ def run_script(
     """Runs a script in a folder as a process of its own; `stdin` is its standard input."""
     [_, path, *rest] = command(script, *arguments)
     return command_server().run(folder, {"script": path, "arguments": rest}, stdin, timeout)
+
+
+def run_fresh(
+    folder: Path, script: str, *arguments: object, timeout: int = 240, **variables: str
+) -> subprocess.CompletedProcess:
+    """Runs a script in a Python of its own, with variables that are read while torch is imported."""
+    return subprocess.run(
+        command(script, *arguments), cwd=folder, env={**ENVIRONMENT, **variables}, stdin=subprocess.DEVNULL,
+        capture_output=True, encoding="utf-8", timeout=timeout,
+    )  # fmt: skip
 
 
 def run_in_processes(folder: Path, script: str, *arguments: object, n: int = 2) -> subprocess.CompletedProcess:

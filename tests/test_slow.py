@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, REPOSITORY, TOY_SHAPE, command, run_script
+from conftest import ENVIRONMENT, REPOSITORY, TOY_SHAPE, command, run_fresh
 from test_training import after_equal_gradients
 
 from demo import PROMPTS, Config, affordable
@@ -27,11 +27,8 @@ from weights.loading import load_checkpoint
 pytestmark = pytest.mark.slow
 
 
-def test_the_demo_keeps_its_promises(tmp_path, monkeypatch):
-    monkeypatch.setitem(
-        ENVIRONMENT, "OMP_NUM_THREADS", str(torch.get_num_threads() if torch.get_num_threads() > 1 else 2)
-    )
-    result = run_script(tmp_path, "demo.py", timeout=1800)
+def test_the_demo_keeps_its_promises(tmp_path):
+    result = run_fresh(tmp_path, "demo.py", timeout=1800, OMP_NUM_THREADS=str(max(2, torch.get_num_threads())))
     assert result.returncode == 0, result.stderr[-3000:]
     bits = [float(match) for match in re.findall(r"([\d.]+) bits per byte", result.stdout)]
     assert min(bits) <= 1.85
@@ -51,15 +48,14 @@ def test_the_demo_trains_and_teaches_less_if_time_is_short(toy, tmp_path, monkey
 
 
 @pytest.mark.parametrize("script", ["train.py", "train.py --preset modern", "train_sft.py"])
-def test_the_compiled_model_trains_like_the_eager_one_and_compiles_once(toy, monkeypatch, script):
-    monkeypatch.setitem(ENVIRONMENT, "TORCH_LOGS", "recompiles,graph_breaks")
+def test_the_compiled_model_trains_like_the_eager_one_and_compiles_once(toy, script):
     start = [*TOY_SHAPE, "--dropout", "0.1"] if script.startswith("train.py") else ["--model", "checkpoints/toy.pt"]
     losses = []
     for how in ("off", "on"):
-        result = run_script(
+        result = run_fresh(
             toy, script, "--data", "data/toy", "--out", f"checkpoints/compile_{how}.pt", *start, "--max-steps", "10",
             "--eval-every", "5", "--compile", how, "--overwrite", "--device", "cpu",
-            "--batch-size", "8",
+            "--batch-size", "8", TORCH_LOGS="recompiles,graph_breaks",
         )  # fmt: skip
         assert result.returncode == 0, result.stderr[-3000:]
         losses.append(float(re.search(r"step 10: validation loss ([\d.]+)", result.stdout).group(1)))
@@ -224,13 +220,11 @@ def test_training_goes_on_while_a_large_checkpoint_is_written(toy):
 
 
 @pytest.mark.parametrize("how", [["--greedy"], ["--seed", "1", "--top-k", "50", "--top-p", "0.9"]], ids=" ".join)
-def test_compiled_decoding_writes_the_same_and_compiles_once(toy, monkeypatch, how):
-    monkeypatch.setitem(ENVIRONMENT, "TORCH_LOGS", "recompiles,graph_breaks")
+def test_compiled_decoding_writes_the_same_and_compiles_once(toy, how):
     arguments = ["--model", "checkpoints/toy.pt", "--prompt", "What is", "--max-new-tokens", "150", *how]
-    results = [
-        run_script(toy, "generate.py", *arguments, "--device", "cpu", "--compile", mode, timeout=600)
-        for mode in ("off", "on")
-    ]
+    arguments += ["--device", "cpu", "--compile"]
+    logs = "recompiles,graph_breaks"
+    results = [run_fresh(toy, "generate.py", *arguments, mode, timeout=600, TORCH_LOGS=logs) for mode in ("off", "on")]
     assert all(result.returncode == 0 for result in results), results[1].stderr[-2000:]
     assert results[0].stdout == results[1].stdout
     assert "Recompiling" not in results[1].stderr and "Graph break" not in results[1].stderr
