@@ -64,6 +64,7 @@ def test_every_case_for_the_gpu_runs_on_the_cpu_and_computes_the_right_thing(tmp
     assert report in stdout and "| correctness.gradient_cosine |" in report
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the cases run")
 def test_a_case_for_the_gpu_that_fails_does_not_end_the_others(tmp_path: Path):
     benchmark("gpu", "--device", "cuda", "--only", "loss", "step", "--out", tmp_path)
@@ -72,6 +73,7 @@ def test_a_case_for_the_gpu_that_fails_does_not_end_the_others(tmp_path: Path):
     assert all("no device 'cuda'" in record["error"] for record in records)
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_the_start_measures_both():
     assert [line.split()[0] for line in benchmark("startup", "--rounds", 1).splitlines()] == [
         "first",

@@ -123,6 +123,7 @@ def test_alpaca_instructions_end_to_end(toy):
     succeed(toy, "generate.py", "--model", "checkpoints/alpaca.pt", *instruction, "--max-new-tokens", "5")
 
 
+@pytest.mark.slow
 def test_the_demo_runs_through(tmp_path):
     chats = (REPOSITORY / "data/samples/chat.jsonl").read_text(encoding="utf-8")
     (tmp_path / "my.txt").write_text(chats, encoding="utf-8")

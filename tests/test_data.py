@@ -27,6 +27,7 @@ def entries():
     return list(pydocs.entries())
 
 
+@pytest.mark.slow
 def test_pydocs_is_a_corpus_of_unique_public_names_and_texts(entries):
     assert sum(len(entry.docstring) for entry in entries) > 1_500_000
     assert len({entry.docstring for entry in entries}) == len(entries)

@@ -38,10 +38,8 @@ def whole(toy) -> dict[int, float]:
 def test_two_processes_equal_one(toy):
     arguments = [*COMMON, "--max-steps", "20", "--log-every", "1"]
     succeed(toy, "train.py", "--out", "checkpoints/alone.pt", *arguments)
-    subprocess.run(
-        torchrun_command("train.py", "--out", "checkpoints/two.pt", *arguments), cwd=toy, env=ENVIRONMENT, check=True,
-        timeout=200,
-    )  # fmt: skip
+    launched = run_in_processes(toy, "train.py", "--out", "checkpoints/two.pt", *arguments)
+    assert launched.returncode == 0, launched.stderr[-3000:]
     one, two = (
         [entry.get("loss", entry.get("val_loss")) for entry in log(toy / f"checkpoints/{name}.jsonl")]
         for name in ("alone", "two")
@@ -158,6 +156,7 @@ def test_a_batch_is_split_until_it_fits_into_every_processs_memory(toy):
     assert not none and "out of memory even with one sequence at a time" in stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_dead_worker_takes_the_job_down(toy):
     arguments = [*COMMON, "--max-steps", "100000", "--out", "checkpoints/dead.pt", "--log-every", "1"]
     job = subprocess.Popen(

@@ -93,7 +93,10 @@ def test_gradients_do_not_depend_on_what_is_recomputed(fields):
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(
+    "fields",
+    [pytest.param(VARIANTS[name], id=name, marks=[] if name == "all" else pytest.mark.slow) for name in VARIANTS],
+)
 def test_a_model_is_trained_resumed_tuned_and_used(here, fields):  # noqa: F811
     whole = pretrain(fields, "checkpoints/whole.pt")
     assert {name: whole["config"][name] for name in fields} == fields

@@ -112,7 +112,7 @@ def test_the_cpu_trains_in_the_precision_that_it_is_fast_in():
         assert multiplies_faster_in_bfloat16(256) == (ratio > 1.5)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_resume_is_bit_exact(toy, uninterrupted, how):
     out = toy / f"checkpoints/{how.name}.pt"
     process = start(toy, f"checkpoints/{how.name}.pt", *RUN)
@@ -306,7 +306,7 @@ def test_only_weights_that_are_kept_as_the_best_are_called_the_best(toy, said):
     assert f"\nlast validation loss {kept:.4f}, perplexity" in stdout and "best" not in stdout
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+@pytest.mark.parametrize("name", ["tensorboard", pytest.param("wandb", marks=pytest.mark.slow)])
 def test_other_loggers_get_the_numbers_or_are_asked_for_in_one_line(toy, name):
     result = subprocess.run(
         command(
