@@ -43,8 +43,8 @@ STARTS_SECONDS = 60
 """What the demo takes besides: Python starts six times, text becomes tokens, steps are measured."""
 MEMORIZING = """\
 There are few answers, each with many wordings of its question, so the model memorizes them. The training loss falls
-towards 0. The validation loss, on wordings that it does not train on, falls at first and then rises: the model becomes
-surer of its wrong answers too. The demo keeps the weights of the last step all the same."""
+towards 0. The validation loss, on wordings that it does not train on, falls at first and may rise later, when the model
+becomes surer of its wrong answers too. The demo keeps the weights of the last step all the same."""
 MEMORIZING_CHATS = """\
 There are few conversations, so the model memorizes them: the training loss falls towards 0. The loss on conversations
 that it does not train on would rise. The demo keeps the weights of the last step all the same."""

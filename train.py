@@ -1,6 +1,7 @@
 """Step 2: tokens → a language model. Pre-trains a GPT-2, from scratch or from a checkpoint."""
 
 import dataclasses
+import math
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -75,6 +76,8 @@ class Config(Model, TrainerConfig):
     vocab_size: int | None = None
     """if --data is prepared first: train a BPE of this many tokens on it; by default GPT-2's tokenizer, or that of the
     model to start from"""
+    max_epochs: float = 0.0
+    """passes over the text, at most: a short text gets fewer steps than --max-steps, but at least 100; 0 is no limit"""
     sample_prompt: str = ""
     """print a completion of this text at every evaluation"""
     fsdp: bool = False
@@ -96,7 +99,10 @@ class Config(Model, TrainerConfig):
             f"--rotary needs heads of an even width, not {self.n_embd // self.n_head}",
         )
         require(0 <= self.dropout < 1, "--dropout must be at least 0 and below 1")
+        require(0 <= self.max_epochs < math.inf, "--max-epochs must be at least 0")
 
+
+FEWEST_STEPS = 100  # of a run that --max-epochs makes shorter
 
 MODERN = Config(  # what years after GPT-2 have taught; benchmarks/recipe.py measures each part
     preset="modern",
@@ -150,6 +156,7 @@ PRESETS = {
         vocab_size=2045,
         block_size=128,
         max_steps=1500,
+        max_epochs=2.0,
         batch_size=16,
         eval_every=250,
         save_every=500,
@@ -201,6 +208,7 @@ def main(config: Config) -> None:
         Windows.from_folder(folder, meta, split, model.config, config.batch_size, config.seed)
         for split in ("train", "val")
     )
+    config = limited(config, train_data.batches_per_epoch, processes.rank)
     sharding = None
     if config.fsdp:
         from training.sharding import shard  # half a second
@@ -218,6 +226,18 @@ def main(config: Config) -> None:
         samples=Samples(tokenizer, None, config.sample_prompt),
         has_random_weights=start is None,
     )
+
+
+def limited(config: Config, steps_per_epoch: float, rank: int) -> Config:
+    """Returns a config with fewer steps if `max_epochs` says so."""
+    steps = max(FEWEST_STEPS, math.ceil(config.max_epochs * steps_per_epoch))
+    if not config.max_epochs or config.max_steps <= steps:
+        return config
+    if rank == 0:
+        print(
+            f"{steps:,} steps instead of {config.max_steps:,}, for so short a text (--max-epochs {config.max_epochs:g})"
+        )
+    return dataclasses.replace(config, max_steps=steps)
 
 
 def model_shape(config: Model) -> dict[str, Any]:

@@ -30,8 +30,8 @@ _ATTENTION = st.components.v2.component(
                        margin: 0 1px; cursor: pointer; white-space: pre-wrap;
                        background: color-mix(in srgb, #3b82f6 calc(var(--w) * 90%), transparent); }
         .text button.query { border-color: #f59e0b; }
-        .frame { display: grid; grid-template-columns: auto minmax(0, 32rem); margin-top: 0.5rem; gap: 2px;
-                 font-family: var(--st-code-font); font-size: 0.65rem; line-height: 1; }
+        .frame { display: grid; grid-template-columns: auto minmax(0, 32rem); justify-content: start; gap: 2px;
+                 margin-top: 0.5rem; font-family: var(--st-code-font); font-size: 0.65rem; line-height: 1; }
         .keys { grid-column: 2; display: flex; }
         .keys span { flex: 1 1 0; min-width: 0; writing-mode: vertical-rl; transform: rotate(180deg); }
         .queries { display: flex; flex-direction: column; text-align: right; }
@@ -75,11 +75,11 @@ _ATTENTION = st.components.v2.component(
                 draw(find(".map"), h);
                 shade();
             }
-            const cells = [];
+            const number = (n) => Object.assign(document.createElement("span"), { textContent: n });
+            const cells = [number("")];
+            for (let i = 0; i < heads; i++) cells.push(number(i + 1));
             for (let layer = 0; layer < layers; layer++) {
-                const label = document.createElement("span");
-                label.textContent = layer + 1;
-                cells.push(label);
+                cells.push(number(layer + 1));
                 for (let i = 0; i < heads; i++) {
                     const button = document.createElement("button"), canvas = document.createElement("canvas");
                     const h = layer * heads + i;

@@ -119,7 +119,7 @@ def open_inside(text_model: TextModel, completion: Completion, position: int) ->
     that token included."""
     state, tokens = st.session_state, completion.branch.tokens[: position + 1]
     state["inside_text"] = decode(text_model.tokenizer, tokens[-MAX_TOKENS:])
-    state["inside_part"] = "Layer by layer"
+    state["inside_part"], state["inside_at_end"] = "Layer by layer", True
     state[mode_key(completion.file)] = "Inside"
 
 

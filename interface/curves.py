@@ -8,6 +8,7 @@ from typing import Any
 import altair as alt
 
 BLUE, GREY, ORANGE = "#3b82f6", "#9ca3af", "#f59e0b"
+PALETTE = [BLUE, ORANGE, "#10b981", "#ec4899", "#8b5cf6", GREY]
 MAX_POINTS = 1000  # of one curve
 
 
@@ -24,7 +25,7 @@ def loss_chart(runs: Mapping[str, list[dict[str, Any]]]) -> alt.LayerChart:
             kept = points[:: max(1, len(points) // MAX_POINTS)]
             rows += [{**point, "split": split, "run": name} for point in kept]
         line = alt.Chart(alt.Data(values=rows)).mark_line(point=key == "val_loss", opacity=0.8)
-        colours = alt.Scale(range=[GREY, BLUE]) if is_alone else alt.Scale(domain=list(runs))
+        colours = alt.Scale(range=[GREY, BLUE]) if is_alone else alt.Scale(domain=list(runs), range=PALETTE)
         legend = alt.Legend(orient="top", columns=2)
         dashes = alt.Scale(domain=["training", "validation"], range=[[1, 0] if is_alone else [2, 3], [1, 0]])
         layers.append(

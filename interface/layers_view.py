@@ -24,13 +24,13 @@ _LAYERS = st.components.v2.component(
                     background: color-mix(in srgb, #3b82f6 calc(var(--p) * 85%), transparent); }
         td button.chosen { border-color: #f59e0b; }
         .details { margin-top: 0.5rem; max-width: 28rem; }
-        .bar { display: grid; grid-template-columns: 8rem 1fr 3.5rem; gap: 6px; align-items: center; }
+        .bar { display: grid; grid-template-columns: 8rem 1fr 4.5rem; gap: 6px; align-items: center; }
         .bar div { height: 0.8rem; background: #3b82f6; border-radius: 2px; }
         .bar code { overflow: hidden; text-overflow: ellipsis; white-space: pre; }
     """,
     js="""
         export default function ({ data, parentElement }) {
-            const { tokens, cells } = data;  // cells[layer][position]
+            const { tokens, cells, at_end } = data;  // cells[layer][position]
             const make = (tag, text) => Object.assign(document.createElement(tag), { textContent: text ?? "" });
             const percent = (p) => (100 * p).toFixed(p < 0.1 ? 1 : 0) + " %";
             let chosen;
@@ -48,7 +48,7 @@ _LAYERS = st.components.v2.component(
                     bar.append(make("code", name), rule, make("span", percent(p)));
                     return bar;
                 });
-                const text = `${place}, behind ${tokens[i]}: entropy ${cell.entropy.toFixed(2)} nats.${came}`;
+                const text = `${place}, after ${tokens[i]}: entropy ${cell.entropy.toFixed(2)} nats.${came}`;
                 parentElement.querySelector(".details").replaceChildren(make("p", text), ...bars);
             }
             const head = make("tr");
@@ -67,7 +67,8 @@ _LAYERS = st.components.v2.component(
             });
             parentElement.querySelector("table").replaceChildren(head, ...rows.reverse());
             const scroll = parentElement.querySelector(".scroll");
-            scroll.scrollLeft = scroll.scrollWidth;  // to the newest token
+            if (at_end || tokens.length > parentElement.n) scroll.scrollLeft = scroll.scrollWidth;  // the newest token
+            parentElement.n = tokens.length;
             parentElement.querySelector(".details").replaceChildren();
         }
     """,
@@ -95,4 +96,5 @@ def layers_view(text_model: TextModel, trace: Trace) -> None:
         for candidates, logprobs, entropies, came in zip(*(part.tolist() for part in parts), strict=True)
     ]
     tokens = [legible(text_model.tokenizer.decode_bytes([i])) for i in trace.tokens.tolist()]
-    _LAYERS(key="layers", data={"tokens": tokens, "cells": cells})
+    at_end = st.session_state.get("inside_at_end", False)
+    _LAYERS(key="layers", data={"tokens": tokens, "cells": cells, "at_end": at_end})

@@ -9,6 +9,7 @@ from typing import Any
 import streamlit as st
 
 from interface.curves import loss_chart
+from interface.streaming import escape
 from system.errors import UserError
 from system.locks import is_locked, output_lock
 from system.untrusted import is_text
@@ -47,18 +48,22 @@ def draw_runs(logs: list[Path]) -> None:
 
 
 def draw_figures(log: Path, entries: Entries, is_alone: bool) -> None:
-    """Draws where a run stands: one line of text, and its latest figures."""
+    """Draws where a run stands: its latest figures, or one line for one of several runs."""
     latest = {name: value for entry in entries for name, value in entry.items()}  # the last value of each figure
     best = min((entry["val_loss"] for entry in entries if "val_loss" in entry), default=None)
     is_running = is_locked(output_lock(log.with_suffix(".pt")))
     speed = recent_speed(entries)
     age = time.time() - log.stat().st_mtime
+    stands = status(latest["step"], latest.get("max_steps"), is_running, age)
+    step = f"{latest['step']:,}" + (f" of {latest['max_steps']:,}" if "max_steps" in latest else "")
     if not is_alone:
-        st.text(name_of(log))
-    st.caption(status(latest["step"], latest.get("max_steps"), is_running, age))
+        loss = f", best validation loss {best:.4f}" if best is not None else ""
+        st.text(f"{name_of(log)}: {stands}, step {step}{loss}")
+        return
+    st.caption(stands)
     n_left = latest.get("max_steps", 0) - latest["step"]
     figures = {
-        "Step": f"{latest['step']:,}" + (f" of {latest['max_steps']:,}" if "max_steps" in latest else ""),
+        "Step": step,
         "Time left": duration(n_left / speed["step"]) if is_running and n_left > 0 and speed.get("step") else None,
         "Training loss": f"{latest['loss']:.4f}" if "loss" in latest else None,
         "Best validation loss": f"{best:.4f}" if best is not None else None,
@@ -97,7 +102,7 @@ def draw_samples(name: str, entries: Entries) -> None:
     evaluations = {entry["step"]: entry["examples"] for entry in entries if entry.get("examples")}
     if not evaluations:
         return
-    st.subheader("Samples over time", anchor=False)
+    st.subheader(f"Samples over time: {escape(name)}", anchor=False)
     steps, key = list(evaluations), f"step of {name}"
     if st.session_state.get(key) not in steps:
         st.session_state[key] = steps[-1]

@@ -83,7 +83,8 @@ def test_without_a_usable_model_one_line_says_what_there_is_and_how_to_get_one(h
         generate.main(generate.Config(chat=True))
     assert str(error.value) == (
         "no chat model in checkpoints/, only checkpoints/bad.pt (damaged), checkpoints/toy.pt (base): "
-        "make one with python train_sft.py --preset demo --model checkpoints/toy.pt, or name one with --model"
+        "make one with python train_sft.py --preset demo --model checkpoints/toy.pt --out checkpoints/toy-chat.pt, or "
+        "name one with --model"
     )
     shutil.rmtree(here)
     with pytest.raises(UserError, match="^no language model in checkpoints/: make one with make demo, or python train"):

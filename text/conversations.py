@@ -48,7 +48,7 @@ def open_conversations(
     """Returns the conversations of a file, or without `path` those of a data set, with their splits ("train", "val").
 
     With a `val_fraction` of 0, and without one if there are fewer than FEW conversations, each has the split "both". If
-    they are few chats and all have one exchange only, `joined` ones come on top. `notes` counts what is left out.
+    they are few chats, those with one exchange are also `joined`. `notes` counts what is left out.
     Raises UserError if there are fewer than two conversations.
     """
     named = CONVERSATIONS.get(dataset)
@@ -66,21 +66,22 @@ def open_conversations(
         val_fraction = VAL_FRACTION if len(conversations) >= FEW else 0
     if val_fraction == 0:
         found = [("both", conversation) for conversation in conversations]
-        if are_chats and len(conversations) < FEW and all(len(conversation) <= 2 for conversation in conversations):
-            found += [("joined", several) for several in joined(conversations, seed)]
+        if are_chats and len(conversations) < FEW:
+            short = [conversation for conversation in conversations if len(conversation) <= 2]
+            found += [("joined", several) for several in joined(short, seed)]
         return found
     return draw_held_out(conversations, max(val_fraction, 1 / len(conversations)), seed)
 
 
 def joined(conversations: list[Conversation], seed: int) -> Iterator[Conversation]:
-    """Yields conversations of two and of three of the given ones, in random orders, each once in either.
+    """Yields conversations of two and of three of the given ones, in random orders, each at most once in either.
 
     People ask one question after another. A model that saw only first questions answers the later ones worse.
     """
     rng = random.Random(seed)
     for n in (2, 3):
         shuffled = rng.sample(conversations, len(conversations))
-        yield from (list(chain(*shuffled[i : i + n])) for i in range(0, len(shuffled), n))
+        yield from (list(chain(*shuffled[i : i + n])) for i in range(0, len(shuffled) - 1, n))  # at least two
 
 
 def _first(

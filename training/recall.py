@@ -33,7 +33,7 @@ def recall_report(text_model: TextModel, data: Path, split: str, n: int = 500, n
     asked = with_progress(exchanges, len(exchanges), "questions")
     n_recalled = sum(is_recalled(text_model, exchange) for exchange in asked)
     n_asked = len(exchanges)
-    lines = [f"{n_recalled} of {n_asked} answered word for word ({n_recalled / n_asked:.0%}), for example:"]
+    lines = [f"{n_recalled} of {n_asked} answered word for word ({100 * n_recalled // n_asked}%), for example:"]
     for ids, _ in exchanges[:n_shown]:
         question = text_model.tokenizer.decode(i for i in ids if i < text_model.tokenizer.end_of_text).strip()
         answer = "".join(text_model.stream(ids, SamplingConfig(greedy=True, max_new_tokens=60), strip=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from system.errors import UserError
@@ -59,7 +60,8 @@ def newest(wanted: Wanted) -> str:
 
 def fine_tuning_command(name: object, n: int) -> str:
     """Returns the command that teaches chats to a model of `n` parameters. Small ones need the rates of the demo."""
-    return f"python train_sft.py {'--preset demo ' if n < SMALL else ''}--model {name}"
+    out = f"{FOLDER}/{Path(str(name)).stem}-chat.pt"
+    return f"python train_sft.py {'--preset demo ' if n < SMALL else ''}--model {name} --out {out}"
 
 
 def n_parameters(checkpoint: Checkpoint) -> int:
