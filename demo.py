@@ -91,8 +91,10 @@ def main(config: Config) -> None:
     title("2. A GPT learns to predict the next token")
     n_steps, n_answers = (config.max_steps, None) if config.max_steps else affordable(config)
     print("It begins with random weights. At every evaluation it continues the same words, so you see it learn.")
-    sample_prompt = [f"--sample-prompt={prompts[0]}"] if prompts else []  # with "=", since a line may begin with "--"
-    script("train.py", "--preset", "demo", "--overwrite", *sample_prompt, *flag("--max-steps", n_steps))
+    options = [f"--sample-prompt={prompts[0]}"] if prompts else []  # with "=", since a line may begin with "--"
+    if not config.input:
+        options += ["--max-epochs", "0"]  # the documentation repeats itself: four passes help
+    script("train.py", "--preset", "demo", "--overwrite", *options, *flag("--max-steps", n_steps))
 
     title("3. It completes texts")
     print_completions(TextModel.load("checkpoints/demo/pretrained.pt"), prompts)

@@ -145,7 +145,7 @@ def difference(a: Side, b: Side) -> tuple[str, tuple[int, int]]:
     ends = [mark == len(side.ids) for side, mark in zip((a, b), marks, strict=True)]
     if all(ends):
         return f"Both are the same: {same}.", marks
-    begin = f"The same for {same}; then" if n else "They differ from the first token on:"
+    begin = f"The same for {same}; then" if n else "They differ from the beginning:"
     return f"{begin} {next_token(a, marks[0])} and {next_token(b, marks[1])}.", marks
 
 

@@ -143,7 +143,7 @@ def test_the_tokenizer_shows_pieces_and_ids(toy):
 
 @pytest.mark.slow
 def test_gpt2_small_is_traced_within_a_second():
-    """On two cores; if their products take longer by themselves, then in twice their time."""
+    """On two cores; if their products take longer by themselves, then in three times their time."""
     text_model, threads = TextModel(GPT(GPTConfig()).eval(), gpt2()), torch.get_num_threads()
     head, hidden = text_model.model.wte.weight, torch.randn(13 * 100, 768)  # after the embedding and 12 layers
     text = " ".join(TEXT.split() * 9)
@@ -157,7 +157,7 @@ def test_gpt2_small_is_traced_within_a_second():
         of_products = min(timeit.repeat(lambda: hidden @ head.detach().t(), number=1, repeat=3))
     finally:
         torch.set_num_threads(threads)
-    assert len(trace.tokens) >= 100 and seconds < max(1.0, 2 * of_products), (seconds, of_products)
+    assert len(trace.tokens) >= 100 and seconds < max(1.0, 3 * of_products), (seconds, of_products)
 
 
 def test_the_terminal_shows_what_each_layer_would_say(toy):

@@ -506,8 +506,8 @@ def test_of_few_conversations_none_is_held_out(tmp_path, capsys, n, val_fraction
 
 def test_few_conversations_of_one_exchange_are_joined_to_longer_ones_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first, second, third = (
-        [{"role": "user", "content": name}, {"role": "assistant", "content": "yes"}] for name in "abc"
+    first, second, third, fourth = (
+        [{"role": "user", "content": name}, {"role": "assistant", "content": "yes"}] for name in "abcd"
     )
 
     def opened(*conversations, val_fraction=None):
@@ -521,7 +521,10 @@ def test_few_conversations_of_one_exchange_are_joined_to_longer_ones_too(tmp_pat
     assert [len(messages) // 2 for _, messages in longer] == [2, 1, 3]  # each twice
     asked = sorted(message["content"] for _, messages in longer for message in messages[::2])
     assert asked == ["a", "a", "b", "b", "c", "c"]
-    assert len(opened(first, [*second, *third])) == 2  # somebody asks twice already
+    mixed = opened(first, second, [*third, *fourth])  # somebody asks twice already
+    assert [split for split, _ in mixed] == ["both"] * 3 + ["joined"] * 2
+    assert all({message["content"] for message in messages[::2]} == {"a", "b"} for _, messages in mixed[3:])
+    assert len(opened(first, [*second, *third])) == 2
     assert not any(split == "joined" for split, _ in opened(first, second, third, val_fraction=0.5))
 
 

@@ -19,6 +19,7 @@ import torch
 from conftest import ENVIRONMENT, REPOSITORY, TOY_SHAPE, command, log, run_script, succeed, wait_for_log
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+import train
 from model import GPT, GPTConfig
 from system.device import multiplies_faster_in_bfloat16
 from system.untrusted import printable
@@ -284,6 +285,16 @@ def test_a_run_says_what_it_trains_and_what_it_came_to(said):
     ):  # fmt: skip
         assert re.search(line, said), line
     assert "warning" not in said and "it writes" not in said
+
+
+def test_a_short_text_gets_fewer_steps_but_at_least_a_hundred(capsys):
+    config = train.Config(preset="x", max_steps=1500, max_epochs=2.0)
+    for steps_per_epoch, expected in ((92.5, 185), (7, 100), (750, 1500), (900, 1500)):
+        assert train.limited(config, steps_per_epoch, rank=0).max_steps == expected
+        shown = f"{expected} steps instead of 1,500, for so short a text (--max-epochs 2)\n"
+        assert capsys.readouterr().out == (shown if expected < 1500 else "")
+    assert train.limited(dataclasses.replace(config, max_epochs=0.0), 7, rank=0).max_steps == 1500
+    assert train.limited(dataclasses.replace(config, max_steps=3), 7, rank=0).max_steps == 3
 
 
 def test_samples_of_all_evaluations_stand_below_each_other_at_the_end(toy, said):

@@ -68,20 +68,20 @@ def open_conversations(
         found = [("both", conversation) for conversation in conversations]
         if are_chats and len(conversations) < FEW:
             short = [conversation for conversation in conversations if len(conversation) <= 2]
-            found += [("joined", several) for several in joined(short, seed)]
+            found += [("joined", several) for several in joined(short, seed) if len(short) > 1]
         return found
     return draw_held_out(conversations, max(val_fraction, 1 / len(conversations)), seed)
 
 
 def joined(conversations: list[Conversation], seed: int) -> Iterator[Conversation]:
-    """Yields conversations of two and of three of the given ones, in random orders, each at most once in either.
+    """Yields conversations of two and of three of the given ones, in random orders, each once in either.
 
     People ask one question after another. A model that saw only first questions answers the later ones worse.
     """
     rng = random.Random(seed)
     for n in (2, 3):
         shuffled = rng.sample(conversations, len(conversations))
-        yield from (list(chain(*shuffled[i : i + n])) for i in range(0, len(shuffled) - 1, n))  # at least two
+        yield from (list(chain(*shuffled[i : i + n])) for i in range(0, len(shuffled), n))
 
 
 def _first(
