@@ -48,7 +48,7 @@ _LAYERS = st.components.v2.component(
                     bar.append(make("code", name), rule, make("span", percent(p)));
                     return bar;
                 });
-                const text = `${place}, after ${tokens[i]}: entropy ${cell.entropy.toFixed(2)} nats.${came}`;
+                const text = `${place}, at ${tokens[i]}: entropy ${cell.entropy.toFixed(2)} nats.${came}`;
                 parentElement.querySelector(".details").replaceChildren(make("p", text), ...bars);
             }
             const head = make("tr");

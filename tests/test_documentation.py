@@ -37,7 +37,7 @@ SMALL = {  # flags for small sizes; they replace those on the page
     "demo.py": "--vocab-size 400 --max-steps 3 --sft-steps 3",
     "prepare_data.py": "--workers 1",
     "train.py": f"{SHAPE} --max-steps 3 --batch-size 2 --eval-every 3 --warmup-steps 1 --eval-tokens 1000 --device cpu",
-    "prepare_sft_data.py": "",
+    "prepare_sft_data.py": "--block-size 64",
     "train_sft.py": "--max-steps 2 --batch-size 4 --warmup-steps 1 --device cpu",
     "train_classifier.py": "--max-steps 2 --batch-size 4 --warmup-steps 1 --device cpu",
     "generate.py": "--max-new-tokens 8 --device cpu",

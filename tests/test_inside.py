@@ -112,7 +112,7 @@ def test_layer_by_layer_shows_the_likeliest_token_and_ten_candidates(page, text_
     wait(lambda: [cell.get_attribute("textContent") for cell in page.in_components("td button")] == expected)
     page.press(page.in_components("td button")[2])
     [first, *_] = page.in_components(".details p")
-    assert first.text.startswith(f"After layer 2, behind {names(text_model, TEXT)[2]}")
+    assert first.text.startswith(f"After layer 2, at {names(text_model, TEXT)[2]}")
     assert f"entropy {layers.entropies[-1, 2]:.2f} nats" in first.text
     bars = [bar.text.split("\n") for bar in page.in_components(".bar")]
     assert len(bars) == 10 and bars[0][0] == likeliest[-1][2]
@@ -164,7 +164,7 @@ def test_two_completions_stand_side_by_side_and_on_a_phone_below_each_other(page
     wait(lambda: len(chip_with(page, "marked")) == 2)
     page.idle()
     one, other = chip_with(page, "marked")
-    assert one != other and f"then “{one}” (" in page.driver.page_source
+    assert one != other and f" “{one}” (" in page.driver.page_source
     boxes = page.in_components(".chips")
     first, second = (box.rect for box in boxes)
     assert first["x"] + first["width"] <= second["x"]
