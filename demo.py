@@ -91,10 +91,8 @@ def main(config: Config) -> None:
     title("2. A GPT learns to predict the next token")
     n_steps, n_answers = (config.max_steps, None) if config.max_steps else affordable(config)
     print("It begins with random weights. At every evaluation it continues the same words, so you see it learn.")
-    options = [f"--sample-prompt={prompts[0]}"] if prompts else []  # with "=", since a line may begin with "--"
-    if not config.input:
-        options += ["--max-epochs", "0"]  # the documentation repeats itself: four passes help
-    script("train.py", "--preset", "demo", "--overwrite", *options, *flag("--max-steps", n_steps))
+    sample_prompt = [f"--sample-prompt={prompts[0]}"] if prompts else []  # with "=", since a line may begin with "--"
+    script("train.py", *pretraining(config), *sample_prompt, *flag("--max-steps", n_steps))
 
     title("3. It completes texts")
     print_completions(TextModel.load("checkpoints/demo/pretrained.pt"), prompts)
@@ -132,13 +130,18 @@ def title(text: str) -> None:
     print(f"\n=== {text}", flush=True)
 
 
+def pretraining(config: Config) -> list[str]:
+    """Returns the flags of the pre-training. Python's documentation repeats itself, so four passes over it help."""
+    return ["--preset", "demo", "--overwrite", *([] if config.input else ["--max-epochs", "0"])]
+
+
 def affordable(config: Config) -> tuple[int | None, int | None]:
     """Measures this machine; returns how many steps and answers fit into the minutes, or twice None if all of them do.
 
     Both are cut by the same factor, so the model sees each answer as often as in the whole demo. Own chats are all
     taught.
     """
-    plan = script("train.py", "--preset", "demo", "--overwrite", "--plan", captured=True)
+    plan = script("train.py", *pretraining(config), "--plan", captured=True)
     print(plan, end="")
     step = re.search(r"^speed +(\S+) s a step", plan, re.MULTILINE)
     whole = STARTS_SECONDS + WHOLE_STEPS * float(step[1]) if step else 0.0

@@ -75,11 +75,11 @@ _ATTENTION = st.components.v2.component(
                 draw(find(".map"), h);
                 shade();
             }
-            const number = (n) => Object.assign(document.createElement("span"), { textContent: n });
-            const cells = [number("")];
-            for (let i = 0; i < heads; i++) cells.push(number(i + 1));
+            const label = (text) => Object.assign(document.createElement("span"), { textContent: text });
+            const cells = [label("")];
+            for (let i = 0; i < heads; i++) cells.push(label(i + 1));
             for (let layer = 0; layer < layers; layer++) {
-                cells.push(number(layer + 1));
+                cells.push(label(layer + 1));
                 for (let i = 0; i < heads; i++) {
                     const button = document.createElement("button"), canvas = document.createElement("canvas");
                     const h = layer * heads + i;
@@ -100,11 +100,7 @@ _ATTENTION = st.components.v2.component(
                 return chip;
             }));
             for (const edge of [".keys", ".queries"]) {
-                find(edge).replaceChildren(...(T > MAX_LABELS ? [] : tokens).map((token) => {
-                    const label = document.createElement("span");
-                    label.textContent = token;
-                    return label;
-                }));
+                find(edge).replaceChildren(...(T > MAX_LABELS ? [] : tokens).map(label));
             }
             find(".map").onpointermove = find(".map").onpointerdown = (event) => {
                 query = Math.min(T - 1, Math.max(0, Math.floor(event.offsetY / event.target.clientHeight * T)));

@@ -61,14 +61,7 @@ class Page:
 
         options = webdriver.ChromeOptions()
         options.binary_location = CHROMIUM or ""
-        for flag in (
-            "--headless=new",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--hide-scrollbars",
-            "--no-proxy-server",
-            "--force-prefers-reduced-motion",
-        ):
+        for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-proxy-server"):
             options.add_argument(flag)
         options.add_argument(f"--window-size={width},{height}")
         options.add_experimental_option("prefs", {"download.default_directory": downloads})

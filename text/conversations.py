@@ -48,8 +48,8 @@ def open_conversations(
     """Returns the conversations of a file, or without `path` those of a data set, with their splits ("train", "val").
 
     With a `val_fraction` of 0, and without one if there are fewer than FEW conversations, each has the split "both". If
-    they are few chats, those with one exchange are also `joined`. `notes` counts what is left out.
-    Raises UserError if there are fewer than two conversations.
+    they are few chats, those with one exchange are also `joined`. `notes` counts what is left out. Raises UserError if
+    there are fewer than two conversations.
     """
     named = CONVERSATIONS.get(dataset)
     if path is None and dataset == "oasst1":
@@ -66,9 +66,9 @@ def open_conversations(
         val_fraction = VAL_FRACTION if len(conversations) >= FEW else 0
     if val_fraction == 0:
         found = [("both", conversation) for conversation in conversations]
-        if are_chats and len(conversations) < FEW:
-            short = [conversation for conversation in conversations if len(conversation) <= 2]
-            found += [("joined", several) for several in joined(short, seed) if len(short) > 1]
+        short = [conversation for conversation in conversations if len(conversation) <= 2]
+        if are_chats and len(conversations) < FEW and len(short) > 1:
+            found += [("joined", several) for several in joined(short, seed)]
         return found
     return draw_held_out(conversations, max(val_fraction, 1 / len(conversations)), seed)
 

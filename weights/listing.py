@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -61,7 +62,8 @@ def newest(wanted: Wanted) -> str:
 def fine_tuning_command(name: object, n: int) -> str:
     """Returns the command that teaches chats to a model of `n` parameters. Small ones need the rates of the demo."""
     out = f"{FOLDER}/{Path(str(name)).stem}-chat.pt"
-    return f"python train_sft.py {'--preset demo ' if n < SMALL else ''}--model {name} --out {out}"
+    preset = ["--preset", "demo"] if n < SMALL else []
+    return shlex.join(["python", "train_sft.py", *preset, "--model", str(name), "--out", out])
 
 
 def n_parameters(checkpoint: Checkpoint) -> int:
