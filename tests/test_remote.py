@@ -116,15 +116,16 @@ def test_a_broken_connection_loses_no_text(folder, site, capsys, name, has_range
 
 
 def test_a_broken_connection_is_resumed_at_the_byte_reached(folder, site):
-    """Less what had arrived and was not read yet, which aiohttp and the kernel drop."""
+    """Less what had arrived and was not read yet, which is dropped: up to 350 kB were seen on a busy machine."""
     server, address = site
     (folder / "long.txt").write_text("many words " * 300_000)
     corpus = Files([f"{address}/long.txt"])
-    server.breaks_after, server.requests = [1_000_000] * 2, []
+    server.breaks_after, server.requests, buffer = [1_000_000] * 2, [], 2**19
     assert "".join(*corpus) == "many words " * 300_000
     starts = [int(request.partition("bytes=")[2].rstrip("-") or 0) for request in server.requests]
-    assert len(starts) == 3 and 0 < starts[1] <= 1_000_000 and starts[1] < starts[2] <= starts[1] + 1_000_000
-    assert server.bytes_sent <= 2 * 1_000_000 + 3_300_000 - starts[2]
+    assert len(starts) == 3 and 1_000_000 - buffer <= starts[1] <= 1_000_000
+    assert starts[1] + 1_000_000 - buffer <= starts[2] <= starts[1] + 1_000_000
+    assert server.bytes_sent <= 3_300_000 + 2 * buffer
 
 
 def test_tries_end_in_one_line_and_each_waits_longer(site, capsys):
