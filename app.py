@@ -10,8 +10,8 @@ from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 from interface.sessions import current_session
 from interface.sidebar import mode_key, pick_checkpoint, pick_sampling
+from system.cli import GENERATION, limit_spinning
 from system.errors import UserError
-from system.threads import GENERATION, limit_spinning
 
 # Streamlit forgets a widget's value while another mode is shown, unless it is set
 KEPT = ("prompt", "step", "tokens", "inside_part", "compare", "second model", "second temperature")

@@ -6,17 +6,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import tee
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
-from system.cli import POSITIONAL, run
+from tyro.conf import Positional
+
+from system.cli import run
 from system.errors import require
 
 
 @dataclass(frozen=True)
 class Config:
-    texts: Annotated[tuple[str, ...], POSITIONAL] = ()
+    texts: Positional[tuple[str, ...]] = ()
     """texts to label; by default, each line of --input or of standard input"""
     model: Path | None = None
     """checkpoint of train_classifier.py; by default the newest in checkpoints/"""

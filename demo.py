@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
 from generation.config import SamplingConfig
-from system.cli import run
+from system.cli import duration, run
 from system.errors import UserError, require
-from system.wording import duration
 from text.lessons import lessons
 from train import PRESETS
 

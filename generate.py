@@ -4,29 +4,17 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
 from generation.config import SamplingConfig
-from system.cli import run
+from system.cli import GENERATION, run
 from system.errors import UserError, require, require_at_least
-from system.threads import GENERATION, limit_spinning
 
 
 @dataclass(frozen=True)
 class Config(SamplingConfig):
-    first_in_help: ClassVar[tuple[str, ...]] = (
-        "model",
-        "prompt",
-        "chat",
-        "instruction",
-        "context",
-        "list",
-        "max_new_tokens",
-        "temperature",
-        "seed",
-    )
     model: Path | None = None
     """checkpoint to load, or gpt2 or another model of the Hugging Face Hub; by default the newest in checkpoints/"""
     prompt: str | None = None
@@ -132,5 +120,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    limit_spinning(GENERATION)
-    run(main, Config)
+    run(main, Config, spin=GENERATION)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,38 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from gpt_config import GPTConfig
+
 ChunkLoss = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor]]
 """The type of `chunk_loss` and of its compiled version."""
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """The shape of the network. The defaults are GPT-2 small with 124M parameters."""
-
-    block_size: int = 1024
-    """longest context in tokens"""
-    vocab_size: int = 50304
-    """rows of the embedding: the tokens in use, padded to a multiple of 64"""
-    n_tokens: int = 50259
-    """tokens in use; ids from here to `vocab_size` are padding and are never sampled"""
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0
-    bias: bool = True
-    """biases in the linear layers and LayerNorms, as in GPT-2"""
-    tie_weights: bool = True
-    """the head shares the matrix of the token embedding, as in GPT-2"""
-    rotary: bool = False
-    """rotary positions (Su et al. 2021) instead of GPT-2's learned ones"""
-    qk_norm: bool = False
-    """LayerNorm of queries and keys, without parameters (Henry et al. 2020; Dehghani et al. 2023)"""
-    value_embeddings: bool = False
-    """every second layer adds an embedding of the token to its values (Zhou et al. 2024)"""
-    squared_relu: bool = False
-    """relu(x)² instead of the GELU (So et al. 2021)"""
-    n_classes: int = 0
-    """outputs of a classification head; 0 for a language model, whose head covers the vocabulary"""
 
 
 class AttentionCache(Protocol):
@@ -68,32 +39,26 @@ class AttentionCache(Protocol):
 class CausalSelfAttention(nn.Module):
     """Multi-head attention to this position and earlier ones (Vaswani et al. 2017)."""
 
-    def __init__(self, config: GPTConfig, has_value_embedding: bool):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head, self.dropout, self.qk_norm = config.n_head, config.dropout, config.qk_norm
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.wve = nn.Embedding(config.vocab_size, config.n_embd) if has_value_embedding else None
 
-    def forward(
-        self, x: Tensor, tokens: Tensor, rotation: Tensor | None = None, cache: AttentionCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor | None = None, cache: AttentionCache | None = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
-        if self.wve is not None:
-            v = v + self.wve(tokens).to(v.dtype)
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         if self.qk_norm:  # LayerNorm: RMSNorm has no fused kernel on the CPU
             q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
         if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
+            q, k = rotate(q, rotation).to(v.dtype), rotate(k, rotation).to(v.dtype)
         if cache is not None:
-            y = cache.attend(q.to(v.dtype), k.to(v.dtype), v)  # (B, nh, T, hs)
+            y = cache.attend(q, k, v)  # (B, nh, T, hs)
         else:
-            dropout = self.dropout if self.training else 0.0
-            y = causal_attention(q, k, v, dropout)
+            y = causal_attention(q, k, v, self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -141,17 +106,15 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention and MLP. Each reads the normalized residual stream and adds its output to it."""
 
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
-        self.attn = CausalSelfAttention(config, config.value_embeddings and layer % 2 == 1)
+        self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, tokens: Tensor, rotation: Tensor | None = None, cache: AttentionCache | None = None
-    ) -> Tensor:
-        x = x + self.attn(self.ln_1(x), tokens, rotation, cache)
+    def forward(self, x: Tensor, rotation: Tensor | None = None, cache: AttentionCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rotation, cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -168,7 +131,7 @@ class GPT(nn.Module):
         self.compiled: tuple[Callable[..., Tensor], ChunkLoss] | None = None  # see `compile_training`
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = None if config.rotary else nn.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
         self.lm_head = nn.Linear(config.n_embd, config.n_classes or config.vocab_size, bias=False)
         if config.tie_weights:
@@ -232,9 +195,9 @@ class GPT(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.h):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, tokens, rotation, use_reentrant=False)
+                x = checkpoint(block, x, rotation, use_reentrant=False)
             else:
-                x = block(x, tokens, rotation, caches[i] if caches else None)
+                x = block(x, rotation, caches[i] if caches else None)
         return self.ln_f(x).to(x.dtype)  # on CUDA, autocast computes a LayerNorm in float32
 
     def forward(

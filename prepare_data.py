@@ -3,11 +3,11 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
-from system.cli import Help, run
+from system.cli import run, without_secrets
 from system.errors import require, require_at_least
 from text.registry import TEXTS, listed
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    dataset: Annotated[
-        str, Help(f"{', '.join(map(str, TEXTS.values()))}, or a data set of the Hugging Face Hub as org/name")
-    ] = "openwebtext"
+    dataset: str = "openwebtext"
+    """openwebtext, fineweb-edu, climbmix, tinystories, shakespeare, war-and-peace, pydocs (no download), or a data set
+    of the Hugging Face Hub as org/name"""
     input: tuple[str, ...] = ()
     """files, folders or globs, also as URLs (https://, s3://, gs://, hf://), instead of a data set: .txt .md .py, or
     tables .jsonl .json .csv .tsv .parquet, in which every row is a document; all may be compressed, .gz or .zst"""
@@ -48,11 +48,10 @@ class Config:
     max_tokens: int | None = None
     """stop after this many tokens, training and validation together"""
     shard_tokens: int | None = None
-    """write files of this many tokens (train_000001.bin and so on); default: 100 million for fineweb-edu, for climbmix
-    and in several processes, otherwise one file per split"""
+    """write files of this many tokens (train_000001.bin and so on); default: 100 million for fineweb-edu, and for
+    climbmix, otherwise one file per split"""
     workers: int | None = None
-    """number of tokenizing threads, by default one per core, shared by the processes of torchrun; it does not change
-    the output"""
+    """number of tokenizing threads, by default one per core; it does not change the output"""
     seed: int = 1337
     """seed that draws the held-out documents"""
     inspect: Path | None = None
@@ -81,24 +80,15 @@ class Config:
 def main(config: Config, tokenizer: "Tokenizer | None" = None, in_brief: bool = False) -> None:
     """Prepares one corpus, and prints what its token files hold, `in_brief` on one line. A `tokenizer` takes the place
     of the one that the config names."""
-    from system.files import claim_folder
-    from system.launch import Launch, environment_number
-    from system.wording import without_secrets
+    from system.files import require_no_files
     from text.corpora import open_corpus
-    from text.parts import SHARD_TOKENS, Parts
-    from text.preparation import available_cores, train_tokenizer, write_corpus
+    from text.preparation import train_tokenizer, write_corpus
     from text.token_files import count_tokens, report, summary
     from text.tokenizer import gpt2
 
     if config.inspect:
         print(report(*count_tokens(config.inspect), config.inspect))
         return
-    launch = Launch.from_environment()
-    require(
-        launch.world_size == 1 or config.max_tokens is None,
-        "--max-tokens takes the first tokens, which several processes cannot count: start one process, or name fewer "
-        "files",
-    )
     written = ["train*.bin", "val*.bin", "meta.json"]
     if config.tokenizer:
         from weights.loading import load_tokenizer  # imports torch: a second
@@ -108,32 +98,22 @@ def main(config: Config, tokenizer: "Tokenizer | None" = None, in_brief: bool = 
         written.append("tokenizer.json")
     corpus = open_corpus(config.dataset, config.input, config.text_column, config.config, config.split, config.revision)
     source = list(map(without_secrets, config.input)) or config.dataset
-    workers = config.workers or max(1, available_cores() // max(1, environment_number("LOCAL_WORLD_SIZE", 1)))
     vocabulary = tokenizer or config.vocab_size or gpt2()
-    in_several = SHARD_TOKENS if launch.world_size > 1 else None
-    shard_tokens = config.shard_tokens or corpus.default_shard_tokens or in_several
-    if shard_tokens and not config.max_tokens:
-        parts = Parts(corpus, config.out, vocabulary, config.val_fraction, config.seed, shard_tokens, workers, launch)
-        result = parts.write(source, written, config.overwrite)
-        if result is None:
-            return
-        counts, tokenizer = result
-    else:
-        claim_folder(config.out, "meta.json", written, config.overwrite)
-        if isinstance(vocabulary, int):
-            vocabulary = train_tokenizer(corpus.pieces(config.val_fraction, config.seed), vocabulary)
-        tokenizer = vocabulary
-        counts = write_corpus(
-            corpus,
-            tokenizer,
-            config.out,
-            source=source,
-            val_fraction=config.val_fraction,
-            seed=config.seed,
-            workers=workers,
-            shard_tokens=shard_tokens,
-            max_tokens=config.max_tokens,
-        )
+    require_no_files(config.out, written, config.overwrite)
+    if isinstance(vocabulary, int):
+        vocabulary = train_tokenizer(corpus.pieces(config.val_fraction, config.seed), vocabulary)
+    tokenizer = vocabulary
+    counts = write_corpus(
+        corpus,
+        tokenizer,
+        config.out,
+        source=source,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+        workers=config.workers,
+        shard_tokens=config.shard_tokens,
+        max_tokens=config.max_tokens,
+    )
     print(summary(counts, tokenizer) if in_brief else report(counts, tokenizer, config.out))
     for line in corpus.notes.lines():
         print(line)

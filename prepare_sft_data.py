@@ -3,11 +3,11 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
-from system.cli import Help, run
+from system.cli import run
 from system.errors import require
 from text.registry import CONVERSATIONS, listed
 
@@ -17,13 +17,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    dataset: Annotated[
-        str,
-        Help(
-            f"{', '.join(map(str, CONVERSATIONS.values()))}, or a data set of the Hugging Face Hub as org/name, with "
-            "the columns of --input"
-        ),
-    ] = "oasst1"
+    dataset: str = "oasst1"
+    """oasst1, alpaca-gpt4, builtins-qa and pydocs-qa (no download), or a data set of the Hugging Face Hub as org/name,
+    with the columns of --input"""
     input: Path | None = None
     """a .jsonl, .json, .csv, .tsv or .parquet file instead, perhaps compressed (.gz or .zst): each row has chat
     `messages`, or a question (column prompt, question or instruction, and perhaps input) and its answer (response,
@@ -64,14 +60,14 @@ class Config:
 
 def main(config: Config, tokenizer: "Tokenizer | None" = None) -> None:
     """Prepares one set of conversations. A `tokenizer` takes the place of the one that the config names."""
-    from system.files import claim_folder
+    from system.files import require_no_files
     from text.conversations import open_conversations
     from text.preparation import write_conversations
     from text.readers import Notes
     from text.token_files import read_meta
     from text.tokenizer import gpt2, tokenizer_of_data
 
-    claim_folder(config.out, "sft_meta.json", ["sft_*.bin", "sft_meta.json"], config.overwrite)
+    require_no_files(config.out, ["sft_*.bin", "sft_meta.json"], config.overwrite)
     if config.tokenizer:
         from weights.loading import load_tokenizer  # imports torch: a second
 

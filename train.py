@@ -6,15 +6,16 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
 import prepare_data
-from system.cli import Help, run
+from gpt_config import Shape
+from system.cli import run
 from system.errors import require
 from system.locks import releases_locks
-from text.registry import TEXTS, listed, small
+from text.registry import TEXTS, small
 from text.remote import with_plain_path
 from training.config import TrainerConfig
 
@@ -23,54 +24,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Model:
-    """The shape of a new model"""
-
-    block_size: int = 1024
-    """context in tokens"""
-    n_layer: int = 12
-    """layers"""
-    n_head: int = 12
-    """attention heads per layer"""
-    n_embd: int = 768
-    """width of the residual stream"""
-    dropout: float = 0.0
-    """probability that training drops an activation"""
-    bias: bool = True
-    """biases in the linear layers and LayerNorms"""
-    tie_weights: bool = True
-    """the head shares the matrix of the token embedding"""
-    rotary: bool = False
-    """rotary positions instead of learned ones"""
-    qk_norm: bool = False
-    """LayerNorm of queries and keys"""
-    value_embeddings: bool = False
-    """every second layer adds an embedding of the token to its values"""
-    squared_relu: bool = False
-    """relu(x)² instead of the GELU"""
-
-
-@dataclass(frozen=True)
-class Config(Model, TrainerConfig):
-    first_in_help: ClassVar[tuple[str, ...]] = (
-        "preset",
-        "data",
-        "out",
-        "init_from",
-        "vocab_size",
-        "max_steps",
-        "batch_size",
-        "learning_rate",
-        "sample_prompt",
-        "resume",
-        "overwrite",
-        "plan",
-    )
+class Config(TrainerConfig, Shape):
     preset: str = "gpt2"
     """gpt2, gpt2-medium, gpt2-large, gpt2-xl, modern, shakespeare or demo: the defaults of all other flags"""
-    data: Annotated[
-        str, Help(f"folder written by prepare_data.py; or a text file, its URL, {listed(small(TEXTS))}, prepared first")
-    ] = "data"
+    data: str = "data"
+    """folder written by prepare_data.py; or a text file, its URL, shakespeare, war-and-peace or pydocs, prepared first
+    """
     init_from: str = "scratch"
     """start from random weights (scratch), a checkpoint, gpt2 or another model of the Hugging Face Hub"""
     vocab_size: int | None = None
@@ -84,21 +43,8 @@ class Config(Model, TrainerConfig):
     """shard parameters, gradients and optimizer state over torchrun's processes, for models too large for one GPU"""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            min(self.block_size, self.n_layer, self.n_head) >= 1,
-            "--block-size, --n-layer and --n-head must be at least 1",
-        )
-        require(self.n_layer <= 10_000, "--n-layer must be at most 10,000")
-        require(
-            self.n_embd >= self.n_head and self.n_embd % self.n_head == 0,
-            f"--n-embd {self.n_embd} must be a multiple of --n-head {self.n_head}",
-        )
-        require(
-            not self.rotary or self.n_embd // self.n_head % 2 == 0,
-            f"--rotary needs heads of an even width, not {self.n_embd // self.n_head}",
-        )
-        require(0 <= self.dropout < 1, "--dropout must be at least 0 and below 1")
+        TrainerConfig.__post_init__(self)
+        Shape.__post_init__(self)
         require(0 <= self.max_epochs < math.inf, "--max-epochs must be at least 0")
 
 
@@ -109,7 +55,6 @@ MODERN = Config(  # what years after GPT-2 have taught; benchmarks/recipe.py mea
     tie_weights=False,
     rotary=True,
     qk_norm=True,
-    value_embeddings=True,
     squared_relu=True,
     optimizer="muon",
     learning_rate=3e-3,
@@ -141,7 +86,6 @@ PRESETS = {
         vocab_size=1021,
         block_size=128,
         dropout=0.1,
-        value_embeddings=False,  # no gain on so little text: see docs/shakespeare.md
         max_steps=800,
         batch_size=16,
         eval_every=100,
@@ -174,15 +118,15 @@ def main(config: Config) -> None:
     from text.token_files import read_token_meta
     from text.tokenizer import require_same_tokenizer, tokenizer_of_data
     from training.checkpointing import claim_data, claim_output
+    from training.distributed import Processes
     from training.loader import Windows
     from training.prepared import prepare_first
     from training.report import Samples
-    from training.restarts import join
     from training.run import train
     from weights import checkpoint
     from weights.loading import load_checkpoint
 
-    processes, config = join(config)
+    processes = Processes.join(config.device)
     resumed = claim_output(config, processes, "base", inputs=(Path(config.data), Path(config.init_from)))
     start = resumed
     if not resumed and config.init_from != "scratch":
@@ -240,9 +184,9 @@ def limited(config: Config, steps_per_epoch: float, rank: int) -> Config:
     return dataclasses.replace(config, max_steps=steps)
 
 
-def model_shape(config: Model) -> dict[str, Any]:
+def model_shape(config: Shape) -> dict[str, Any]:
     """Returns the fields of GPTConfig that a config sets."""
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(Model)}
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(Shape)}
 
 
 def prepare(config: Config, tokenizer: "Tokenizer | None", folder: Path, overwrite: bool) -> None:

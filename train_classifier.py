@@ -4,11 +4,11 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
-from system.cli import Help, run
+from system.cli import run
 from system.errors import UserError, require, require_at_least
 from system.locks import releases_locks
 from text.registry import LABELLED, listed
@@ -17,28 +17,12 @@ from training.config import TrainerConfig
 
 @dataclass(frozen=True)
 class Config(TrainerConfig):
-    first_in_help: ClassVar[tuple[str, ...]] = (
-        "preset",
-        "input",
-        "dataset",
-        "text_column",
-        "label_column",
-        "model",
-        "out",
-        "epochs",
-        "batch_size",
-        "learning_rate",
-        "resume",
-        "overwrite",
-        "plan",
-    )
     preset: str = "gpt2"
     """gpt2 or demo: the defaults of all other flags"""
     input: Path | None = None
     """a .csv, .tsv, .jsonl, .json or .parquet file of labelled texts, also as .gz or .zst"""
-    dataset: Annotated[
-        str, Help(f"without --input: {', '.join(map(str, LABELLED.values()))}, or org/name on the Hugging Face Hub")
-    ] = "sms-spam"
+    dataset: str = "sms-spam"
+    """without --input: sms-spam, or org/name on the Hugging Face Hub"""
     text_column: str = "text"
     """column with the text; a number for a .csv or .tsv file without a header"""
     label_column: str = "label"
@@ -112,13 +96,13 @@ def main(config: Config) -> None:
     from text.labelled import counts, one_of_each, read_examples, split
     from training.checkpointing import claim_output
     from training.classifier import Classifier, LabelledTexts, freeze, test
+    from training.distributed import Processes
     from training.report import Examples
-    from training.restarts import join
     from training.run import train
     from weights import checkpoint
     from weights.loading import load_checkpoint
 
-    processes, config = join(config)
+    processes = Processes.join(config.device)
     inputs = (config.model, *([config.input] if config.input else ()))
     resumed = claim_output(config, processes, "classifier", inputs=inputs)
     start = resumed or load_checkpoint(config.model)

@@ -6,15 +6,15 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
 import prepare_sft_data
-from system.cli import Help, run
+from system.cli import run
 from system.errors import require, require_at_least
 from system.locks import releases_locks
-from text.registry import CONVERSATIONS, listed, small
+from text.registry import CONVERSATIONS, small
 from training.config import TrainerConfig
 
 if TYPE_CHECKING:
@@ -23,31 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config(TrainerConfig):
-    first_in_help: ClassVar[tuple[str, ...]] = (
-        "preset",
-        "model",
-        "data",
-        "out",
-        "epochs",
-        "batch_size",
-        "learning_rate",
-        "lora_rank",
-        "sample_prompt",
-        "resume",
-        "overwrite",
-        "plan",
-    )
     preset: str = "gpt2"
     """gpt2, lora or demo: the defaults of all other flags"""
     model: Path = Path("checkpoints/pretrained.pt")
     """the model to start from: a checkpoint, gpt2 or another model of the Hugging Face Hub"""
-    data: Annotated[
-        Path,
-        Help(
-            "folder written by prepare_sft_data.py; or a file of conversations (see prepare_sft_data.py --input), or "
-            f"{listed(small(CONVERSATIONS))}, prepared first as the model needs them"
-        ),
-    ] = Path("data")
+    data: Path = Path("data")
+    """folder written by prepare_sft_data.py; or a file of conversations (see prepare_sft_data.py --input), oasst1,
+    alpaca-gpt4, builtins-qa or pydocs-qa, prepared first as the model needs them"""
     out: Path = Path("checkpoints/sft.pt")
     """checkpoint to write; the log, the plot, the report and the file for --resume are named after it"""
     epochs: int | None = None
@@ -119,16 +101,16 @@ def main(config: Config) -> None:
     from text.token_files import read_sft_meta
     from text.tokenizer import require_same_tokenizer
     from training.checkpointing import claim_data, claim_output
+    from training.distributed import Processes
     from training.loader import Conversations
     from training.prepared import prepare_first
     from training.report import Examples, Samples, greedy_answers
-    from training.restarts import join
     from training.run import train
     from weights import checkpoint, lora
     from weights.loading import load_base, load_checkpoint
 
     kind = "lora" if config.lora_rank else "sft"
-    processes, config = join(config)
+    processes = Processes.join(config.device)
     resumed = claim_output(config, processes, kind, inputs=(config.model, config.data))
     if resumed and kind == "sft":
         start = resumed

@@ -186,7 +186,7 @@ def print_sizes(config: Config, vocab_size: int) -> None:
         shape |= {size: getattr(config, size) for size in ("n_layer", "n_head", "n_embd", "block_size")}
         with torch.device("meta"):
             model = GPT(GPTConfig(**shape, vocab_size=vocab_size, n_tokens=vocab_size))
-        in_blocks = sum(p.numel() for key, p in model.h.named_parameters() if ".wve." not in key)
+        in_blocks = sum(p.numel() for p in model.h.parameters())
         print(f"{name}: {in_blocks:,} parameters in its layers, {model.flops_per_token():,} FLOPs per token")
     tokens = config.steps * config.batch_size * config.block_size
     print(f"{tokens:,} tokens a run, seeds {', '.join(map(str, config.seeds))}, {os.cpu_count()} cores")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
 
-from system.cli import REPEATABLE
 from system.errors import require, require_at_least
 
 
@@ -30,8 +28,8 @@ class SamplingConfig:
     """above 1, tokens that already occurred become less likely"""
     greedy: bool = False
     """always choose the likeliest token, the same as --temperature 0"""
-    stop: Annotated[tuple[str, ...], REPEATABLE] = ()
-    """end the text before this string; may be given several times"""
+    stop: tuple[str, ...] = ()
+    """end the text before any of these strings"""
     seed: int | None = None
     """seed of the random choices; the same seed gives the same text on the same device"""
 

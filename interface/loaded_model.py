@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import streamlit as st
 
 from generation.text_model import TextModel
-from system.wording import loss_name
 from weights import checkpoint
+from weights.describe import loss_name
 from weights.loading import load_checkpoint
 
 

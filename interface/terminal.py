@@ -18,10 +18,9 @@ from prompt_toolkit.key_binding import KeyBindings
 
 from generation.config import SamplingConfig
 from generation.text_model import Chat, Sample, TextModel
-from system.cli import SafeTerminal
+from system.cli import printable
 from system.errors import UserError
-from system.files import atomic_write, read_utf8, read_utf8_lines
-from system.untrusted import MAX_JSON_BYTES, printable, read_json
+from system.files import atomic_write, read_json, read_utf8, read_utf8_lines
 from text.conversations import read_file
 from text.readers import Notes, unix_line_ends
 from text.templates import Message
@@ -102,7 +101,7 @@ def print_stream(pieces: Iterable[str], before: str = "") -> None:
     sys.stdout.write(before)
     try:
         for piece in pieces:
-            sys.stdout.write(piece)
+            sys.stdout.write(printable(piece) if sys.stdout.isatty() else piece)
             sys.stdout.flush()
     finally:
         print(flush=True)
@@ -110,8 +109,8 @@ def print_stream(pieces: Iterable[str], before: str = "") -> None:
 
 def print_code(code: str) -> None:
     """Changes the colour of what follows, if standard output is a terminal."""
-    if isinstance(sys.stdout, SafeTerminal):
-        sys.stdout.write_codes(code)
+    if sys.stdout.isatty():
+        sys.stdout.write(code)
 
 
 def print_note(text: str) -> None:
@@ -149,7 +148,7 @@ def token_lines(tokenizer: Tokenizer, sample: Sample) -> Iterator[str]:
 
 def read_standard_input() -> str:
     """Reads all of standard input, without a newline at its end. Raises UserError if it is not UTF-8, or is huge."""
-    return unix_line_ends(read_utf8(max_bytes=MAX_JSON_BYTES)).removesuffix("\n")
+    return unix_line_ends(read_utf8()).removesuffix("\n")
 
 
 class LineReader:
@@ -253,7 +252,7 @@ def chat(text_model: TextModel, config: SamplingConfig) -> None:
 def answer(conversation: Chat, message: str) -> None:
     """Streams the answer to a message, on a terminal behind a label. Ctrl-C stops it; the text so far is kept."""
     pieces = conversation.reply(message)
-    if isinstance(sys.stdout, SafeTerminal):
+    if sys.stdout.isatty():
         print_code(BOLD)
         sys.stdout.write(LABEL_OF_ANSWER)
         print_code(RESET + CYAN)

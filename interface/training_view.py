@@ -10,10 +10,10 @@ import streamlit as st
 
 from interface.curves import loss_chart
 from interface.streaming import escape
+from system.cli import duration
 from system.errors import UserError
 from system.locks import is_locked, output_lock
 from system.untrusted import is_text
-from system.wording import duration
 from training.run_log import read_log
 
 SECONDS_TO_REDRAW = 2

@@ -120,17 +120,13 @@ def total_memory(device: torch.device) -> int:
 
 
 def machine(device: torch.device) -> str:
-    """Returns the processor, the GPU if it is used, the memory, and the versions of the software, in one line."""
+    """Returns the processor, the GPU if it is used, and the versions of the software, in one line."""
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    parts = [f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"]
-    if device.type == "cuda":
-        parts.append(torch.cuda.get_device_name(device))
-    parts.append(f"{total_memory(device) / 1e9:,.1f} GB of {'GPU ' if device.type == 'cuda' else ''}memory")
-    parts.append(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}")
-    return "; ".join(parts)
+    gpu = f"{torch.cuda.get_device_name(device)}; " if device.type == "cuda" else ""
+    return f"{gpu}{processor}, {os.cpu_count()} cores; torch {torch.__version__}, Python {platform.python_version()}"
 
 
 def free_memory(device: torch.device) -> None:
@@ -173,10 +169,9 @@ def to_host(values: torch.Tensor) -> Callable[[], list[float]]:
 def copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
     """Returns a copy of a tensor on the host. Work that comes later on the tensor does not change the copy.
 
-    On CUDA this only queues the copy: before reading it, wait with `queued_work`.
+    On CUDA this only queues the copy, to pinned memory: before reading it, wait with `queued_work`.
     """
     on_cuda = tensor.device.type == "cuda"
-    # PyTorch keeps pinned memory that is freed, and reuses it for the next copies.
     host = torch.empty_like(tensor, device="cpu", pin_memory=on_cuda)
     return host.copy_(tensor, non_blocking=on_cuda)
 

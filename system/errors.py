@@ -27,12 +27,5 @@ def require_at_least(minimum: float, config: object, *names: str) -> None:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Returns whether an error says that the memory of the machine, or of its GPU, is full."""
-    signs = (
-        "out of memory",
-        "allocate memory",
-        "not enough memory",
-        "bad_alloc",
-        "ALLOC_FAILED",
-        "Storage size calculation overflowed",
-    )
+    signs = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "ALLOC_FAILED")
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)

@@ -21,6 +21,7 @@ SCRIPTS = {
 SCRIPT_FLOOR = 6
 FLOORS = {
     "system": 1,
+    "gpt_config": 0,
     "model": 1,
     "text": 2,
     "weights": 3,

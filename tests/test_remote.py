@@ -19,8 +19,8 @@ from hub_server import HubHandler
 
 import prepare_data
 import train
+from system.cli import without_secrets
 from system.errors import UserError
-from system.wording import without_secrets
 from text import remote
 from text.conversations import read_file
 from text.corpora import Files, find_files

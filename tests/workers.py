@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from training.slice_writer import SliceWriter
+
 import train
 from model import GPT, GPTConfig
 from system.device import peak_memory
@@ -26,7 +28,6 @@ from training.loader import Windows
 from training.memory import fewest_for_slices, fewest_micro_batches
 from training.optim import orthogonalize
 from training.sharding import Sharding
-from training.slice_writer import SliceWriter
 from training.state import TrainingState
 from training.trainer import Trainer
 from weights import checkpoint, slices

@@ -20,8 +20,8 @@ from typing import Self, TypeVar
 
 import numpy as np
 
+from system.cli import without_secrets
 from system.errors import UserError
-from system.wording import without_secrets
 from text import pydocs
 from text.readers import (
     TABLES,

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from system.cli import command_line
+from system.cli import command_line, progress
 from system.errors import UserError
 from system.files import atomic_folder, write_json
-from system.progress import Progress, with_progress
 from text.conversations import Conversation
 from text.corpora import CHUNK, Corpus, Piece, training_text
 from text.readers import Notes
@@ -67,18 +66,15 @@ def write_tokens(
     folder: Path,
     shard_tokens: int | None,
     max_tokens: int | None = None,
-    part: str | None = "",
 ) -> tuple[dict[str, list[str]], dict[str, np.ndarray]]:
-    """Writes the ids of a corpus into token files; returns their names by split, and the counts as `write_corpus`.
-
-    `part` begins what is shown meanwhile, such as "part 3 of 8: "; with None, nothing is shown.
-    """
+    """Writes the ids of a corpus into token files; returns their names by split, and the counts as `write_corpus`."""
     files = {split: TokenFiles(folder, split, tokenizer.n_tokens, shard_tokens) for split in SPLITS}
-    with Progress(max_tokens or corpus.total) as progress:
+    with progress(total=max_tokens or corpus.total) as bar:
         for split, ids in batches:
             files[split].write(ids)
-            if part is not None and progress.is_due():
-                _show(progress, corpus, files, tokenizer, max_tokens, part)
+            n_tokens = sum(int(files[split].counts.sum()) for split in SPLITS)
+            bar.set_postfix_str(f"{n_tokens:,} tokens", refresh=False)
+            bar.update((n_tokens if max_tokens else corpus.position) - bar.n)
     for split in SPLITS:
         files[split].close()
     return {split: files[split].names for split in SPLITS}, {split: files[split].counts for split in SPLITS}
@@ -118,24 +114,6 @@ def train_tokenizer(pieces: Iterable[Piece], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _show(
-    progress: Progress,
-    corpus: Corpus,
-    files: dict[str, TokenFiles],
-    tokenizer: Tokenizer,
-    max_tokens: int | None,
-    part: str,
-) -> None:
-    """Shows how much of a corpus is tokenized."""
-    totals = statistics(np.sum([files[split].counts for split in SPLITS], axis=0), tokenizer)
-    megabytes = totals["bytes"] / 1e6
-    progress.show(
-        totals["tokens"] if max_tokens else corpus.position,
-        f"{part}{totals['documents']:,} documents, {megabytes:,.1f} MB of text at "
-        f"{megabytes / progress.seconds:,.1f} MB/s, {totals['tokens']:,} tokens",
-    )
-
-
 def write_conversations(
     conversations: Iterable[tuple[str, Conversation]],
     tokenizer: Tokenizer,
@@ -155,7 +133,7 @@ def write_conversations(
     """
     with atomic_folder(out, last="sft_meta.json") as folder:
         files, is_held_out = {split: ConversationFiles(folder, split) for split in SPLITS}, True
-        for i, (split, messages) in enumerate(with_progress(conversations, None, "conversations"), 1):
+        for i, (split, messages) in enumerate(progress(conversations, unit="conversation"), 1):
             ids, mask = encode_conversation(messages, tokenizer, template)
             if len(ids) > block_size:
                 ids, mask = encode_conversation(messages, tokenizer, template, block_size)

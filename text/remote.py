@@ -19,8 +19,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
+from system.cli import shorten, without_secrets
 from system.errors import UserError
-from system.wording import shorten, without_secrets
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

@@ -10,10 +10,9 @@ from typing import IO, Any
 
 import numpy as np
 
+from system.cli import printable, progress, shorten, without_secrets
 from system.errors import UserError
-from system.progress import with_progress
-from system.untrusted import is_file_name, is_integer, is_text, printable, read_json
-from system.wording import shorten, without_secrets
+from system.untrusted import is_file_name, is_integer, is_text, read_json
 from text.tokenizer import Tokenizer, require_same_tokenizer, tokenizer_of_data
 
 _SHARD_MAGIC, _LLAMA_SHARD_MAGIC, _SHARD_HEADER_BYTES = 20240520, 20240801, 1024  # of llm.c
@@ -274,7 +273,7 @@ def count_tokens(folder: Path) -> tuple[dict[str, np.ndarray], Tokenizer]:
         for name in (name for name in meta["files"] if split in name):
             tokens = read_tokens(folder / name)
             n_slices = math.ceil(len(tokens) / _SLICE)
-            for start, part in with_progress(slices(tokens), n_slices, f"slices of {printable(name)}"):
+            for start, part in progress(slices(tokens), total=n_slices, desc=printable(name)):
                 require_ids_below(part, tokenizer.n_tokens, folder / name, "prepare the data again", offset=start)
                 counts[split] += np.bincount(part, minlength=tokenizer.n_tokens)
     return counts, tokenizer

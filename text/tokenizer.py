@@ -12,18 +12,15 @@ import importlib.util
 import itertools
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-from system.cli import POSITIONAL, run
 from system.errors import UserError
 from system.files import read_utf8
-from system.untrusted import MAX_JSON_BYTES, is_integer, parse_json
+from system.untrusted import is_integer, parse_json
 
 SIGNS = {" ": "␣", "\n": "↵", "\t": "⇥"}
 """what `legible` shows for white space"""
@@ -256,7 +253,7 @@ def legible(token: bytes) -> str:
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Reads a `tokenizer.json`. Raises UserError if it is missing or not one."""
-    spec = read_utf8(path, MAX_JSON_BYTES)
+    spec = read_utf8(path)
     try:
         return from_spec(spec)
     except UserError as error:
@@ -284,25 +281,14 @@ def _byte_of_character() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-@dataclass(frozen=True)
-class Config:
-    text: Annotated[tuple[str, ...], POSITIONAL] = ()
-    """texts to tokenize; without one, standard input"""
-    tokenizer: Path | None = None
-    """tokenizer.json of a trained BPE; by default GPT-2's tokenizer"""
-
-
-def main(config: Config) -> None:
+def main(texts: list[str]) -> None:
     """Prints the id of each token, and the token with signs for its white space."""
-    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else gpt2()
-    for text in config.text or [read_utf8(max_bytes=MAX_JSON_BYTES).removesuffix("\n")]:
-        ids = tokenizer.encode(text)
+    for text in texts:
+        ids = gpt2().encode(text)
         for i in ids:
-            print(f"{i:6}  {legible(tokenizer.decode_bytes([i]))}")
-        n_bytes = len(text.encode())
-        counts = f"{len(ids):,} tokens, {len(text):,} characters, {n_bytes:,} bytes"
-        print(f"{counts}; tokenizer: {config.tokenizer or 'GPT-2'}", file=sys.stderr)
+            print(f"{i:6}  {legible(gpt2().decode_bytes([i]))}")
+        print(f"{len(ids):,} tokens, {len(text):,} characters, {len(text.encode()):,} bytes")
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    main(sys.argv[1:])

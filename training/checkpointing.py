@@ -8,7 +8,6 @@ import math
 import os
 import shlex
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from system.background import Background
 from system.cli import command_line, plain
 from system.device import copy_to_host, queued_work
 from system.errors import UserError, require
-from system.files import remove_temporaries
 from system.locks import hold, locked, output_lock, reading
 from system.untrusted import brief, is_integer, is_number
 from training.config import TrainerConfig
@@ -29,9 +27,8 @@ from training.optim import Muon
 from training.plots import is_plot
 from training.run_log import holds_only_a_beginning
 from training.run_report import is_report
-from training.slice_writer import SliceWriter
 from training.state import Listener, StepFigures, StopReason, TrainingState
-from weights import checkpoint, slices
+from weights import checkpoint
 from weights.loading import load_checkpoint
 from weights.validation import is_plain_tensor, is_progress
 
@@ -48,20 +45,10 @@ def claim_output(
     if config.plan:
         return None
     for path in inputs:
-        if any(_is_same_file(path, out) for out in (*_outputs(config), config.slices_path)):
+        if any(_is_same_file(path, out) for out in _outputs(config)):
             raise UserError(f"the run would write to {path}, which it reads: choose another --out")
     processes.on_first(lambda: _lock_output(config))
-    return load_checkpoint(_newest_save(config), verify=True, kinds=kinds) if config.resume else None
-
-
-def _newest_save(config: TrainerConfig) -> Path:
-    """Returns the folder or the file for `--resume`. Both are there if a run was killed that has just changed from one
-    to the other."""
-    folder, file = config.slices_path, config.last_path
-    if not slices.is_slices(folder):
-        return file
-    is_newer = not file.exists() or slices.read_step(folder) >= checkpoint.read_contents(file).get("step", 0)
-    return folder if is_newer else file
+    return load_checkpoint(config.last_path, verify=True, kinds=kinds) if config.resume else None
 
 
 def _outputs(config: TrainerConfig) -> list[Path]:
@@ -71,7 +58,6 @@ def _outputs(config: TrainerConfig) -> list[Path]:
     return [
         config.out,
         config.last_path,
-        config.slices_path / slices.META,
         config.log_path,
         config.report_path,
         *plots,
@@ -98,24 +84,19 @@ def _lock_output(config: TrainerConfig) -> None:
         require(not plot.is_dir(), f"the plot {plot} is a folder: choose another --out")
         if plot.exists() and not is_plot(plot):
             raise UserError(f"the run would draw its plot into {plot}, which is no plot: choose another --out")
-    folder, report = config.slices_path, config.report_path
-    require(not folder.exists() or folder.is_dir(), f"the run would write into the folder {folder}, which is a file")
+    report = config.report_path
     if report.exists() and not is_report(report):
         raise UserError(f"the run would write its report to {report}, which is no report: move that file")
     refusal, remedy = f"{out} is being written by another run", "wait for it, or choose another --out"
-    if hold(locked(output_lock(out), refusal, remedy)):  # so whoever left temporary files there was killed
-        slices.remove_unfinished(folder)
-        for path in (out, last, folder / slices.META, config.log_path, report):
-            remove_temporaries(path.parent, glob.escape(path.name))
-        remove_temporaries(out.parent / "snapshots", f"{glob.escape(out.stem)}_step_*.pt")
+    hold(locked(output_lock(out), refusal, remedy))
     if config.resume:
-        if not last.exists() and not slices.is_slices(folder):
+        if not last.exists():
             raise UserError(f"nothing to resume: {last} is missing; start without --resume")
         return
     existing = [path for path in _outputs(config) if path.exists()]
     if existing and not config.overwrite and not _was_killed_early(config, existing):
         remedies = ["--overwrite to replace it", "or choose another --out"]
-        if last.exists() or slices.is_slices(folder):
+        if last.exists():
             remedies.insert(0, "--resume to continue that run")
         raise UserError(f"{existing[0]} exists: add {', '.join(remedies)}")
 
@@ -144,17 +125,15 @@ class Checkpointer(Listener):
     the end.
     """
 
-    def __init__(self, metadata: dict[str, Any], background: Background, slice_writer: SliceWriter | None = None):
-        """`metadata` is stored in each file: kind, tokenizer, template and the like. With a `slice_writer`, all
-        processes write what `--resume` reads, otherwise rank 0 does."""
-        self.metadata, self.background, self.slice_writer = metadata, background, slice_writer
+    def __init__(self, metadata: dict[str, Any], background: Background):
+        """`metadata` is stored in each file: kind, tokenizer, template and the like."""
+        self.metadata, self.background = metadata, background
         self.last_write = -1
         """the step of the files that were written last"""
 
     def on_start(self, state: TrainingState) -> None:
         if state.step == 0 and state.processes.rank == 0:
             state.config.last_path.unlink(missing_ok=True)  # of an older run that nobody should resume by mistake
-            slices.remove(state.config.slices_path)
 
     def on_step(self, state: TrainingState, figures: StepFigures, loss: float) -> None:
         self.background.check()
@@ -175,18 +154,7 @@ class Checkpointer(Listener):
             "bad_evaluations": state.evaluations_since_best,
             "recent_losses": state.recent_losses,
         }
-        if self.slice_writer:
-            packed = self.pack(state, **progress)
-            self.background.start(self.slice_writer.copy(packed, config.slices_path))
-        else:
-            self.write(state, config.last_path, **progress)
-        if state.processes.rank == 0:  # what `--resume` would otherwise take for a save of this run
-            outdated = (
-                partial(config.last_path.unlink, missing_ok=True)
-                if self.slice_writer
-                else partial(slices.remove, config.slices_path)
-            )
-            self.background.start(outdated)
+        self.write(state, config.last_path, **progress)
 
     def close(self) -> None:
         self.background.close()  # comes before `on_end`, which says where the files are
@@ -251,7 +219,7 @@ def changed_options(config: TrainerConfig, resumed: dict[str, Any], data: list[s
     if resumed.get("data", data) != data:
         because = f" (changed: {', '.join(changes.values())})" if changes else ""
         raise UserError(
-            f"the data is not what {config.last_save} was trained on{because}: resume with the data and the flags of "
+            f"the data is not what {config.last_path} was trained on{because}: resume with the data and the flags of "
             "that run, or start a new run"
         )
     return list(changes.values())
@@ -267,7 +235,7 @@ def restore(state: TrainingState, resumed: dict[str, Any]) -> None:
 
     Raises UserError if the file belongs to a run with another optimizer, or is damaged.
     """
-    path = state.config.last_save
+    path = state.config.last_path
     if not is_progress(resumed):
         raise UserError(f"{path} is damaged: the progress of its run is incomplete; restore the file from a copy")
     try:

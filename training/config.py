@@ -29,16 +29,6 @@ class Output:
         return self.out.with_suffix(".last.pt")
 
     @property
-    def slices_path(self) -> Path:
-        """The folder for `--resume` if each process saves its own slices: `checkpoints/pretrained.last`."""
-        return self.out.with_suffix(".last")
-
-    @property
-    def last_save(self) -> Path:
-        """The folder or the file for `--resume`, as a message names it."""
-        return self.slices_path if self.slices_path.is_dir() else self.last_path
-
-    @property
     def log_path(self) -> Path:
         """The log, one JSON object per line: `checkpoints/pretrained.jsonl`."""
         return self.out.with_suffix(".jsonl")
@@ -106,9 +96,6 @@ class Logging:
     """steps between lines of the log"""
     save_every: int = 1_000
     """steps between saves of the file for --resume"""
-    sharded_saves: Literal["auto", "on", "off"] = "auto"
-    """each process writes its own slices of what --resume reads, into a folder; auto does so from a billion parameters
-    on, if there are several processes"""
     snapshot_every: int = 0
     """steps between snapshots of the weights, all of which are kept; 0 for none"""
     keep: Literal["best", "last"] = "best"
@@ -131,12 +118,10 @@ class Hardware:
     """torch.compile; auto compiles on CUDA"""
     grad_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
-    process_timeout: float = 600.0
-    """with torchrun: seconds after which a process that does not answer the others ends the run"""
 
 
 @dataclass(frozen=True)
-class TrainerConfig(Output, Optimization, Logging, Hardware):
+class TrainerConfig(Hardware, Logging, Optimization, Output):
     """The options that every training script shares."""
 
     memory_savers: ClassVar[str] = "larger --grad-accum-steps, a smaller --batch-size or a "
@@ -145,7 +130,6 @@ class TrainerConfig(Output, Optimization, Logging, Hardware):
         require(self.out.suffix == ".pt", f"--out {self.out} must end in .pt")
         require(not self.out.name.endswith(".last.pt"), f"--out {self.out}: files for --resume end in .last.pt")
         require_at_least(1, self, "max_steps", "batch_size", "eval_every", "save_every", "log_every", "eval_tokens")
-        require_at_least(1, self, "process_timeout")
         require_at_least(
             0, self, "learning_rate", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "embedding_lr_scale"
         )

@@ -15,7 +15,6 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -24,9 +23,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from system.device import choose_device
 from system.errors import UserError
-from system.launch import UNSET_OR_LAUNCH, Launch
-from system.locks import hold
-from training.faults import Heartbeats, named_faults
 
 
 @dataclass(frozen=True)
@@ -36,37 +32,33 @@ class Processes:
     device: torch.device = torch.device("cpu")
     rank: int = 0
     world_size: int = 1
-    heartbeats: Heartbeats | None = None
 
     @classmethod
-    def join(cls, device_name: str, timeout: float = 600.0) -> Processes:
+    def join(cls, device_name: str) -> Processes:
         """Joins the processes that `torchrun` started, if it did, each with a GPU of its own.
 
-        From now until `main` ends, a rank that does not answer for `timeout` seconds ends the run, which names it.
-        Raises UserError if there is no such device, or if the environment variables of `torchrun` are wrong.
+        Raises UserError if there is no such device, or if the processes cannot meet.
         """
-        launch = Launch.from_environment(("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
-        rank, local_rank, world_size = launch.rank, launch.local_rank, launch.world_size
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
         if world_size == 1:
             return cls(choose_device(device_name))
         if device_name in ("auto", "cuda") and torch.cuda.is_available():
-            device_name = f"cuda:{local_rank}"
+            device_name = f"cuda:{os.environ['LOCAL_RANK']}"
         device = choose_device(device_name)
         gpu = device if device.type == "cuda" else None
         try:
-            heartbeats = _meet(rank, world_size, gpu, timeout)
+            dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
         except (ValueError, RuntimeError) as error:  # such as a wrong MASTER_ADDR, or another process that is missing
             raise UserError(
-                f"the {world_size} processes cannot meet ({str(error).partition(chr(10))[0][:200]}): {UNSET_OR_LAUNCH}"
+                f"the {world_size} processes cannot meet ({str(error).partition(chr(10))[0][:200]}): "
+                "start the run with torchrun, or unset RANK and WORLD_SIZE"
             ) from None
-        return cls(device, rank, world_size, heartbeats)
+        return cls(device, dist.get_rank(), world_size)
 
     def leave(self) -> None:
         """Ends the group, after all processes have arrived here."""
         if self.world_size > 1:
             dist.barrier()
-            if self.heartbeats:
-                self.heartbeats.leave()
             dist.destroy_process_group()
 
     def on_first(self, action: Callable[[], object]) -> None:
@@ -103,32 +95,6 @@ class Processes:
         total = torch.tensor(float(flag), device=self.device)
         dist.all_reduce(total, dist.ReduceOp.MAX)
         return bool(total.item())
-
-    def gather(self, *numbers: float) -> list[list[float]]:
-        """Returns the numbers of each rank. Waits for the device."""
-        table = torch.zeros(self.world_size, len(numbers), device=self.device)
-        table[self.rank] = torch.tensor(numbers)
-        self.sum_in_place(table)
-        return table.tolist()
-
-
-def _meet(rank: int, world_size: int, gpu: torch.device | None, timeout: float) -> Heartbeats:
-    """Creates the process group, in which a collective call fails after `timeout` seconds, and starts the heartbeats.
-
-    Raises ValueError or RuntimeError if the processes cannot meet.
-    """
-    limit = timedelta(seconds=timeout)
-    store, _, _ = next(dist.rendezvous("env://", timeout=limit))
-    # A restarted run finds the same store, with the addresses of dead processes.
-    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    connection = store.clone()  # type: ignore[attr-defined]  # its stubs lack it
-    heartbeats = Heartbeats(connection, rank, world_size, timeout)
-    dist.init_process_group(
-        "nccl" if gpu else "gloo", store=store, rank=rank, world_size=world_size, timeout=limit, device_id=gpu
-    )
-    heartbeats.start()
-    hold(named_faults(heartbeats))
-    return heartbeats
 
 
 def replicate(model: nn.Module, processes: Processes) -> nn.Module:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from generation.text_model import TextModel
 from model import GPT, ChunkLoss, chunk_loss
+from system.cli import progress
 from system.device import autocast
 from system.errors import UserError
-from system.progress import with_progress
 from text.readers import hub_rows, load_hub, opened, records
 from training.distributed import Processes
 from training.loader import Batch, micro_batches, require_known_ids, strided
@@ -97,7 +97,7 @@ def evaluate_text(
     if len(ids) < 2:
         raise UserError("there is no text to evaluate on")
     n = len(ids) - 1
-    windows = with_progress(strided(ids, block_size, stride), math.ceil(len(ids) / stride), "windows")
+    windows = progress(strided(ids, block_size, stride), total=math.ceil(len(ids) / stride), unit="window")
     loss = mean_loss(model, windows, batch_size, text_model.dtype, Processes(text_model.device))
     scored = ids[1:][ids[1:] < tokenizer.end_of_text]
     n_bytes = int(tokenizer.token_sizes()[0][scored].sum())
@@ -118,7 +118,7 @@ def evaluate_hellaswag(text_model: TextModel, questions: Iterable[Question], bat
     question is its context, a space and the ending. Raises UserError without questions.
     """
     n_right, n_right_norm, n = 0, 0, 0
-    iterator = with_progress(questions, None, "questions")
+    iterator = iter(progress(questions, unit="question"))
     while batch := list(itertools.islice(iterator, batch_size)):
         sums, means = ending_scores(text_model, batch)
         labels = torch.tensor([label for _, _, label in batch])

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from system.cli import duration
 from system.device import peak_memory, total_memory
-from system.wording import duration
 from training.loader import Batch, Prefetcher, StepBatch, Windows, micro_batches
 from training.optim import learning_rate_at
 from training.report import MANY_EPOCHS

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from system.background import Background
+from system.cli import shorten
 from system.files import atomic_write
 from system.untrusted import as_utf8
-from system.wording import shorten
 from training.report import before_and_after
 from training.run_log import read_log
 from training.state import Listener, TrainingState

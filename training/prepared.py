@@ -7,9 +7,9 @@ import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from system.cli import without_secrets
 from system.errors import UserError
 from system.locks import hold
-from system.wording import without_secrets
 from text.remote import RemoteFile, is_url, with_plain_path
 from text.token_files import is_prepared_from
 from training.config import Output

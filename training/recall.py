@@ -7,7 +7,7 @@ from pathlib import Path
 
 from generation.config import SamplingConfig
 from generation.text_model import TextModel
-from system.progress import with_progress
+from system.cli import progress
 from training.loader import Conversations
 
 Exchange = tuple[list[int], list[int]]
@@ -30,7 +30,7 @@ def recall_report(text_model: TextModel, data: Path, split: str, n: int = 500, n
     exchanges = conversations.first_exchanges(len(conversations))
     exchanges = list({str(exchange): exchange for exchange in exchanges}.values())
     exchanges = random.Random(0).sample(exchanges, min(n, len(exchanges)))
-    asked = with_progress(exchanges, len(exchanges), "questions")
+    asked = progress(exchanges, unit="question")
     n_recalled = sum(is_recalled(text_model, exchange) for exchange in asked)
     n_asked = len(exchanges)
     lines = [f"{n_recalled} of {n_asked} answered word for word ({100 * n_recalled // n_asked}%), for example:"]

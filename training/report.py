@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,15 +13,15 @@ from torch.nn.utils import parametrize
 from generation.config import SamplingConfig
 from generation.text_model import TextModel
 from model import GPT
+from system.cli import duration, progress, shorten
 from system.device import peak_flops, peak_memory
-from system.progress import Progress
 from system.untrusted import printable
-from system.wording import duration, loss_name, shorten
 from text.tokenizer import Tokenizer
 from training.evaluation import bits_per_byte, perplexity
 from training.loader import Epochs, Windows
 from training.run_log import RunLog
 from training.state import Listener, StepFigures, StopReason, TrainingState
+from weights.describe import loss_name
 
 Examine = Callable[[TrainingState], "list[dict[str, str]]"]
 """Gives the model the same few held-out inputs each time; returns `input`, `expected` and `output` of each."""
@@ -81,34 +82,24 @@ class ProgressBar(Listener):
     It must come before the listeners that print, so that they do not print into the bar.
     """
 
-    def __init__(self) -> None:
-        self.progress: Progress | None = None
-        self.tokens_before, self.peak_flops, self.flops_per_token = 0, 0.0, 0
-
     def on_start(self, state: TrainingState) -> None:
         self.peak_flops = (peak_flops(state.processes.device) or 0.0) * state.processes.world_size
-        self.flops_per_token = state.model.flops_per_token()
+        self.bar = progress(total=state.config.max_steps, initial=state.step, unit="step")
+        self.start, self.tokens_before = time.perf_counter(), state.tokens
 
     def on_step(self, state: TrainingState, figures: StepFigures, loss: float) -> None:
-        if self.progress is None:  # the clock starts late: the first step compiles, and comes after an evaluation
-            self.progress, self.tokens_before = Progress(state.config.max_steps, figures.step), figures.tokens
-        if not self.progress.is_due():
-            return
-        rate = (figures.tokens - self.tokens_before) / self.progress.seconds
-        text = f"step {figures.step:,} of {state.config.max_steps:,}, loss {loss:.3f}, {rate:,.0f} tokens/s"
+        rate = (figures.tokens - self.tokens_before) / (time.perf_counter() - self.start)
+        text = f"loss {loss:.3f}, {rate:,.0f} tokens/s"
         if self.peak_flops:
-            text += f", MFU {rate * self.flops_per_token / self.peak_flops:.0%}"
-        self.progress.show(figures.step, text)
+            text += f", MFU {rate * state.model.flops_per_token() / self.peak_flops:.0%}"
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
 
     def on_evaluation(self, state: TrainingState, entry: dict[str, Any], is_best: bool) -> None:
-        self.close()
-
-    def on_end(self, state: TrainingState, reason: StopReason) -> None:
-        self.close()
+        self.bar.clear()
 
     def close(self) -> None:
-        if self.progress:
-            self.progress.clear()
+        self.bar.close()
 
 
 class Summary(Listener):
@@ -254,7 +245,6 @@ def parameter_table(model: GPT) -> str:
         "LoRA": ("lora_", "role_rows"),
         "token embedding": ("wte",),
         "position embedding": ("wpe",),
-        "value embeddings": (".wve.",),
         f"attention, {model.config.n_layer} layers": (".attn.",),
         f"MLP, {model.config.n_layer} layers": (".mlp.",),
         "LayerNorms": ("ln_",),

@@ -21,12 +21,9 @@ from training.plan import print_plan
 from training.plots import LossPlot
 from training.prompts import prompts
 from training.report import Examples, ProgressBar, Report, Samples, Summary
-from training.restarts import RestartMark
 from training.run_log import RunLog
 from training.run_report import RunReport
-from training.slice_writer import slice_writer
 from training.state import Listener, StopReason, TrainingState
-from training.stragglers import Stragglers
 from training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -71,7 +68,7 @@ def train(
         processes.leave()
         return StopReason.DONE
     background = Background()
-    checkpointer = Checkpointer(metadata, background, slice_writer(config, processes, model.n_parameters()))
+    checkpointer = Checkpointer(metadata, background)
     if processes.rank > 0:
         return trainer.run([samples, checkpointer] if sharding and samples else [checkpointer])
     log = RunLog()
@@ -80,13 +77,11 @@ def train(
         # and a checkpoint is written before its plot.
         ProgressBar(),
         examples,
-        Stragglers(),
         log,
         Report(train_data, math.log(model.config.vocab_size) if has_random_weights else None),
         samples,
         Summary(log, metadata, val_data.bytes_per_token),
         checkpointer,
-        RestartMark(),
         LossPlot(background),
         RunReport(log, train_data, val_data, metadata, samples),
     ]

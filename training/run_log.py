@@ -10,7 +10,7 @@ from typing import Any
 
 from system.cli import plain
 from system.errors import UserError
-from system.files import atomic_write, naming
+from system.files import atomic_write
 from system.untrusted import MAX_JSON_BYTES, parse_json
 from training.config import TrainerConfig
 from training.state import Listener, TrainingState
@@ -56,7 +56,7 @@ class RunLog(Listener):
         """Adds an entry: `step`, numbers, and perhaps `examples`."""
         path = state.config.log_path
         line = {**entry, "seconds": round(self.seconds, 3), "max_steps": state.config.max_steps}
-        with naming(path), open(path, "a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         for sink in self.sinks:
             sink({name: value for name, value in entry.items() if name != "examples"})

@@ -13,7 +13,6 @@ from system.cli import command_line, plain
 from system.device import machine, peak_memory
 from system.files import atomic_write, read_utf8
 from system.untrusted import as_utf8, printable
-from system.wording import loss_name
 from text.token_files import read_token_meta
 from training.config import TrainerConfig
 from training.evaluation import bits_per_byte, perplexity
@@ -21,6 +20,7 @@ from training.loader import Epochs, Windows
 from training.report import Samples
 from training.run_log import RunLog
 from training.state import Listener, StopReason, TrainingState
+from weights.describe import loss_name
 from weights.huggingface import inexpressible_fields
 from weights.listing import data_of, parent_of
 

@@ -60,8 +60,6 @@ class TrainingState:
     """one entry per evaluation: `step`, `val_loss`, perhaps `bits_per_byte` and `examples`"""
     recent_losses: list[float] = field(default_factory=list)
     """training losses since the last line of the log"""
-    own_seconds: list[float] = field(default_factory=list)
-    """mean time of a step on each rank, without waiting for other ranks, since the last line of the log"""
 
     @classmethod
     def create(

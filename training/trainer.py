@@ -15,16 +15,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from system.cli import stop_signals as catch_stop_signals
 from system.device import autocast, fast_attention, to_host
 from system.errors import UserError
-from system.interrupts import catch_stop_signals
 from training.distributed import local_gradients, replicate
 from training.evaluation import bits_per_byte, compile_evaluation, mean_loss
 from training.loader import Batch, Epochs, Prefetcher, StepBatch, Windows, micro_batches, require_known_ids, step_seed
 from training.memory import fewest_for_slices, fewest_micro_batches
 from training.optim import learning_rate_at, set_learning_rate
 from training.state import Listener, StepFigures, StopReason, TrainingState
-from training.stragglers import StepTimer
 
 MAX_LOSS = 1_000.0
 """Nats per token. Random weights have a loss of about 11."""
@@ -52,7 +51,6 @@ class Trainer:
         if state.config.grad_accum_steps == "auto" and state.processes.device.type != "cpu":
             search = fewest_for_slices if state.sharding else fewest_micro_batches
             state.n_micro_batches = search(state, train_data.largest_batch(), self.forward_backward)
-        self.step_timer = StepTimer(state)
 
     def run(self, listeners: Sequence[Listener] = ()) -> StopReason:
         """Trains until `max_steps`, an early stop, or SIGINT or SIGTERM, which finishes the step and saves.
@@ -72,7 +70,6 @@ class Trainer:
             unread = None  # what the last step measured, as long as the GPU may still compute it
             first_step = state.step
             while stop is None and state.step < config.max_steps:
-                self.step_timer.start()
                 batch = batches.get(state.step)
                 learning_rate = learning_rate_at(state.step, config)
                 torch.manual_seed(step_seed(config.seed, state.step, state.processes.rank))  # dropout
@@ -185,7 +182,7 @@ class Trainer:
         if not math.isfinite(loss) or not (math.isfinite(grad_norm) or state.scaler.is_enabled()):
             raise UserError(
                 f"the loss is not finite at step {figures.step} (loss {loss}, gradient norm {grad_norm}); the last "
-                f"save, if any, is in {config.last_save}: try a lower --learning-rate, or --dtype float32"
+                f"save, if any, is in {config.last_path}: try a lower --learning-rate, or --dtype float32"
             )
         state.recent_losses.append(loss)
         for listener in self.listeners:
@@ -239,7 +236,7 @@ class Trainer:
         if not loss < MAX_LOSS:
             raise UserError(
                 f"the weights have a validation loss of {loss:.4g} after step {state.step} and are not saved; the last "
-                f"save, if any, is in {config.last_save}: try a lower --learning-rate, or --dtype float32"
+                f"save, if any, is in {config.last_path}: try a lower --learning-rate, or --dtype float32"
             )
         return loss
 
@@ -249,12 +246,8 @@ class Trainer:
 
     def is_interrupted(self, stop_signals: list[int]) -> bool:
         """Whether a process got a stop signal. Asking the others takes time, so several processes ask each other only
-        every `--log-every` steps; they also say how fast they are."""
-        state = self.state
-        if state.processes.world_size == 1:
-            return bool(stop_signals)
-        if not self.is_due(self.config.log_every):
+        every `--log-every` steps."""
+        processes = self.state.processes
+        if processes.world_size > 1 and not self.is_due(self.config.log_every):
             return False
-        answers = state.processes.gather(bool(stop_signals), self.step_timer.mean())
-        state.own_seconds = [seconds for _, seconds in answers]
-        return any(is_stopped for is_stopped, _ in answers)
+        return processes.any(bool(stop_signals))

@@ -301,7 +301,5 @@ def _vocabulary_matrices(checkpoint: Checkpoint) -> list[str]:
     """Returns the names of the stored matrices that have one row for each token."""
     is_class_head = checkpoint["config"].n_classes > 0
     return [
-        name
-        for name in checkpoint["model"]
-        if name.endswith(("wte.weight", "wve.weight")) or (name == "lm_head.weight" and not is_class_head)
+        name for name in checkpoint["model"] if name == "wte.weight" or (name == "lm_head.weight" and not is_class_head)
     ]

@@ -277,7 +277,7 @@ def _require_expressible(config: GPTConfig) -> None:
         raise UserError(
             f"cannot export the model: the GPT-2 of transformers has no setting for {name}={value!r}; "
             "use the checkpoint with this project's own scripts, or train one with --no-rotary --no-qk-norm "
-            "--no-value-embeddings --no-squared-relu"
+            "--no-squared-relu"
         )
 
 

@@ -5,14 +5,14 @@ from pathlib import Path
 from system.errors import UserError
 from text import tokenizer as tokenizers
 from text.tokenizer import Tokenizer
-from weights import huggingface, lora, nanogpt, slices
+from weights import huggingface, lora, nanogpt
 from weights.checkpoint import Checkpoint, from_contents, grow_vocabulary, read_contents, tokenizer_of
 
 
 def load_checkpoint(name: str | Path, verify: bool = False, kinds: tuple[str, ...] = ("base", "sft")) -> Checkpoint:
     """Loads the model that the user names onto the CPU; tensors are mapped from their file where possible.
 
-    `name` is our `.pt` file, our folder of slices (`weights/slices.py`), nanoGPT's `ckpt.pt`, a folder in the format of
+    `name` is our `.pt` file, nanoGPT's `ckpt.pt`, a folder in the format of
     Hugging Face, or a model of the Hugging Face Hub, such as "gpt2". `verify` compares the checksums of a file first.
     `kinds` are the kinds that the caller accepts; an adapter, of the kind "lora", is merged with its base model unless
     the caller accepts "lora". Raises UserError if the model is missing, damaged, foreign, of another kind, or from a
@@ -58,8 +58,6 @@ def load_file(path: Path, verify: bool = False) -> Checkpoint:
 
 
 def _load_folder(path: Path, verify: bool) -> Checkpoint:
-    if slices.is_slices(path):
-        return from_contents(slices.read_contents(path, verify), path)
     folder = huggingface.find_folder(path)
     if folder is None:
         raise UserError(f"no checkpoint {path}: train one with train.py, or choose one that generate.py --list shows")

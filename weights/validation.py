@@ -71,8 +71,6 @@ def weight_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"wte.weight": (config.vocab_size, C)}
     if not config.rotary:
         shapes["wpe.weight"] = (config.block_size, C)
-    if config.value_embeddings:
-        shapes |= {f"h.{i}.attn.wve.weight": (config.vocab_size, C) for i in range(1, config.n_layer, 2)}
     norms = [f"h.{i}.{name}" for i in range(config.n_layer) for name in ("ln_1", "ln_2")] + ["ln_f"]
     shapes |= {f"{name}.weight": (C,) for name in norms}
     shapes |= {f"{name}.weight": shape for name, shape in _linear_shapes(config).items()}
