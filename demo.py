@@ -187,7 +187,7 @@ def print_completions(text_model: TextModel, prompts: Iterable[str]) -> None:
     """Prints a completion of each prompt, up to the end of its first paragraph."""
     config = SamplingConfig(max_new_tokens=60, temperature=0.6, top_k=None, top_p=0.8, seed=1)
     for prompt in prompts:
-        paragraph = "".join(text_model.complete(prompt, config)).split("\n\n")[0]
+        paragraph = text_model.write(text_model.prompt_ids(prompt), config).split("\n\n")[0]
         print(f"> {prompt} | {' '.join(paragraph.split())}")
 
 

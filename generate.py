@@ -37,8 +37,6 @@ class Config(SamplingConfig):
     """print one JSON object per completion: text, tokens, finish reason, and log-probabilities with --logprobs"""
     compile: Literal["on", "off"] = "off"
     """compile the decoding of one token, on CUDA as a graph; the first tokens wait for the compiler"""
-    verify: bool = False
-    """compare the checkpoint's checksums first, to find flipped bits"""
     quantize: Literal["none", "int8"] = "none"
     """int8 stores the weights in 8 bits: on the CPU about twice as fast, and a little less exact"""
     device: str = "auto"
@@ -79,7 +77,6 @@ def main(config: Config) -> None:
         config.device,
         config.dtype,
         quantize=config.quantize,
-        verify=config.verify,
         compile=config.compile == "on",
     )
 

@@ -18,6 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from gpt_config import GPTConfig
 
+IGNORE_INDEX = -100
+"""The target of a position whose loss does not count."""
+
 ChunkLoss = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor]]
 """The type of `chunk_loss` and of its compiled version."""
 
@@ -200,27 +203,21 @@ class GPT(nn.Module):
                 x = block(x, rotation, caches[i] if caches else None)
         return self.ln_f(x).to(x.dtype)  # on CUDA, autocast computes a LayerNorm in float32
 
-    def forward(
-        self,
-        tokens: Tensor,
-        targets: Tensor | None = None,
-        counted: Tensor | None = None,
-        weights: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, class_weights: Tensor | None = None) -> Tensor:
         """Returns logits (B, T, V) of int64 tokens (B, T), or with int64 targets (B, T) the summed loss in nats.
 
-        `counted`, int64 indices into the flat B * T positions, restricts the loss to these positions, and `weights`,
-        float32, gives each of them a weight. The loss is a sum, so that micro-batches and processes can add theirs
-        before one division.
+        Targets that are `IGNORE_INDEX` do not count. `class_weights`, float32 (n_classes,), weights the loss of a
+        classifier by the target's class. The loss is a sum, so that micro-batches and processes can add theirs before
+        one division.
         """
         if targets is None:
             return self.lm_head(self.hidden(tokens))
         network, loss_function = self.compiled or (self.hidden, chunk_loss)
         x, y = network(tokens).flatten(0, 1), targets.flatten()  # (B * T, C), (B * T,)
-        if counted is not None:
-            x, y = x[counted], y[counted]
-        if weights is not None:  # a classifier's: its few logits need no chunks
-            return (F.cross_entropy(self.lm_head(x).float(), y, reduction="none") * weights).sum()
+        if x.device.type == "cpu" and not (is_counted := y != IGNORE_INDEX).all():
+            x, y = x[is_counted], y[is_counted]  # not on GPUs, where the number of rows would make the host wait
+        if self.config.n_classes:  # a few logits need no chunks
+            return F.cross_entropy(self.lm_head(x).float(), y, class_weights, reduction="sum")
         return linear_cross_entropy(x, self.lm_head.weight, y, loss_function=loss_function)
 
     def compile_training(self) -> None:
@@ -267,10 +264,11 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Returns `F.cross_entropy(hidden @ weight.T, targets, reduction="sum")`, a float32 scalar in nats.
 
-    hidden (N, C), weight (V, C), int64 targets (N,). All logits at once would be the largest tensor of a training step.
+    hidden (N, C), weight (V, C), int64 targets (N,), some perhaps `IGNORE_INDEX`. All logits at once would be the
+    largest tensor of a training step.
     Here they exist for `chunk_size` positions at a time, and each chunk forms its gradient in the same pass, so the
     product with the head is computed once. `loss_function` is `chunk_loss` or its compiled version, which gets whole
-    chunks only, so that it never recompiles: rows of zeros pad the last one.
+    chunks only, so that it never recompiles: ignored rows pad the last one.
     """
     hidden, chunk_size = hidden.to(compute_dtype(hidden)), chunk_size or default_chunk_size(hidden)
     is_training = torch.is_grad_enabled()  # asked here, since it is off inside an autograd function
@@ -309,14 +307,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x, y = hidden[i : i + chunk_size], targets[i : i + chunk_size, None]
             n = len(x)
             if n < chunk_size and loss_function is not chunk_loss:
-                x, y = F.pad(x, (0, 0, 0, chunk_size - n)), F.pad(y, (0, 0, 0, chunk_size - n))
+                padding = (0, 0, 0, chunk_size - n)
+                x, y = F.pad(x, padding), F.pad(y, padding, value=IGNORE_INDEX)
+            is_counted = y != IGNORE_INDEX  # (n, 1)
+            x, y = x * is_counted, y.clamp(min=0)  # rows of zeros add nothing to the gradient of the head
             losses, grad_logits, grad_at_target = loss_function(x, head, y, hidden_needs_grad or weight_needs_grad)
-            loss += losses[:n].sum()
+            loss += (losses * is_counted).sum()
             if hidden_needs_grad or weight_needs_grad:
                 grad_logits.scatter_(-1, y, grad_at_target)
                 if grad_hidden is not None:
-                    grad_hidden[i : i + n] = grad_logits[:n] @ head
-                if grad_weight is not None and x.is_cuda:  # adds in float32; the rows of padding add 0
+                    grad_hidden[i : i + n] = (grad_logits[:n] @ head) * is_counted[:n]
+                if grad_weight is not None and x.is_cuda:  # adds in float32
                     torch.addmm(grad_weight, grad_logits.t(), x, out_dtype=grad_dtype, out=grad_weight)
                 elif grad_weight is not None and grad_dtype == x.dtype:
                     grad_weight.addmm_(grad_logits.t(), x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,9 @@ from torch import Tensor
 
 from model import GPT, GPTConfig
 from system.device import to_host
+
+Step = tuple[Tensor, Tensor, int]
+"""New ids, int64 (N,); the model's logits (N, n_tokens) before temperature and the like; how many tokens it saw."""
 
 
 @torch.inference_mode()
@@ -30,22 +33,22 @@ def generate(
     generator: torch.Generator | None = None,
     use_cache: bool = True,
     compiled: CompiledDecoder | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[Step]:
     """Continues int64 tokens (B, T ≥ 1), each row `num_samples` times, so N = B * num_samples rows.
 
-    Yields at each step the new ids, int64 (N,), and the model's logits (N, n_tokens) before temperature and the like.
-    `sample` chooses the ids. Text longer than the context slides the window: the newer half of the context is read
-    again, and decoding continues behind it. `use_cache=False` recomputes all positions for every token; tests compare
-    with it. `compiled` decodes single tokens with a compiled function.
+    Yields a step for each new token; `sample` chooses the ids. Text longer than the context slides the window: the
+    newer half of the context is read again, and decoding continues behind it. `use_cache=False` recomputes all
+    positions for every token; tests compare with it. `compiled` decodes single tokens with a compiled function.
     """
     block_size = model.config.block_size
     window = new = tokens[:, -block_size:]
     cache = KVCache(model.config, len(tokens), model.wte.weight, min(block_size, window.size(1) + max_new_tokens))
-    penalty = RepetitionPenalty(tokens, model.config.n_tokens, repetition_penalty) if repetition_penalty != 1 else None
+    occurred = occurring(tokens, model.config.n_tokens)
     for step in range(max_new_tokens):
         if window.size(1) > block_size:
             window = new = window[:, -max(1, block_size // 2) :]
             cache.clear()
+        n_context = window.size(1)
         if not use_cache:
             logits = next_token_logits(model, model.hidden(window))
         elif compiled and cache.length and new.size(1) == 1:
@@ -53,36 +56,33 @@ def generate(
         else:
             logits = prefill(model, new, cache)
         if step == 0 and num_samples > 1:  # the prompt is read once for all its samples
-            logits = logits.repeat_interleave(num_samples, dim=0)
-            window = window.repeat_interleave(num_samples, dim=0)
+            logits, window, occurred = (t.repeat_interleave(num_samples, dim=0) for t in (logits, window, occurred))
             cache.repeat(num_samples)
-            if penalty:
-                penalty.repeat(num_samples)
         if step == 0 and compiled:
             cache = compiled.take_over(cache)
-        adjusted = penalty.apply(logits) if penalty else logits
+        adjusted = logits if repetition_penalty == 1 else penalize(logits, occurred, repetition_penalty)
         new = sample(adjusted, temperature, top_k, top_p, min_p, generator)[:, None]  # (N, 1)
-        if penalty:
-            penalty.record(new)
+        occurred.scatter_(1, new, True)
         window = torch.cat((window, new), dim=1)
-        yield new[:, 0], logits
+        yield new[:, 0], logits, n_context
 
 
-def one_step_ahead(steps: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+def one_step_ahead(steps: Iterator[Step]) -> Iterator[Step]:
     """Yields what `generate` yields, with the ids on the host, while the GPU already computes the next step.
 
     The GPU need not wait for the host: each step takes its token from the GPU's memory. If the caller stops early, one
     step is wasted.
     """
-    unread = None
-    for ids, logits in steps:
-        if unread:
-            read_ids, previous_logits = unread
-            yield torch.tensor(read_ids(), dtype=torch.int64), previous_logits
-        unread = to_host(ids), logits
-    if unread:
-        read_ids, previous_logits = unread
-        yield torch.tensor(read_ids(), dtype=torch.int64), previous_logits
+    unread: list[tuple[Callable[[], list[float]], Tensor, int]] = []
+    for ids, logits, n_context in steps:
+        unread.append((to_host(ids), logits, n_context))
+        if len(unread) == 2:
+            yield _read(*unread.pop(0))
+    yield from (_read(*step) for step in unread)
+
+
+def _read(read_ids: Callable[[], list[float]], logits: Tensor, n_context: int) -> Step:
+    return torch.tensor(read_ids(), dtype=torch.int64), logits, n_context
 
 
 def prefill(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
@@ -242,28 +242,16 @@ class CompiledDecoder:
         return logits
 
 
-class RepetitionPenalty:
-    """Makes tokens that occurred less likely (CTRL, Keskar et al. 2019): divides their positive logits by a penalty and
-    multiplies their negative ones."""
+def occurring(tokens: Tensor, n_tokens: int) -> Tensor:
+    """Returns which ids occur in each row of int64 tokens (B, T), bool (B, n_tokens)."""
+    return tokens.new_zeros(len(tokens), n_tokens, dtype=torch.bool).scatter_(1, tokens, True)
 
-    def __init__(self, tokens: Tensor, n_tokens: int, penalty: float):
-        """`tokens`, int64 (B, T), are those that occurred so far."""
-        self.penalty = penalty
-        self.occurred = tokens.new_zeros(len(tokens), n_tokens, dtype=torch.bool)
-        self.record(tokens)
 
-    def record(self, tokens: Tensor) -> None:
-        """Counts int64 tokens (B, T) as occurred."""
-        self.occurred.scatter_(1, tokens, True)
-
-    def repeat(self, n: int) -> None:
-        """Repeats every row `n` times."""
-        self.occurred = self.occurred.repeat_interleave(n, dim=0)
-
-    def apply(self, logits: Tensor) -> Tensor:
-        """Returns the penalized logits (B, n_tokens)."""
-        penalized = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)
-        return torch.where(self.occurred, penalized, logits)
+def penalize(logits: Tensor, occurred: Tensor, penalty: float) -> Tensor:
+    """Returns logits (B, n) that make ids which occurred, bool (B, n), less likely (CTRL, Keskar et al. 2019): positive
+    logits are divided by the penalty, negative ones multiplied."""
+    penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(occurred, penalized, logits)
 
 
 def sample(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import dataclasses
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +16,15 @@ from generation.config import SamplingConfig
 from generation.cpu_linear import quantize_weights, speed_up_decoding
 from generation.decoding import (
     CompiledDecoder,
-    RepetitionPenalty,
     filtered_probabilities,
     generate,
     next_token_logits,
+    occurring,
     one_step_ahead,
+    penalize,
 )
 from generation.lens import LayerPredictions, Trace, predictions_by_layer, trace
+from generation.sample import Sample, Token
 from model import GPT
 from system.device import autocast, choose_device, choose_dtype
 from system.errors import UserError
@@ -32,85 +33,6 @@ from text.templates import Message, encode_prompt
 from text.tokenizer import Tokenizer
 from weights import checkpoint
 from weights.loading import load_checkpoint
-
-
-@dataclass(frozen=True)
-class Token:
-    """A token of a text. Its probabilities are those of the model, before temperature, top-k and the like."""
-
-    id: int
-    logprob: float | None = None
-    """natural logarithm of the token's probability"""
-    candidates: tuple[tuple[int, float], ...] = ()
-    """the likeliest ids at this position and their log-probabilities"""
-    entropy: float | None = None
-    """of the distribution at this position, in nats"""
-    n_context: int = 0
-    """tokens before this one that the model saw"""
-
-
-@dataclass
-class Sample:
-    """One generated text. It grows during the generation."""
-
-    tokens: list[Token] = field(default_factory=list)
-    text: str = ""
-    finish_reason: Literal["length", "end", "stop"] = "length"
-    """why the text ended: by its length, by the model's own end, or by a stop text"""
-    is_finished: bool = False
-    """whether the model or a stop text ended the text"""
-    n_prompt: int = 0
-    """number of tokens before the sample"""
-
-    def append(self, token: Token | None, writer: TextWriter) -> str:
-        """Adds the next token, None if the model ended the text. Returns the characters that it completes."""
-        if token is None:
-            self.finish_reason, self.is_finished = "end", True
-            return ""
-        self.tokens.append(token)
-        piece = writer.feed(token.id)
-        self.text += piece
-        if writer.stopped:
-            self.finish_reason, self.is_finished = "stop", True
-        return piece
-
-
-class TextWriter:
-    """Decodes a stream of token ids into text: whole UTF-8 characters only, and nothing from a stop text on.
-
-    With `strip`, the text begins without white space.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stops: Iterable[str] = (), strip: bool = False) -> None:
-        self.tokenizer, self.stops, self.strip = tokenizer, [stop for stop in stops if stop], strip
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.pending = ""  # characters that may be the beginning of a stop text
-        self.stopped = False
-
-    def feed(self, token: int) -> str:
-        """Takes the next token. Returns the text that is certain now, often none."""
-        return self._release(self.decoder.decode(self.tokenizer.decode_bytes([token])))
-
-    def finish(self) -> str:
-        """Returns the rest of the text."""
-        if self.stopped:
-            return ""
-        return self._release(self.decoder.decode(b"", final=True)) + self.pending
-
-    def _release(self, characters: str) -> str:
-        """Adds characters to the pending ones. Returns those that cannot belong to a stop text."""
-        text = self.pending + characters
-        starts = [text.index(stop) for stop in self.stops if stop in text]
-        if starts:
-            text, self.pending, self.stopped = text[: min(starts)], "", True
-        else:
-            prefixes = (stop[:n] for stop in self.stops for n in range(1, len(stop)))
-            certain = len(text) - max((len(prefix) for prefix in prefixes if text.endswith(prefix)), default=0)
-            text, self.pending = text[:certain], text[certain:]
-        if self.strip:
-            text = text.lstrip()
-            self.strip = not text
-        return text
 
 
 @dataclass(frozen=True)
@@ -132,36 +54,17 @@ class TextModel:
     """decodes single tokens with a compiled function"""
 
     @classmethod
-    def load(
-        cls,
-        path: str | Path,
-        device: str = "auto",
-        dtype: str = "auto",
-        *,
-        quantize: str = "none",
-        verify: bool = False,
-        convert_weights: bool = True,
-        compile: bool = False,
-    ) -> TextModel:
+    def load(cls, path: str | Path, device: str = "auto", dtype: str = "auto", **options: Any) -> TextModel:
         """Reads a checkpoint of a language model, or a model of the Hub, and makes it ready to write.
 
-        `verify` compares the file's checksums first; `from_checkpoint` explains the other parameters. Raises UserError
-        if the file is missing, damaged or a classifier, or if the device does not exist.
+        `options` are those of `from_checkpoint`. Raises UserError as it does, and if there is no such model.
         """
-        return cls.from_checkpoint(
-            load_checkpoint(path, verify),
-            path,
-            device,
-            dtype,
-            quantize=quantize,
-            convert_weights=convert_weights,
-            compile=compile,
-        )
+        return cls.from_checkpoint(load_checkpoint(path), path, device, dtype, **options)
 
     @classmethod
     def from_checkpoint(
         cls,
-        state: dict,
+        state: checkpoint.Checkpoint,
         path: str | Path,
         device: str = "auto",
         dtype: str = "auto",
@@ -174,8 +77,8 @@ class TextModel:
 
         `quantize="int8"` stores the weights in 8 bits: on the CPU about twice as fast, and a little less exact.
         `convert_weights=False` keeps the weights in float32 and computes under autocast, as training does. `compile`
-        compiles the decoding of one token. Raises UserError if the device does not exist, the weights do not fit, or
-        int8 is asked for on another device.
+        compiles the decoding of one token. Raises UserError if the device does not exist, or int8 is asked for on
+        another device.
         """
         torch_device = choose_device(device)
         torch_dtype = choose_dtype(dtype, torch_device)
@@ -186,30 +89,23 @@ class TextModel:
             quantize_weights(model)
         elif convert_weights:
             speed_up_decoding(model.to(torch_dtype))
-        description = f"{path}: {checkpoint.describe(state)}"
-        compiled = CompiledDecoder(model) if compile else None
-        tokenizer = checkpoint.tokenizer_of(state)
-        return cls(model, tokenizer, state.get("template"), description, torch_dtype, compiled)
+        return cls(
+            model,
+            checkpoint.tokenizer_of(state),
+            state.get("template"),
+            f"{path}: {checkpoint.describe(state)}",
+            torch_dtype,
+            CompiledDecoder(model) if compile else None,
+        )
 
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
         return self.model.ln_f.weight.device
 
-    def check(self, config: SamplingConfig) -> None:
-        """Raises UserError if a sampling config does not fit the model."""
-        if config.top_k is not None and config.top_k > self.tokenizer.n_tokens:
-            raise UserError(
-                f"--top-k {config.top_k} is more than the model's {self.tokenizer.n_tokens:,} tokens: lower it"
-            )
-
     def prompt_ids(self, prompt: str) -> list[int]:
         """Returns the ids of a text to complete. An empty text becomes `<|endoftext|>`, which opens every document."""
         return self.tokenizer.encode(unix_line_ends(prompt)) or [self.tokenizer.end_of_text]
-
-    def complete(self, prompt: str, config: SamplingConfig) -> Generator[str, None, None]:
-        """Continues a text; yields pieces of whole characters. An empty prompt begins a new document."""
-        return self.stream(self.prompt_ids(prompt), config)
 
     def answer_ids(self, messages: list[Message], config: SamplingConfig) -> list[int]:
         """Returns the ids of a conversation up to its answer, with the oldest exchanges dropped if it is too long.
@@ -217,117 +113,27 @@ class TextModel:
         At least a quarter of the context stays free for the answer, less if `max_new_tokens` is less. Raises UserError
         if the model was not fine-tuned to answer.
         """
-        self.check(config)
         if not self.template:
             raise UserError("this model only completes text: fine-tune it with train_sft.py, or give it a --prompt")
         block_size = self.model.config.block_size
         max_tokens = block_size - min(config.max_new_tokens, block_size // 4)
         return encode_prompt(messages, self.tokenizer, self.template, max_tokens)
 
-    def answer(
-        self,
-        messages: list[Message],
-        config: SamplingConfig,
-        sample: Sample | None = None,
-        top_logprobs: int | None = None,
-    ) -> Generator[str, None, None]:
-        """Answers a conversation that ends with the user's turn; yields pieces of whole characters.
-
-        Records the answer in `sample`, if given; `top_logprobs` is as in `steps`. Raises UserError if the model was not
-        fine-tuned to answer.
-        """
-        return self.stream(self.answer_ids(messages, config), config, sample, top_logprobs, strip=True)
-
     def stream(
-        self,
-        ids: list[int],
-        config: SamplingConfig,
-        sample: Sample | None = None,
-        top_logprobs: int | None = None,
-        strip: bool = False,
-    ) -> Generator[str, None, None]:
-        """Continues token ids until the model or a stop text ends the text; yields pieces of whole characters.
+        self, ids: list[int], config: SamplingConfig, n: int = 1, top_logprobs: int | None = None, strip: bool = False
+    ) -> Generator[list[Sample], None, None]:
+        """Continues token ids `n` times, as one batch; yields the samples after every token, and once more at the end.
 
-        Records the text in `sample`, if given; `top_logprobs` is as in `steps`. With `strip`, the text begins without
-        white space, as an answer should.
+        With `top_logprobs`, tokens carry their log-probability, the entropy, and that many candidates. With `strip`,
+        the texts begin without white space, as an answer should. Raises UserError if the logits are not finite.
         """
-        sample = Sample() if sample is None else sample
-        sample.n_prompt = len(ids)
-        writer = TextWriter(self.tokenizer, config.stop, strip)
-        for [token] in self.steps(ids, config, top_logprobs=top_logprobs):
-            if piece := sample.append(token, writer):
-                yield piece
-            if sample.is_finished:
-                break
-        if piece := writer.finish():
-            sample.text += piece
-            yield piece
-
-    def samples(
-        self,
-        ids: list[int],
-        config: SamplingConfig,
-        n: int,
-        top_logprobs: int | None = None,
-        strip: bool = False,
-    ) -> list[Sample]:
-        """Continues token ids `n` times, as one batch. The other parameters are those of `stream`.
-
-        The batch must fit into memory: see `samples_in_batches`.
-        """
-        samples = [Sample(n_prompt=len(ids)) for _ in range(n)]
-        writers = [TextWriter(self.tokenizer, config.stop, strip) for _ in range(n)]
-        for step in self.steps(ids, config, n, top_logprobs):
-            for sample, writer, token in zip(samples, writers, step, strict=True):
-                if not sample.is_finished:
-                    sample.append(token, writer)
-            if all(sample.is_finished for sample in samples):
-                break
-        for sample, writer in zip(samples, writers, strict=True):
-            sample.text += writer.finish()
-        return samples
-
-    def samples_in_batches(
-        self, ids: list[int], config: SamplingConfig, n: int, top_logprobs: int | None = None, strip: bool = False
-    ) -> Iterator[Sample]:
-        """Yields `n` samples, as `samples` does, in batches whose memory is bounded.
-
-        With a seed, each batch draws from another one, so the batch size is the same in each run on a device.
-        """
-        batch_size = self.samples_that_fit(len(ids), config, top_logprobs)
-        for start in range(0, n, batch_size):
-            if config.seed is not None and start > 0:
-                config = dataclasses.replace(config, seed=(config.seed + 1) % 2**63)
-            yield from self.samples(ids, config, min(batch_size, n - start), top_logprobs, strip)
-
-    def samples_that_fit(self, n_prompt: int, config: SamplingConfig, top_logprobs: int | None) -> int:
-        """Returns how many samples fit as one batch into half of what the weights leave of a GPU, or into 1 GiB."""
-        shape, weight = self.model.config, self.model.wte.weight
-        positions = min(shape.block_size, n_prompt + config.max_new_tokens)
-        cache = 2 * shape.n_layer * shape.n_embd * positions * weight.element_size()
-        logits = 32 * self.tokenizer.n_tokens  # with the copies that sampling makes, up to eight in float32
-        tokens = 100 * config.max_new_tokens * (1 + (top_logprobs or 0))  # as Python's objects
-        budget = 2**30
-        if self.device.type == "cuda":
-            weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
-            budget = (torch.cuda.get_device_properties(self.device).total_memory - weights) // 2
-        return max(1, budget // (cache + logits + tokens))
-
-    def steps(
-        self, ids: list[int], config: SamplingConfig, n: int = 1, top_logprobs: int | None = None
-    ) -> Iterator[list[Token | None]]:
-        """Continues token ids `n` times; yields the next token of each at every step, None once the model ended a text.
-
-        Any control token ends a text. With `top_logprobs`, tokens carry their log-probability, the entropy, and that
-        many candidates. Raises UserError if the config does not fit the model, or the logits are not finite.
-        """
-        self.check(config)
+        samples = [Sample(self.tokenizer, len(ids), config.stop, strip) for _ in range(n)]
         generator = torch.Generator(self.device)
         if config.seed is None:
             generator.seed()
         else:
             generator.manual_seed(config.seed)
-        generated = generate(
+        steps = generate(
             self.model,
             torch.tensor([ids], dtype=torch.int64, device=self.device),
             config.max_new_tokens,
@@ -341,25 +147,58 @@ class TextModel:
             compiled=self.compiled,
         )
         if self.device.type == "cuda":  # on other devices this would only delay the first token
-            generated = one_step_ahead(generated)
-        ended, is_first = [False] * n, True
-        block_size = self.model.config.block_size
-        n_context = min(len(ids), block_size)
-        while not all(ended):
+            steps = one_step_ahead(steps)
+        while not all(sample.is_finished for sample in samples):
             with self._autocast():  # for one step at a time: between two steps the caller computes
-                step = next(generated, None)
+                step = next(steps, None)
             if step is None:
-                return
-            new_ids, logits = step  # (n,), (n, n_tokens)
-            if is_first and not logits.isfinite().all():
+                break
+            new_ids, logits, n_context = step  # (n,), (n, n_tokens)
+            if not samples[0].tokens and not logits.isfinite().all():
                 raise UserError("the logits are not finite: the weights are damaged, or need --dtype float32")
-            is_first = False
-            if n_context > block_size:  # here `generate` slides the window
-                n_context = max(1, block_size // 2)
-            tokens = self._tokens(new_ids, logits, top_logprobs, [n_context] * n)
-            n_context += 1
-            ended = [e or token.id >= self.tokenizer.end_of_text for e, token in zip(ended, tokens, strict=True)]
-            yield [None if e else token for e, token in zip(ended, tokens, strict=True)]
+            for sample, token in zip(
+                samples, self._tokens(new_ids, logits, top_logprobs, [n_context] * n), strict=True
+            ):
+                if sample.is_finished:
+                    sample.piece = ""
+                else:
+                    sample.add(token)
+            yield samples
+        for sample in samples:
+            sample.finish()
+        yield samples
+
+    def write(self, ids: list[int], config: SamplingConfig, strip: bool = False) -> str:
+        """Returns the text that continues token ids; the parameters are those of `stream`."""
+        *_, [sample] = self.stream(ids, config, strip=strip)
+        return sample.text
+
+    def samples(
+        self, ids: list[int], config: SamplingConfig, n: int, top_logprobs: int | None = None, strip: bool = False
+    ) -> Iterator[Sample]:
+        """Yields `n` finished samples, as `stream` makes them, in batches whose memory is bounded.
+
+        With a seed, each batch draws from another one, so the batch size is the same in each run on a device.
+        """
+        batch_size = self._samples_that_fit(len(ids), config, top_logprobs)
+        for start in range(0, n, batch_size):
+            if config.seed is not None and start > 0:
+                config = dataclasses.replace(config, seed=(config.seed + 1) % 2**63)
+            *_, batch = self.stream(ids, config, min(batch_size, n - start), top_logprobs, strip)
+            yield from batch
+
+    def _samples_that_fit(self, n_prompt: int, config: SamplingConfig, top_logprobs: int | None) -> int:
+        """Returns how many samples fit as one batch into half of what the weights leave of a GPU, or into 1 GiB."""
+        shape, weight = self.model.config, self.model.wte.weight
+        positions = min(shape.block_size, n_prompt + config.max_new_tokens)
+        cache = 2 * shape.n_layer * shape.n_embd * positions * weight.element_size()
+        logits = 32 * self.tokenizer.n_tokens  # with the copies that sampling makes, up to eight in float32
+        tokens = 100 * config.max_new_tokens * (1 + (top_logprobs or 0))  # as Python's objects
+        budget = 2**30
+        if self.device.type == "cuda":
+            weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+            budget = (torch.cuda.get_device_properties(self.device).total_memory - weights) // 2
+        return max(1, budget // (cache + logits + tokens))
 
     @torch.inference_mode()
     def score(self, ids: list[int], top_logprobs: int) -> list[Token]:
@@ -367,17 +206,15 @@ class TextModel:
 
         The first token has none, since nothing comes before it.
         """
-        tokens = [Token(ids[0])]
+        tokens, rows = [Token(ids[0])], torch.tensor([ids], device=self.device)  # (1, T)
         if len(ids) == 1:
             return tokens
-        rows = torch.tensor([ids], device=self.device)  # (1, T)
         with self._autocast():
             x = self.model.hidden(rows[:, :-1])  # (1, T - 1, C)
             for start in range(0, len(ids) - 1, 128):  # all logits at once would need much memory
                 logits = self.model.lm_head(x[0, start : start + 128])[:, : self.tokenizer.n_tokens]
-                next_ids = rows[0, start + 1 : start + 1 + len(logits)]
-                n_contexts = range(start + 1, start + 1 + len(logits))
-                tokens += self._tokens(next_ids, logits, top_logprobs, n_contexts)
+                contexts = range(start + 1, start + 1 + len(logits))
+                tokens += self._tokens(rows[0, contexts.start : contexts.stop], logits, top_logprobs, contexts)
         return tokens
 
     @torch.inference_mode()
@@ -415,28 +252,21 @@ class TextModel:
         if top_logprobs is None:
             return [Token(i, n_context=n) for i, n in zip(ids.tolist(), n_contexts, strict=True)]
         logprobs = logits.float().log_softmax(dim=-1)  # (n, n_tokens)
-        entropies = torch.special.entr(logprobs.exp()).sum(dim=-1)  # (n,)
         top = logprobs.topk(min(top_logprobs, logprobs.size(-1)), dim=-1)  # (n, top_logprobs)
-        return [
-            Token(i, logprob, tuple(zip(candidates, candidate_logprobs, strict=True)), entropy, n_context)
-            for i, logprob, candidates, candidate_logprobs, entropy, n_context in zip(
-                ids.tolist(),
-                logprobs.gather(-1, ids.to(logits.device)[:, None])[:, 0].tolist(),
-                top.indices.tolist(),
-                top.values.tolist(),
-                entropies.tolist(),
-                n_contexts,
-                strict=True,
-            )
-        ]
+        columns = (
+            ids.tolist(),
+            logprobs.gather(-1, ids.to(logits.device)[:, None])[:, 0].tolist(),
+            [tuple(zip(*pair, strict=True)) for pair in zip(top.indices.tolist(), top.values.tolist(), strict=True)],
+            torch.special.entr(logprobs.exp()).sum(dim=-1).tolist(),
+            n_contexts,
+        )
+        return [Token(*row) for row in zip(*columns, strict=True)]
 
 
 def sampling_probabilities(logits: Tensor, ids: list[int], config: SamplingConfig) -> Tensor:
     """Returns the probabilities (n_tokens,) with which a config draws the token that follows `ids`: those of the logits
     (n_tokens,) after the repetition penalty, temperature and filters."""
-    rows = logits[None]
-    if config.repetition_penalty != 1:
-        rows = RepetitionPenalty(torch.tensor([ids]), len(logits), config.repetition_penalty).apply(rows)
+    rows = penalize(logits[None], occurring(torch.tensor([ids]), len(logits)), config.repetition_penalty)
     if config.greedy or config.temperature == 0:
         return torch.nn.functional.one_hot(rows[0].argmax(), len(logits)).float()
     probabilities, kept = filtered_probabilities(rows, config.temperature, config.top_k, config.top_p, config.min_p)
@@ -454,20 +284,17 @@ class Chat:
     messages: list[Message] = field(default_factory=list)
     """what was said so far; user and assistant take turns"""
 
-    def reply(
-        self, text: str, sample: Sample | None = None, top_logprobs: int | None = None
-    ) -> Generator[str, None, None]:
-        """Answers a message; yields pieces of whole characters.
+    def reply(self, text: str, top_logprobs: int | None = None) -> Generator[Sample, None, None]:
+        """Answers a message; yields the answer after every token. `top_logprobs` is as in `TextModel.stream`.
 
-        The conversation keeps the message and the answer, also if the generator is closed early. Records the answer
-        in `sample`, if given; `top_logprobs` is as in `TextModel.steps`.
+        The conversation keeps the message and the answer, also if the generator is closed early.
         """
         question, answer = {"role": "user", "content": text}, {"role": "assistant", "content": ""}
-        pieces = self.text_model.answer([*self.messages, question], self.config, sample, top_logprobs)
+        ids = self.text_model.answer_ids([*self.messages, question], self.config)
         self.messages += [question, answer]
-        for piece in pieces:
-            answer["content"] += piece
-            yield piece
+        for [sample] in self.text_model.stream(ids, self.config, top_logprobs=top_logprobs, strip=True):
+            answer["content"] = sample.text
+            yield sample
 
     def undo(self) -> str | None:
         """Takes back the last exchange. Returns the user's message, or None if the conversation is empty."""

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model import GPT
+from model import GPT, IGNORE_INDEX
 from system.device import autocast, choose_device, choose_dtype
 from system.errors import UserError, require
 from text.labelled import Example
 from text.readers import unix_line_ends
 from text.tokenizer import Tokenizer
 from training.config import TrainerConfig
-from training.loader import Batch, Epochs, stack
+from training.loader import Batch, Sequences, stack
 from training.plots import draw_confusion_matrix
 from training.run_report import add_test
 from training.state import TrainingState
@@ -37,7 +37,7 @@ def encode(text: str, tokenizer: Tokenizer, block_size: int) -> list[int]:
     return [*tokenizer.encode(text[: 64 * block_size])[: block_size - 1], tokenizer.end_of_text]
 
 
-class LabelledTexts(Epochs):
+class LabelledTexts(Sequences):
     """Labelled texts as batches. Only the last position of a text counts, and its target is the label's index."""
 
     def __init__(
@@ -57,20 +57,19 @@ class LabelledTexts(Epochs):
         self.n_full = int((self.lengths == block_size).sum())
         """texts that fill the context"""
         n = np.bincount(self.classes, minlength=len(labels)).clip(1)
-        self.weights = n.max() / n if class_weights else None
+        self.class_weights = torch.from_numpy(n.max() / n).float() if class_weights else None
         self.batch_size, self.seed = batch_size, seed
 
     def row(self, i: int) -> Batch:
         """Returns text `i` as a Batch of one row."""
-        label = int(self.classes[i])
-        weight = None if self.weights is None else torch.tensor([self.weights[label]], dtype=torch.float32)
-        return one_row(self.ids[i], label, weight)
+        return one_row(self.ids[i], int(self.classes[i]), self.class_weights)
 
 
-def one_row(ids: list[int], label: int = 0, weight: Tensor | None = None) -> Batch:
+def one_row(ids: list[int], label: int = 0, class_weights: Tensor | None = None) -> Batch:
     """Returns a Batch of one text in which the last position counts."""
-    tokens = torch.tensor([ids])
-    return Batch(tokens, torch.full_like(tokens, label), torch.tensor([len(ids) - 1]), weight)
+    targets = torch.full((1, len(ids)), IGNORE_INDEX)
+    targets[0, -1] = label
+    return Batch(torch.tensor([ids]), targets, class_weights)
 
 
 def freeze(model: GPT, train_layers: str | int) -> None:
@@ -135,7 +134,7 @@ class Classifier:
     def _probabilities(self, texts: list[list[int]]) -> Tensor:
         batch = stack([one_row(ids) for ids in texts], self.model.config.block_size).to(self.device)
         with autocast(self.device, self.dtype):
-            last = self.model.hidden(batch.tokens).flatten(0, 1)[batch.counted]  # (B, C)
+            last = self.model.hidden(batch.tokens)[batch.targets != IGNORE_INDEX]  # (B, C)
             return self.model.lm_head(last).float().softmax(dim=-1).cpu()
 
 

@@ -47,12 +47,12 @@ def mean_loss(
     while group := list(itertools.islice(rows, batch_size)):
         require_known_ids(group, model.config)
         [batch] = micro_batches(group, 1, processes.rank, processes.world_size, model.config.block_size)
-        is_full = len(group) == batch_size and batch.tokens.size(1) == model.config.block_size
-        model.compiled = compiled if is_full and batch.counted is None else None  # another shape would recompile
+        is_full = batch.tokens.shape == (batch_size, model.config.block_size)
+        model.compiled = compiled if is_full else None  # another shape would recompile
         weight = batch.total_weight
         batch = batch.to(device)
         with autocast(device, dtype):
-            loss = model(batch.tokens, batch.targets, batch.counted, batch.weights)
+            loss = model(batch.tokens, batch.targets, batch.class_weights)
         total += torch.stack([loss.to(total.device).double(), total.new_full((), weight)])
     processes.sum_in_place(total)
     model.train(was_training)

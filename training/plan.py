@@ -6,6 +6,7 @@ import math
 import shutil
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from system.cli import duration
 from system.device import peak_memory, total_memory
-from training.loader import Batch, Prefetcher, StepBatch, Windows, micro_batches
+from training.loader import Batch, StepBatch, Windows, micro_batches
 from training.optim import learning_rate_at
 from training.report import MANY_EPOCHS
 from training.trainer import Trainer
@@ -120,12 +121,14 @@ def measure(trainer: Trainer, n_rows: int, needed: int) -> Measured:
 
     n_warmup, seconds = 3 if state.is_compiled else 1, []
     begin = time.perf_counter()
-    with Prefetcher(load, 0) as batches:
+    with ThreadPoolExecutor(1) as prefetcher:
+        upcoming = prefetcher.submit(load, 0)
         for step in range(_MAX_STEPS):
             if step == n_warmup:
                 begin = time.perf_counter()
             start = time.perf_counter()
-            batch = batches.get(step)
+            batch = upcoming.result()
+            upcoming = prefetcher.submit(load, step + 1)
             trainer.forward_backward(batch.micro_batches, batch.total_weight).item()  # waits for the device
             between = time.perf_counter()
             trainer.update_weights(learning_rate_at(0, config)).item()  # so small that the model stays as it is

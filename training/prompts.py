@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from text.tokenizer import Tokenizer
-from training.loader import Conversations, Epochs, Windows
+from training.loader import Conversations, Sequences, Windows
 from weights.validation import MAX_PROMPT_LENGTH, MAX_PROMPTS
 
 _TOKENS_READ = 2**17
@@ -15,7 +15,7 @@ _EXCHANGES_READ = 100  # of each split
 _LENGTH = 60  # of a beginning, in characters: a model writes better behind a few words than behind one
 
 
-def prompts(train_data: Windows | Epochs, val_data: Windows | Epochs, tokenizer: Tokenizer) -> list[str]:
+def prompts(train_data: Windows | Sequences, val_data: Windows | Sequences, tokenizer: Tokenizer) -> list[str]:
     """Returns prompts out of a run's data, held-out ones if possible: for a language model texts to complete, for a
     chat model questions, for a classifier none."""
     if isinstance(val_data, Windows):

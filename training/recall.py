@@ -36,6 +36,6 @@ def recall_report(text_model: TextModel, data: Path, split: str, n: int = 500, n
     lines = [f"{n_recalled} of {n_asked} answered word for word ({100 * n_recalled // n_asked}%), for example:"]
     for ids, _ in exchanges[:n_shown]:
         question = text_model.tokenizer.decode(i for i in ids if i < text_model.tokenizer.end_of_text).strip()
-        answer = "".join(text_model.stream(ids, SamplingConfig(greedy=True, max_new_tokens=60), strip=True))
+        answer = text_model.write(ids, SamplingConfig(greedy=True, max_new_tokens=60), strip=True)
         lines.append(f"> {question}\n  {answer}")
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from system.device import peak_flops, peak_memory
 from system.untrusted import printable
 from text.tokenizer import Tokenizer
 from training.evaluation import bits_per_byte, perplexity
-from training.loader import Epochs, Windows
+from training.loader import Sequences, Windows
 from training.run_log import RunLog
 from training.state import Listener, StepFigures, StopReason, TrainingState
 from weights.describe import loss_name
@@ -33,7 +33,7 @@ MANY_EPOCHS = 10
 class Report(Listener):
     """Prints the model and what a step takes, and a line per evaluation."""
 
-    def __init__(self, train_data: Windows | Epochs, first_loss: float | None = None):
+    def __init__(self, train_data: Windows | Sequences, first_loss: float | None = None):
         """`first_loss` is the loss that random weights should have."""
         self.train_data, self.first_loss = train_data, first_loss
 
@@ -196,10 +196,9 @@ class Samples(Listener):
         was_training = state.model.training
         text_model = TextModel(model.eval(), self.tokenizer, self.template, dtype=state.dtype)
         config = SamplingConfig(max_new_tokens=60, seed=state.config.seed)
-        if self.template:
-            text = "".join(text_model.answer([{"role": "user", "content": self.prompt}], config))
-        else:
-            text = "".join(text_model.complete(self.prompt, config))
+        messages = [{"role": "user", "content": self.prompt}]
+        ids = text_model.answer_ids(messages, config) if self.template else text_model.prompt_ids(self.prompt)
+        text = text_model.write(ids, config, strip=bool(self.template))
         state.model.train(was_training)
         self.last = state.step, text
         return text
@@ -232,7 +231,7 @@ def greedy_answers(
         return tokenizer.decode(i for i in ids if i < tokenizer.end_of_text).strip()
 
     with parametrize.cached():  # forms each weight with its LoRA correction once
-        outputs = ["".join(text_model.stream(question, config)).strip() for question, _ in exchanges]
+        outputs = [text_model.write(question, config).strip() for question, _ in exchanges]
     return [
         {"input": text(question), "expected": text(answer), "output": output}
         for (question, answer), output in zip(exchanges, outputs, strict=True)

@@ -16,7 +16,7 @@ from text.tokenizer import from_spec
 from training.checkpointing import Checkpointer, changed_options, restore
 from training.config import TrainerConfig
 from training.distributed import Processes
-from training.loader import Epochs, Windows
+from training.loader import Sequences, Windows
 from training.plan import print_plan
 from training.plots import LossPlot
 from training.prompts import prompts
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 def train(
     model: GPT,
-    train_data: Windows | Epochs,
-    val_data: Windows | Epochs,
+    train_data: Windows | Sequences,
+    val_data: Windows | Sequences,
     config: TrainerConfig,
     processes: Processes,
     metadata: dict[str, Any],

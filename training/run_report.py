@@ -16,7 +16,7 @@ from system.untrusted import as_utf8, printable
 from text.token_files import read_token_meta
 from training.config import TrainerConfig
 from training.evaluation import bits_per_byte, perplexity
-from training.loader import Epochs, Windows
+from training.loader import Sequences, Windows
 from training.report import Samples
 from training.run_log import RunLog
 from training.state import Listener, StopReason, TrainingState
@@ -56,8 +56,8 @@ class RunReport(Listener):
     def __init__(
         self,
         log: RunLog,
-        train_data: Windows | Epochs,
-        val_data: Windows | Epochs,
+        train_data: Windows | Sequences,
+        val_data: Windows | Sequences,
         metadata: dict[str, Any],
         samples: Samples | None,
     ):

@@ -11,6 +11,7 @@ import gc
 import itertools
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from system.device import autocast, fast_attention, to_host
 from system.errors import UserError
 from training.distributed import local_gradients, replicate
 from training.evaluation import bits_per_byte, compile_evaluation, mean_loss
-from training.loader import Batch, Epochs, Prefetcher, StepBatch, Windows, micro_batches, require_known_ids, step_seed
+from training.loader import Batch, Sequences, StepBatch, Windows, micro_batches, require_known_ids, step_seed
 from training.memory import fewest_for_slices, fewest_micro_batches
 from training.optim import learning_rate_at, set_learning_rate
 from training.state import Listener, StepFigures, StopReason, TrainingState
@@ -35,8 +36,8 @@ class Trainer:
     def __init__(
         self,
         state: TrainingState,
-        train_data: Windows | Epochs,
-        val_data: Windows | Epochs,
+        train_data: Windows | Sequences,
+        val_data: Windows | Sequences,
     ):
         """Raises UserError for data that cannot be used with the model, and if a batch cannot fit into memory."""
         self.state, self.config = state, state.config
@@ -61,8 +62,9 @@ class Trainer:
         with (
             catch_stop_signals() as stop_signals,
             contextlib.ExitStack() as at_exit,
-            Prefetcher(self.load_batch, state.step) as batches,
+            ThreadPoolExecutor(1) as prefetcher,
         ):
+            upcoming = prefetcher.submit(self.load_batch, state.step)
             for listener in self.listeners:
                 at_exit.callback(listener.close)  # after an error too
                 listener.on_start(state)
@@ -70,7 +72,8 @@ class Trainer:
             unread = None  # what the last step measured, as long as the GPU may still compute it
             first_step = state.step
             while stop is None and state.step < config.max_steps:
-                batch = batches.get(state.step)
+                batch = upcoming.result()
+                upcoming = prefetcher.submit(self.load_batch, state.step + 1)
                 learning_rate = learning_rate_at(state.step, config)
                 torch.manual_seed(step_seed(config.seed, state.step, state.processes.rank))  # dropout
                 loss = self.forward_backward(batch.micro_batches, batch.total_weight)
@@ -140,13 +143,13 @@ class Trainer:
         total = torch.zeros((), device=device)
         for i, batch in enumerate(batches):
             batch = batch.to(device)
-            if state.is_compiled and batch.counted is not None:  # padded batches differ in size and length
+            if state.is_compiled and self.train_data.is_padded:  # its batches differ in size and length
                 torch._dynamo.maybe_mark_dynamic(batch.tokens, [0, 1])
             is_exchanged = exchange and i == len(batches) - 1
-            has_fixed_shapes = batch.counted is None and state.model.config.dropout == 0
+            has_fixed_shapes = not self.train_data.is_padded and state.model.config.dropout == 0
             with local_gradients(self.forward, on=not is_exchanged), fast_attention(has_fixed_shapes):
                 with autocast(device, state.dtype):
-                    loss = self.forward(batch.tokens, batch.targets, batch.counted, batch.weights)
+                    loss = self.forward(batch.tokens, batch.targets, batch.class_weights)
                 loss = loss / (total_weight or 1)  # 0 if nothing counts
                 # DDP averages over processes, but each loss is already divided by the weight of the whole batch.
                 state.scaler.scale(loss * state.processes.world_size).backward()
