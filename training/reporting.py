@@ -108,7 +108,8 @@ class Console(Callback):
         text = before_and_after(state.history)
         if kind == "base" and (examples := state.history[-1].get("examples")):
             text = f"it writes, for example:\n  {shorten(examples[0]['output'], 300)!r}"
-        print(printable(text))
+        if text:
+            print(printable(text))
         if reason is not StopReason.INTERRUPTED and kind != "classifier":
             chat = "" if kind == "base" else " --chat"
             print(f"now try: python generate.py --model {shlex.quote(str(config.out))}{chat}")
