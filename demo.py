@@ -76,8 +76,8 @@ def main(config: Config) -> None:
     title("2. A GPT learns to predict the next token")
     n_steps, n_answers = (config.max_steps, None) if config.max_steps else affordable(config, pretraining)
     print("It begins with random weights. At every evaluation it continues the same words, so you see it learn.")
-    prompt = [] if config.input else ["--sample-prompt", PROMPTS[0]]
-    script(*pretraining, *prompt, *flag("--max-steps", n_steps))
+    sample_prompt = [] if config.input else ["--sample-prompt", PROMPTS[0]]
+    script(*pretraining, *sample_prompt, *flag("--max-steps", n_steps))
 
     title("3. It completes texts")
     prompts = load_checkpoint("checkpoints/demo/pretrained.pt")["prompts"] if config.input else PROMPTS
