@@ -30,7 +30,7 @@ from system.errors import UserError
 from text.readers import unix_line_ends
 from text.templates import Message, encode_prompt
 from text.tokenizer import Tokenizer
-from weights import checkpoint
+from weights import checkpoint, describe
 from weights.loading import load_checkpoint
 
 
@@ -139,17 +139,16 @@ class TextModel:
         dtype: str = "auto",
         *,
         quantize: str = "none",
-        verify: bool = False,
         convert_weights: bool = True,
         compile: bool = False,
     ) -> TextModel:
         """Reads a checkpoint of a language model, or a model of the Hub, and makes it ready to write.
 
-        `verify` compares the file's checksums first; `from_checkpoint` explains the other parameters. Raises UserError
-        if the file is missing, damaged or a classifier, or if the device does not exist.
+        `from_checkpoint` explains the parameters. Raises UserError if the file is missing, damaged or a classifier, or
+        if the device does not exist.
         """
         return cls.from_checkpoint(
-            load_checkpoint(path, verify),
+            load_checkpoint(path),
             path,
             device,
             dtype,
@@ -186,7 +185,7 @@ class TextModel:
             quantize_weights(model)
         elif convert_weights:
             speed_up_decoding(model.to(torch_dtype))
-        description = f"{path}: {checkpoint.describe(state)}"
+        description = f"{path}: {describe.one_line(state)}"
         compiled = CompiledDecoder(model) if compile else None
         tokenizer = checkpoint.tokenizer_of(state)
         return cls(model, tokenizer, state.get("template"), description, torch_dtype, compiled)

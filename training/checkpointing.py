@@ -30,7 +30,6 @@ from training.run_report import is_report
 from training.state import Listener, StepFigures, StopReason, TrainingState
 from weights import checkpoint
 from weights.loading import load_checkpoint
-from weights.validation import is_plain_tensor, is_progress
 
 
 def claim_output(
@@ -236,7 +235,8 @@ def restore(state: TrainingState, resumed: dict[str, Any]) -> None:
     Raises UserError if the file belongs to a run with another optimizer, or is damaged.
     """
     path = state.config.last_path
-    if not is_progress(resumed):
+    progress = {"step", "tokens", "history", "best_val_loss", "bad_evaluations", "recent_losses", "scaler"}
+    if not progress <= resumed.keys():
         raise UserError(f"{path} is damaged: the progress of its run is incomplete; restore the file from a copy")
     try:
         for optimizer, saved in zip(state.optimizers, resumed["optimizer"], strict=True):
@@ -272,6 +272,6 @@ def _fitting(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[st
         if not is_integer(i, 0, len(parameters) - 1) or tensors.keys() != names:
             raise ValueError
         shapes = {name: () if name == "step" else parameters[i].shape for name in names}
-        if not all(is_plain_tensor(tensors[name], shape) for name, shape in shapes.items()):
+        if not all(tensors[name].shape == shape for name, shape in shapes.items()):
             raise ValueError
     return {"state": saved["state"], "param_groups": groups}

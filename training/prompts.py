@@ -8,8 +8,9 @@ import numpy as np
 
 from text.tokenizer import Tokenizer
 from training.loader import Conversations, Epochs, Windows
-from weights.validation import MAX_PROMPT_LENGTH, MAX_PROMPTS
 
+MAX_PROMPTS, MAX_PROMPT_LENGTH = 6, 80
+"""Prompts in a checkpoint, and characters of each."""
 _TOKENS_READ = 2**17
 _EXCHANGES_READ = 100  # of each split
 _LENGTH = 60  # of a beginning, in characters: a model writes better behind a few words than behind one

@@ -14,7 +14,6 @@ from system.files import atomic_write
 from system.untrusted import MAX_JSON_BYTES, parse_json
 from training.config import TrainerConfig
 from training.state import Listener, TrainingState
-from weights.validation import is_entry
 
 Sink = Callable[[dict[str, Any]], None]
 """Takes an entry of the log: `step` and numbers."""
@@ -88,6 +87,11 @@ def entries(path: Path, last_bytes: int | None = None) -> Iterator[dict[str, Any
                     yield entry
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def is_entry(entry: object) -> bool:
+    """Whether a value is an entry of a log."""
+    return isinstance(entry, dict) and isinstance(entry.get("step"), int)
 
 
 def _parse(line: bytes) -> Any:

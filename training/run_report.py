@@ -20,9 +20,8 @@ from training.loader import Epochs, Windows
 from training.report import Samples
 from training.run_log import RunLog
 from training.state import Listener, StopReason, TrainingState
-from weights.describe import loss_name
+from weights.describe import data_of, loss_name, parent_of
 from weights.huggingface import inexpressible_fields
-from weights.listing import data_of, parent_of
 
 MARK = "<!-- the report of a training run: a later run with the same --out replaces it -->\n"
 _ROW = re.compile(r"\| (\d[\d,]{,25}) \| .* \|")
