@@ -38,8 +38,6 @@ def main(config: Config) -> None:
         require(config.dtype == "float32", "a .pt holds float32: leave out --dtype, or name a folder with --out")
         if out.exists() and not config.overwrite:
             raise UserError(f"{out} exists: add --overwrite to replace it")
-        if config.model and out.exists() and config.model.exists() and out.samefile(config.model):
-            raise UserError(f"the export would replace {config.model}, which it reads: choose another --out")
     else:
         huggingface.check_export_folder(out, config.overwrite)
     name = config.model or describe.newest("model")
@@ -50,15 +48,9 @@ def main(config: Config) -> None:
         print(f"wrote {out}")
         return
     sampling, card = SamplingConfig(), describe.model_card(checkpoint, out.resolve().name)
-    huggingface.write_folder(
-        checkpoint,
-        out,
-        getattr(torch, config.dtype),
-        card,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        max_new_tokens=min(sampling.max_new_tokens, checkpoint["config"].block_size // 2),
-    )
+    generation = {"temperature": sampling.temperature, "top_k": sampling.top_k}
+    generation["max_new_tokens"] = min(sampling.max_new_tokens, checkpoint["config"].block_size // 2)
+    huggingface.write_folder(checkpoint, out, getattr(torch, config.dtype), card, **generation)
     print(f"wrote {out}: " + ", ".join(sorted(path.name for path in out.iterdir())))
 
 

@@ -72,7 +72,7 @@ def read_contents(path: str | Path, verify: bool = False) -> dict[str, Any]:
     except Exception as error:  # damaged and foreign files make torch and zipfile raise many types
         if is_out_of_memory(error):
             raise
-        if isinstance(error, OSError) and error.strerror:
+        if isinstance(error, OSError) and error.filename:  # it cannot be opened
             raise UserError(f"cannot read {path}: {error.strerror}") from None
         raise _not_a_checkpoint(path, type(error).__name__) from None  # torch's text advises to execute the file
 
