@@ -102,7 +102,9 @@ def test_a_model_is_described_by_its_facts():
     assert facts["validation loss"] == f"{loss:.4f}" and facts["perplexity"] == "320.85"
     assert facts["shape"] == "1 layers, 1 heads, 8 wide" and facts["training tokens"] == "256"
     n = facts["parameters"]
-    expected = f"A GPT-2 with {n} parameters that completes text, trained on data, with a validation loss of {loss:.2f}."
+    expected = (
+        f"A GPT-2 with {n} parameters that completes text, trained on data, with a validation loss of {loss:.2f}."
+    )
     assert describe.introduction(state) == expected
     assert describe.one_line(state) == (
         f"completes text, parameters {n}, training steps 4, validation loss {facts['validation loss']}"

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from model import GPT
 from system.errors import UserError
 from weights import huggingface
-from weights.checkpoint import Checkpoint, meta_device, pack, require_fit, tokenizer_of
+from weights.checkpoint import Checkpoint, pack, require_fit, tokenizer_of
 
 
 class LoRALinear(nn.Module):
@@ -81,18 +81,22 @@ def merge_into_base(adapter: Checkpoint, base: Checkpoint, path: str | Path) -> 
 
     Raises UserError if the two do not fit.
     """
-    lora, first_role = adapter["lora"], tokenizer_of(adapter).user
-    with meta_device():
-        model = GPT(base["config"])
-        add_adapter(model, lora["rank"], lora["alpha"], 0.0, first_role)
-    require_fit(adapter["model"], pack(model, kind="lora")["model"], path)
-    weights = {**base["model"], "wte.weight": base["model"]["wte.weight"].clone()}
+    rank, first_role, weights = adapter["lora"]["rank"], tokenizer_of(adapter).user, {**base["model"]}
+    layers = {name.removesuffix("weight"): W for name, W in weights.items() if name.startswith("h.") and W.dim() == 2}
+    expected = {"role_rows": weights["wte.weight"][:2]}
+    for name, W in layers.items():
+        expected[name + "lora_A"], expected[name + "lora_B"] = (
+            torch.empty(rank, W.size(1)),
+            torch.empty(W.size(0), rank),
+        )
+    require_fit(adapter["model"], expected, path)
+    weights["wte.weight"] = weights["wte.weight"].clone()
     weights["wte.weight"][first_role : first_role + 2] = adapter["model"]["role_rows"]
-    for name in [name.removesuffix("lora_A") for name in adapter["model"] if name.endswith("lora_A")]:
-        A, B, W = adapter["model"][name + "lora_A"], adapter["model"][name + "lora_B"], weights[name + "weight"]
-        weights[name + "weight"] = torch.addmm(W, B, A, alpha=lora["alpha"] / lora["rank"])  # (out, in)
+    for name, W in layers.items():
+        A, B = adapter["model"][name + "lora_A"], adapter["model"][name + "lora_B"]
+        weights[name + "weight"] = torch.addmm(W, B, A, alpha=adapter["lora"]["alpha"] / rank)  # (out, in)
     metadata = {name: value for name, value in adapter.items() if name != "lora"}
-    return {**metadata, "kind": "sft", "model": weights}
+    return {**metadata, "kind": "sft", "config": base["config"], "model": weights}
 
 
 def find_base(adapter: Checkpoint, path: str | Path) -> Path:
