@@ -185,7 +185,7 @@ class TextModel:
             quantize_weights(model)
         elif convert_weights:
             speed_up_decoding(model.to(torch_dtype))
-        description = f"{path}: {describe.one_line(state)}"
+        description = f"{path}: {describe.introduction(state)}"
         compiled = CompiledDecoder(model) if compile else None
         tokenizer = checkpoint.tokenizer_of(state)
         return cls(model, tokenizer, state.get("template"), description, torch_dtype, compiled)

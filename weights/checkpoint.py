@@ -93,7 +93,7 @@ def from_contents(contents: dict[str, Any], path: str | Path) -> Checkpoint:
         if unknown or contents.get("format_version", 0) > FORMAT_VERSION:
             because = f" (its config has the unknown field {unknown[0]})" if unknown else ""
             raise UserError(f"{path} is from a newer version of this project{because}: update the project")
-        return _checked({**contents, "config": GPTConfig(**config)}, path)
+        return checked({**contents, "config": GPTConfig(**config)}, path)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _not_a_checkpoint(path, f"{type(error).__name__}: {error}") from None
 
@@ -102,22 +102,15 @@ def _not_a_checkpoint(path: str | Path, problem: str) -> UserError:
     return UserError(f"{path} is not a checkpoint of this project, or damaged ({problem}): choose another file")
 
 
-def from_state_dict(
-    weights: Mapping[str, Tensor], config: GPTConfig, path: str | Path, **metadata: object
-) -> Checkpoint:
-    """Returns the checkpoint of weights that another program trained and that have our names.
+def checked(checkpoint: Checkpoint, path: str | Path) -> Checkpoint:
+    """Returns a checkpoint with float32 tensors, and without a tied head and stored attention masks.
 
-    `path` is their file or folder; `metadata` holds at least `kind` and `tokenizer`. Stored attention masks and a tied
-    head are left out; the rest becomes float32. Raises UserError if the weights do not fit the config.
+    Raises UserError, with the file or folder `path`, unless the weights fit the config and the tokenizer is readable;
+    ValueError, KeyError, TypeError or AttributeError if other parts are missing or do not fit each other.
     """
-    kept = {name: tensor for name, tensor in weights.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
-    return _checked({**metadata, "model": kept, "config": config}, path)
-
-
-def _checked(checkpoint: Checkpoint, path: str | Path) -> Checkpoint:
-    """Returns a checkpoint with float32 tensors and without a tied head. Raises UserError unless it is complete and its
-    parts fit each other; ValueError, KeyError, TypeError or AttributeError if a value has no meaning or no type."""
-    kind, config, weights = checkpoint["kind"], checkpoint["config"], dict(checkpoint["model"])
+    kind, config = checkpoint["kind"], checkpoint["config"]
+    left_out = (".attn.bias", ".attn.masked_bias", *(["lm_head.weight"] if config.tie_weights else []))
+    weights = {name: tensor for name, tensor in checkpoint["model"].items() if not name.endswith(left_out)}
     labels, template = checkpoint.get("labels", []), checkpoint.get("template")
     if kind not in KINDS or template not in TEMPLATES:
         raise ValueError(f"kind {kind!r} with template {template!r}")
@@ -132,8 +125,6 @@ def _checked(checkpoint: Checkpoint, path: str | Path) -> Checkpoint:
     least = tokenizer.n_tokens if template == "chat" or kind == "lora" else tokenizer.end_of_text + 1
     if not least <= config.n_tokens <= tokenizer.n_tokens:
         raise ValueError(f"its n_tokens is {config.n_tokens:,}, its tokenizer has {tokenizer.n_tokens:,} tokens")
-    if config.tie_weights:
-        weights.pop("lm_head.weight", None)
     if kind != "lora":  # whoever merges an adapter checks its tensors
         with meta_device():
             expected = pack(GPT(config), kind=kind)["model"]

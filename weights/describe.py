@@ -7,7 +7,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,12 +23,14 @@ Wanted = Literal["model", "language model", "chat model", "classifier"]
 SMALL = 20_000_000
 """Models with fewer parameters are trained with the presets for small ones."""
 
-_FITS: dict[Wanted, Callable[[Checkpoint], bool]] = {
-    "model": lambda checkpoint: True,
-    "language model": lambda checkpoint: checkpoint["kind"] != "classifier",
-    "chat model": lambda checkpoint: bool(checkpoint.get("template")),
-    "classifier": lambda checkpoint: checkpoint["kind"] == "classifier",
+_FITTING: dict[Wanted, tuple[str, ...]] = {
+    "model": ("base", "sft", "lora", "classifier"),
+    "language model": ("base", "sft", "lora"),
+    "chat model": ("sft", "lora"),
+    "classifier": ("classifier",),
 }
+"""Kinds of checkpoints that fit."""
+
 _KINDS = {"base": "base", "sft": "chat", "lora": "chat (LoRA)", "classifier": "classifier"}
 _TASKS = {"base": "completes text", "sft": "answers questions", "lora": "answers", "classifier": "classifies text"}
 _HEADINGS = ("name", "kind", "parameters", "loss", "data", "written", "made from")
@@ -118,13 +120,6 @@ def n_parameters(checkpoint: Checkpoint) -> int:
     return sum(tensor.numel() for tensor in checkpoint["model"].values())
 
 
-def one_line(checkpoint: Checkpoint) -> str:
-    """Returns the main facts of a checkpoint in one line."""
-    known = facts(checkpoint)
-    shown = [name for name in ("parameters", "training steps", loss_name(checkpoint)) if name in known]
-    return ", ".join([known["kind"], *(f"{name} {known[name]}" for name in shown)])
-
-
 def introduction(checkpoint: Checkpoint) -> str:
     """Returns one sentence about a checkpoint: its size and task, and if known its data and its loss."""
     known, n = facts(checkpoint), n_parameters(checkpoint)
@@ -166,7 +161,7 @@ def newest(wanted: Wanted) -> str:
     for file, checkpoint, _ in _checkpoints():
         if file.path.parent.name == "snapshots":
             continue
-        if checkpoint and _FITS[wanted](checkpoint):
+        if checkpoint and checkpoint["kind"] in _FITTING[wanted]:
             print(printable(f"model: {file.path}, the newest {wanted} in {FOLDER}/"), file=sys.stderr)
             return str(file.path)
         others.append((file.path, checkpoint))

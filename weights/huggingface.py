@@ -17,7 +17,7 @@ from system.errors import UserError
 from system.files import atomic_folder, read_json
 from text import tokenizer as tokenizers
 from text.templates import jinja_template
-from weights.checkpoint import Checkpoint, from_state_dict, grow_vocabulary, tokenizer_of
+from weights.checkpoint import Checkpoint, checked, grow_vocabulary, tokenizer_of
 
 HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")} | {
     "distilgpt2": "distilbert/distilgpt2"
@@ -108,8 +108,8 @@ def read_folder(folder: Path) -> Checkpoint:
             n_embd=n_embd,
             tie_weights=hf_config.get("tie_word_embeddings", True),
         )
-        kind = "sft" if template else "base"
-        return from_state_dict(weights, config, folder, kind=kind, tokenizer=tokenizer.spec, template=template)
+        metadata = {"kind": "sft" if template else "base", "tokenizer": tokenizer.spec, "template": template}
+        return checked({**metadata, "model": weights, "config": config}, folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"cannot read a GPT-2 from {folder} ({type(error).__name__}: {shorten(str(error), 200)}): "

@@ -6,7 +6,7 @@ from typing import Any
 from gpt_config import GPTConfig
 from system.errors import UserError
 from text import tokenizer as tokenizers
-from weights.checkpoint import Checkpoint, from_state_dict
+from weights.checkpoint import Checkpoint, checked
 
 
 def is_nanogpt(contents: dict[str, Any]) -> bool:
@@ -34,7 +34,7 @@ def from_nanogpt(contents: dict[str, Any], path: str | Path) -> Checkpoint:
             name.removeprefix("_orig_mod.").removeprefix("transformer."): tensor
             for name, tensor in contents["model"].items()
         }
-        step = contents.get("iter_num", 0)
-        return from_state_dict(weights, config, path, kind="base", tokenizer=tokenizer.spec, template=None, step=step)
+        metadata = {"kind": "base", "tokenizer": tokenizer.spec, "template": None, "step": contents.get("iter_num", 0)}
+        return checked({**metadata, "model": weights, "config": config}, path)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is not a checkpoint of nanoGPT, or damaged ({type(error).__name__})") from None
