@@ -88,7 +88,7 @@ BASE = torch.load(SAMPLES / "base.pt", weights_only=True)
 LORA = torch.load(SAMPLES / "lora.pt", weights_only=True)
 CHANGES: list[tuple[str, dict, str]] = [
     ("base", {"format_version": 99}, "is from a newer version"),
-    ("base", {"config": {**BASE["config"], "later": 1}}, "is from a newer version .*unknown field later"),
+    ("base", {"config": {**BASE["config"], "later": 1}}, "is from a newer version .*unknown field 'later'"),
     ("base", {"config": {**BASE["config"], "value_embeddings": True}}, "has value embeddings, which version 0.2"),
     ("base", {"config": {**BASE["config"], "n_layer": "x"}}, NOT_OURS),
     ("base", {"config": {**BASE["config"], "n_embd": 8.0}}, NOT_OURS),

@@ -91,7 +91,7 @@ def from_contents(contents: dict[str, Any], path: str | Path) -> Checkpoint:
             )
         unknown = sorted(map(str, config.keys() - {field.name for field in dataclasses.fields(GPTConfig)}))
         if unknown or contents.get("format_version", 0) > FORMAT_VERSION:
-            because = f" (its config has the unknown field {unknown[0]})" if unknown else ""
+            because = f" (its config has the unknown field {unknown[0]!r})" if unknown else ""
             raise UserError(f"{path} is from a newer version of this project{because}: update the project")
         return checked({**contents, "config": GPTConfig(**config)}, path)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -20,9 +20,6 @@ from weights.loading import load_file
 Wanted = Literal["model", "language model", "chat model", "classifier"]
 """What a script can use."""
 
-SMALL = 20_000_000
-"""Models with fewer parameters are trained with the presets for small ones."""
-
 _FITTING: dict[Wanted, tuple[str, ...]] = {
     "model": ("base", "sft", "lora", "classifier"),
     "language model": ("base", "sft", "lora"),
@@ -33,8 +30,6 @@ _FITTING: dict[Wanted, tuple[str, ...]] = {
 
 _KINDS = {"base": "base", "sft": "chat", "lora": "chat (LoRA)", "classifier": "classifier"}
 _TASKS = {"base": "completes text", "sft": "answers questions", "lora": "answers", "classifier": "classifies text"}
-_HEADINGS = ("name", "kind", "parameters", "loss", "data", "written", "made from")
-_MAX_NAMED = 5
 _MAKE_ONE = "make demo, or python train.py --preset demo --data TEXT.txt"
 _CARD_OPTIONS = ("batch_size", "optimizer", "learning_rate", "min_lr", "warmup_steps", "weight_decay")
 _USE = {
@@ -148,7 +143,7 @@ def model_card(checkpoint: Checkpoint, name: str) -> str:
 def fine_tuning_command(name: object, n: int) -> str:
     """Returns the command that teaches chats to a model of `n` parameters. Small ones need the rates of the demo."""
     out = f"{FOLDER}/{Path(str(name)).stem}-chat.pt"
-    preset = ["--preset", "demo"] if n < SMALL else []
+    preset = ["--preset", "demo"] if n < 20_000_000 else []
     return shlex.join(["python", "train_sft.py", *preset, "--model", str(name), "--out", out])
 
 
@@ -172,7 +167,7 @@ def newest(wanted: Wanted) -> str:
     elif wanted == "chat model":
         command = fine_tuning_command(base[0], n_parameters(base[1])) if base else "make demo"
     named = [f"{path} ({_KINDS[state['kind']] if state else 'damaged'})" for path, state in others]
-    there_is = f", only {', '.join(named[:_MAX_NAMED])}" if named else ""
+    there_is = f", only {', '.join(named[:5])}" if named else ""
     raise UserError(f"no {wanted} in {FOLDER}/{there_is}: make one with {command}, or name one with --model")
 
 
@@ -180,7 +175,7 @@ def table() -> str:
     """Returns a line for each checkpoint under `checkpoints/`, the newest first: name, kind, parameters, the validation
     loss of its weights, data, time, and the model that it was fine-tuned from. A damaged file has a line that says so.
     """
-    rows, problems = [_HEADINGS], dict[int, str]()
+    rows, problems = [("name", "kind", "parameters", "loss", "data", "written", "made from")], dict[int, str]()
     for file, checkpoint, problem in _checkpoints():
         if checkpoint is None:
             problems[len(rows)] = problem.removeprefix(str(file.path)).lstrip(": ")

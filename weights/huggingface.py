@@ -190,7 +190,8 @@ def write_folder(
     for name, value in inexpressible_fields(checkpoint["config"]).items():
         raise UserError(
             f"cannot export the model: the GPT-2 of transformers has no setting for {name}={value!r}; "
-            "train one with --no-rotary --no-qk-norm --no-squared-relu, or use it with this project's own scripts"
+            "use the checkpoint with this project's own scripts, or train one with --no-rotary --no-qk-norm "
+            "--no-squared-relu"
         )
     if checkpoint["kind"] == "classifier":
         checkpoint = grow_vocabulary(checkpoint)  # <|user|> becomes its padding token
