@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpt_config import GPTConfig
 from system.cli import shorten
-from system.errors import UserError
+from system.errors import UserError, is_out_of_memory
 from system.files import atomic_folder, read_json
 from text import tokenizer as tokenizers
 from text.templates import jinja_template
@@ -111,6 +111,8 @@ def read_folder(folder: Path) -> Checkpoint:
         metadata = {"kind": "sft" if template else "base", "tokenizer": tokenizer.spec, "template": template}
         return checked({**metadata, "model": weights, "config": config}, folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(
             f"cannot read a GPT-2 from {folder} ({type(error).__name__}: {shorten(str(error), 200)}): "
             "download or export the model again"
