@@ -74,7 +74,7 @@ def main(config: Config) -> None:
     from generation.text_model import TextModel
     from text.token_files import read_sft_meta, read_token_meta, read_tokens
     from text.tokenizer import tokenizer_of_data
-    from training.recall import recall_report
+    from training.evaluation import exact_match_report
 
     start = time.perf_counter()
     corpus = ["--input", *config.input] if config.input else ["--dataset", "pydocs"]
@@ -106,13 +106,13 @@ def main(config: Config) -> None:
 
     title("6. It answers")
     text_model = TextModel.load("checkpoints/demo/sft.pt")
-    print("Questions in words that it was taught:", recall_report(text_model, DATA, "train"))
+    print("Questions in words that it was taught:", exact_match_report(text_model, DATA, "train"))
     if config.chats is None:
-        print("Questions in words that it has never seen:", recall_report(text_model, DATA, "val"))
+        print("Questions in words that it has never seen:", exact_match_report(text_model, DATA, "val"))
         print("The answers are memory, not knowledge: it recognizes a question and repeats the answer it was taught.")
     else:
         if read_sft_meta(DATA).get("is_held_out", True):
-            print("Questions that it was not taught:", recall_report(text_model, DATA, "val"))
+            print("Questions that it was not taught:", exact_match_report(text_model, DATA, "val"))
         print("The answers are memory, not knowledge: it has learned your conversations by heart.")
 
     title(f"Done in {duration(time.perf_counter() - start)}. Now try")

@@ -148,22 +148,17 @@ class TextModel:
         )
         if self.device.type == "cuda":  # on other devices this would only delay the first token
             steps = one_step_ahead(steps)
-        while not all(sample.is_finished for sample in samples):
+        for i in range(config.max_new_tokens):
             with self._autocast():  # for one step at a time: between two steps the caller computes
-                step = next(steps, None)
-            if step is None:
-                break
-            new_ids, logits, n_context = step  # (n,), (n, n_tokens)
-            if not samples[0].tokens and not logits.isfinite().all():
+                new_ids, logits, n_context = next(steps)  # (n,), (n, n_tokens)
+            if i == 0 and not logits.isfinite().all():
                 raise UserError("the logits are not finite: the weights are damaged, or need --dtype float32")
-            for sample, token in zip(
-                samples, self._tokens(new_ids, logits, top_logprobs, [n_context] * n), strict=True
-            ):
-                if sample.is_finished:
-                    sample.piece = ""
-                else:
-                    sample.add(token)
+            tokens = self._tokens(new_ids, logits, top_logprobs, [n_context] * n)
+            for sample, token in zip(samples, tokens, strict=True):
+                sample.add(token)
             yield samples
+            if all(sample.is_finished for sample in samples):
+                break
         for sample in samples:
             sample.finish()
         yield samples

@@ -29,10 +29,9 @@ from system.errors import UserError
 from text.labelled import Example, from_hub, read_examples, read_table, split
 from text.readers import Notes
 from training.classifier import Classifier, LabelledTexts
-from training.evaluation import mean_loss
+from training.evaluation import answers_exactly, exact_match_report, mean_loss
 from training.loader import Conversations
 from training.plots import draw_confusion_matrix, most_confused
-from training.recall import is_recalled, recall_report
 from weights import checkpoint
 from weights.listing import table
 from weights.loading import load_checkpoint
@@ -66,10 +65,10 @@ def test_a_question_is_recalled_if_the_greedy_answer_equals_the_datas(toy):
         sample = Sample()
         "".join(text_model.stream(question, config, sample))
         answer = [token.id for token in sample.tokens]
-        assert len(answer) >= 2 and is_recalled(text_model, (question, answer))
-        assert not is_recalled(text_model, (question, [*answer[:-1], answer[-1] ^ 1]))
+        assert len(answer) >= 2 and answers_exactly(text_model, question, answer)
+        assert not answers_exactly(text_model, question, [*answer[:-1], answer[-1] ^ 1])
         end = text_model.tokenizer.end_of_text
-        assert is_recalled(text_model, (question, [*answer[:7], end])) == (sample.finish_reason == "end")
+        assert answers_exactly(text_model, question, [*answer[:7], end]) == (sample.finish_reason == "end")
 
 
 def loss_after_the_role_token(state: dict, **changed) -> float:
@@ -206,7 +205,7 @@ def test_a_file_of_chats_is_prepared_as_the_model_needs_it_and_learnt_by_heart(
     assert "best loss on its training conversations 0." in out and "best validation loss" not in out
     assert re.search(r"sft.pt .* 0\.\d{4} \(training\) ", table())
     assert "| loss on its training conversations 0." in Path("checkpoints/sft.md").read_text()
-    assert recall_report(TextModel.load("checkpoints/sft.pt"), Path("data/chats"), "train").startswith("8 of 8 ")
+    assert exact_match_report(TextModel.load("checkpoints/sft.pt"), Path("data/chats"), "train").startswith("8 of 8 ")
     train_sft.main(train_sft.Config(**{**options, "max_steps": 1}, out=Path("checkpoints/new.pt")))
     assert f"{n_new} conversations in batches of {n_new}: 1 steps" in capsys.readouterr().out  # a new run does
 
