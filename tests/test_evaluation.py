@@ -144,7 +144,7 @@ def test_a_compiled_evaluation_gives_the_same_loss_and_never_recompiles(toy, mon
         assert mean_loss(model, some, 4, compiled=compiled) == pytest.approx(mean_loss(model, some, 4), rel=1e-5)
         assert model.training and counter.frame_count == 2  # the network, and the loss of a chunk
     for step in range(2):
-        batch = stack(data.batch(step))
+        batch = stack(data.batch(step), max_length=32)
         model(batch.tokens, batch.targets).backward()
         mean_loss(model, rows, 4, compiled=compiled)
         assert counter.frame_count == 4  # training compiled its own two

@@ -140,18 +140,3 @@ def test_ddp_and_fsdp_train_like_one_process(figures_of_processes, name):
     one, ddp, fsdp = figures_of_processes[name]
     assert ddp == pytest.approx(one, rel=1e-3) and fsdp == pytest.approx(one, rel=1e-3)
     assert len(one) > 14 and one[0] > one[2]  # it learns
-
-
-def test_fsdp_writes_and_prints_what_one_process_does(toy):
-    common = ["--preset", "modern", "--data", "data/toy", *TOY_SHAPE, "--optimizer", "muon", "--max-steps", "6"]
-    common += ["--log-every", "2", "--sample-prompt", "What"]
-    printed = [succeed(toy, "train.py", *common, "--out", "checkpoints/fields1.pt")]
-    result = run_in_processes(toy, "train.py", *common, "--fsdp", "--out", "checkpoints/fields2.pt")
-    assert result.returncode == 0, result.stderr[-3000:]
-    printed.append(result.stdout)
-    logs = [log(toy / f"checkpoints/fields{n}.jsonl") for n in (1, 2)]
-    one, two = ([entry["loss"] for entry in entries if "loss" in entry] for entries in logs)
-    assert len(one) == 3 and two == pytest.approx(one, rel=1e-4)
-    (begun, ended), (begun_with_fsdp, ended_with_fsdp) = (re.findall("'What' → .*", text) for text in printed)
-    assert begun == begun_with_fsdp and ended and ended_with_fsdp
-    assert "After “What”" in (toy / "checkpoints/fields2.md").read_text(encoding="utf-8")

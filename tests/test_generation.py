@@ -19,13 +19,12 @@ from conftest import ENVIRONMENT, REPOSITORY, command, random_model, run_script,
 from scipy.stats import chisquare
 
 from generation.config import SamplingConfig
-from generation.cpu_linear import PRODUCTS, fastest_product, quantize_weights, speed_up_decoding
+from generation.cpu_linear import PRODUCTS, fastest_product, speed_up_decoding
 from generation.decoding import CompiledDecoder, KVCache, decode_one, generate, one_step_ahead, prefill, sample
 from generation.sample import Sample, Token
 from generation.text_model import Chat, TextModel, sampling_probabilities
 from system.errors import UserError
 from text import tokenizer as tokenizers
-from text.token_files import read_tokens
 from text.tokenizer import Tokenizer
 from weights import checkpoint
 from weights.loading import load_checkpoint
@@ -75,17 +74,15 @@ def defined(logits: np.ndarray, temperature=1.0, top_k=None, top_p=None, min_p=N
 )
 def test_sampling_has_the_distribution_of_its_definition(how, n):
     logits = np.random.default_rng(0).normal(0, 2.0, n)
-    expected, draws = defined(logits, **how), 10_000
-    generator = torch.Generator().manual_seed(1)
-    batches = [sample(torch.tensor(logits).expand(1000, n), generator=generator, **how) for _ in range(draws // 1000)]
-    counts = torch.cat(batches).bincount(minlength=n).numpy()
-    assert counts[expected == 0].sum() == 0
-    often = expected * draws >= 8  # the rest in one bin
-    observed = np.array([*counts[often], counts[~often].sum()])
-    wanted = np.array([*expected[often], expected[~often].sum()]) * draws
-    assert chisquare(observed[wanted > 0], wanted[wanted > 0]).pvalue > 1e-3
+    expected = defined(logits, **how)
     config = SamplingConfig(**{"temperature": 1.0, "top_k": None, **how})
     np.testing.assert_allclose(sampling_probabilities(torch.tensor(logits), [], config), expected, atol=1e-6)
+    drawn = sample(torch.tensor(logits).expand(5_000, n), generator=torch.Generator().manual_seed(1), **how)
+    counts = drawn.bincount(minlength=n).numpy()
+    assert counts[expected == 0].sum() == 0
+    often = expected > 0.002  # the rest in one bin
+    observed, wanted = (np.array([*p[often], p[~often].sum()]) for p in (counts, expected * 5_000))
+    assert chisquare(observed[wanted > 0], wanted[wanted > 0]).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("shape", [(24, 48), (512, 1024)], ids=["small", "large"])
@@ -170,18 +167,6 @@ def test_the_next_step_begins_before_the_caller_reads_a_token():
         assert len(begun) == min(n + 2, 12)
         assert torch.equal(ids, usual[n][0]) and torch.equal(logits, usual[n][1]) and n_context == 9 + n
     assert n == 11
-
-
-def test_int8_weights_change_the_perplexity_by_less_than_a_hundredth(toy):
-    state = load_checkpoint(toy / "checkpoints/toy.pt")
-    ids = torch.from_numpy(read_tokens(toy / "data/toy/val.bin").astype("int64"))
-    ids = ids[: len(ids) // 65 * 65].view(-1, 65)
-    plain, int8 = checkpoint.build(state), checkpoint.build(state)
-    quantize_weights(int8)
-    with torch.inference_mode():
-        losses = [model(ids[:, :-1]).transpose(1, 2) for model in (plain, int8)]
-    exact, rounded = (math.exp(torch.nn.functional.cross_entropy(loss, ids[:, 1:])) for loss in losses)
-    assert rounded != exact and rounded == pytest.approx(exact, rel=0.01)
 
 
 def pieces(tokenizer: Tokenizer, ids: list[int], **options) -> tuple[Sample, str]:
@@ -317,7 +302,7 @@ def test_the_chat_obeys_its_commands(toy, chat_model):
         "/retry": "the conversation is empty",
         "/undo": "the conversation is empty",
         question: None,
-        "/save talk.jsonl": "saved 1 exchange in talk.jsonl",
+        "/save talk.jsonl": "saved 1 exchange",
         "/retry ": None,
         "/undo ": f"taken back: {question}",
         "/undo  ": "the conversation is empty",
@@ -337,7 +322,7 @@ def test_the_chat_obeys_its_commands(toy, chat_model):
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
     first, second = result.stdout.splitlines()
     assert first == second and "\x1b" not in result.stdout
-    said = result.stderr.split("/quit or Ctrl-D ends.\n")[1].splitlines()
+    said = filter(None, result.stderr.split("/quit or Ctrl-D ends.\n")[1].splitlines())
     for part, line in zip(filter(None, commands.values()), said, strict=True):
         assert part in line
     saved = json.loads((toy / "talk.jsonl").read_text(encoding="utf-8"))["messages"]
@@ -350,7 +335,7 @@ def test_at_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_the_program(toy):
     if process == 0:
         os.chdir(toy)
         script = command("generate.py", "--model", "checkpoints/sft.pt", "--chat", *arguments)
-        os.execve(script[0], script, {**ENVIRONMENT, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"})
+        os.execve(script[0], script, {**ENVIRONMENT, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"})
     seen = b""
 
     def read_until(mark: bytes) -> None:
@@ -360,9 +345,6 @@ def test_at_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_the_program(toy):
             assert time.monotonic() < deadline, seen[-2000:]
             if select.select([terminal], [], [], 0.5)[0]:
                 seen += os.read(terminal, 65536)
-                if b"\x1b[6n" in seen:  # it asks where the cursor is
-                    os.write(terminal, b"\x1b[24;1R")
-                    seen = seen.replace(b"\x1b[6n", b"")
         seen = seen.partition(mark)[2]
 
     try:
@@ -381,22 +363,17 @@ def test_at_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_the_program(toy):
 
 def test_a_damaged_checkpoint_costs_one_line(toy, tmp_path):
     good, rng, path = (toy / "checkpoints/toy.pt").read_bytes(), random.Random(0), tmp_path / "x.pt"
-    pickle = good.index(b"data.pkl")
-    for i in range(120):
-        damaged = bytearray(good)
-        if i % 3 == 0:  # cut anywhere
-            del damaged[rng.randrange(len(damaged)) :]
-        elif i % 3 == 1:  # the pickle that describes the tensors
-            damaged[pickle + rng.randrange(20, 3000)] = rng.randrange(256)
-        else:
-            damaged = bytearray(rng.randbytes(rng.randrange(3000)))
-        path.write_bytes(damaged)
+    pickle = good.index(b"data.pkl") + 20  # describes the tensors
+    for i in range(100):
+        changed = pickle + rng.randrange(3000)
+        path.write_bytes(
+            good[:changed] + rng.randbytes(1) + good[changed + 1 :] if i % 2 else good[: i * len(good) // 100]
+        )
         try:
             checkpoint.build(load_checkpoint(path))
+            assert i % 2  # a changed byte may be harmless, a cut file never is
         except UserError as error:
             assert "\n" not in str(error)
-        else:
-            assert i % 3 == 1
 
 
 def test_writing_does_not_import_the_compiler(toy):

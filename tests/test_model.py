@@ -13,7 +13,6 @@ from model import (
     GPT,
     IGNORE_INDEX,
     GPTConfig,
-    causal_attention,
     chunk_loss,
     linear_cross_entropy,
     rotary_angles,
@@ -104,20 +103,6 @@ def test_rotary_attention_depends_on_distances_alone():
     assert (scores[0] - q @ k.mT).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("n", [64, 300])
-def test_attention_in_bfloat16_is_nearly_that_in_float32(n):
-    torch.manual_seed(0)
-    q, k, v = (x.requires_grad_() for x in torch.randn(3, 2, 2, n, 16).bfloat16())
-    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = causal_attention(q, k, v, dropout=0.0)
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), exact, atol=2e-2, rtol=2e-2)
-    ours, theirs = (torch.autograd.grad(y.float().square().sum(), (q, k, v)) for y in (found, exact))
-    for a, b in zip(ours, theirs, strict=True):
-        assert (a - b).norm() < 0.03 * b.norm()
-
-
 def whole_chunks_only(x, head, y, needs_grad):
     """Stands for the compiled loss, which would recompile for every number of rows."""
     assert len(x) in (7, 64, 1000)
@@ -185,11 +170,11 @@ def test_the_gradient_of_a_head_in_half_precision_is_summed_in_float32():
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_gradient_under_autocast_is_near_that_in_float32(device, dtype):
+@pytest.mark.parametrize(("dtype", "length"), [(torch.bfloat16, 32), (torch.bfloat16, 300), (torch.float16, 32)])
+def test_every_gradient_under_autocast_is_near_that_in_float32(device, dtype, length):
     """On CUDA the residual stream is bfloat16. In float16 it could overflow; on the CPU, sums would be inexact."""
-    model, seen = fresh().to(device), []
-    tokens = torch.randint(100, (32, 32), device=device)
+    model, seen = fresh(block_size=length).to(device), []
+    tokens = torch.randint(100, (1024 // length, length), device=device)
     exact = torch.autograd.grad(model(tokens, tokens), list(model.parameters()))
     model.h[1].register_forward_hook(lambda block, inputs, output: seen.extend([inputs[0].dtype, output.dtype]))
     with torch.autocast(device, dtype):
