@@ -85,8 +85,10 @@ def one_step_ahead(steps: Iterator[Step]) -> Iterator[Step]:
 
 
 def prefill(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
-    """Reads int64 tokens (B, T) into an empty cache, or one token (B, 1) behind what the cache holds; returns the logits
-    (B, n_tokens) of the next token."""
+    """Reads int64 tokens (B, T) into an empty cache, or one token (B, 1) behind those in the cache.
+
+    Returns the logits (B, n_tokens) of the next token.
+    """
     positions = torch.arange(cache.length, cache.length + tokens.size(1), device=tokens.device)
     return next_token_logits(model, model.hidden(tokens, positions, cache.layers))
 
@@ -121,7 +123,7 @@ class LayerCache:
         self.values[:, :, past : self.length] = v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Implements `model.AttentionCache` for one new position, or for any number of them while the cache is empty."""
+        """Implements `model.AttentionCache` for one new position, or for any number if the cache is empty."""
         is_empty = self.length == 0
         self.append(k, v)
         k, v = self.keys[:, :, : self.length], self.values[:, :, : self.length]  # (B, nh, past + T, hs)

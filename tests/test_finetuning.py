@@ -23,7 +23,7 @@ import train
 import train_classifier
 import train_sft
 from generation.config import SamplingConfig
-from generation.text_model import Sample, TextModel
+from generation.text_model import TextModel
 from model import GPT, GPTConfig
 from system.errors import UserError
 from text.labelled import Example, from_hub, read_examples, read_table, split
@@ -58,16 +58,14 @@ def sft(**options) -> dict:
     return torch.load(config.out, weights_only=True)
 
 
-def test_a_question_is_recalled_if_the_greedy_answer_equals_the_datas(toy):
+def test_an_answer_matches_exactly_if_greedy_decoding_gives_it(toy):
     text_model = TextModel.load(toy / "checkpoints/sft.pt", device="cpu")
-    config = SamplingConfig(greedy=True, max_new_tokens=8)
+    config, end = SamplingConfig(greedy=True, max_new_tokens=8), text_model.tokenizer.end_of_text
     for question, _ in Conversations(toy / "data/toy", "val", 64, 1, 0).first_exchanges(5):
-        sample = Sample()
-        "".join(text_model.stream(question, config, sample))
+        *_, [sample] = text_model.stream(question, config)
         answer = [token.id for token in sample.tokens]
         assert len(answer) >= 2 and answers_exactly(text_model, question, answer)
         assert not answers_exactly(text_model, question, [*answer[:-1], answer[-1] ^ 1])
-        end = text_model.tokenizer.end_of_text
         assert answers_exactly(text_model, question, [*answer[:7], end]) == (sample.finish_reason == "end")
 
 
