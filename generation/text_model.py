@@ -182,7 +182,7 @@ class TextModel:
             yield from batch
 
     def _samples_that_fit(self, n_prompt: int, config: SamplingConfig, top_logprobs: int | None) -> int:
-        """Returns the largest batch that fits into half of the memory beside a GPU's weights, or into 1 GiB elsewhere."""
+        """Returns the largest batch that fits into half of the memory beside a GPU's weights, elsewhere into 1 GiB."""
         shape, weight = self.model.config, self.model.wte.weight
         positions = min(shape.block_size, n_prompt + config.max_new_tokens)
         cache = 2 * shape.n_layer * shape.n_embd * positions * weight.element_size()
