@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder
 from system.cli import run
 from system.errors import UserError, require, require_at_least
 from system.locks import releases_locks
-from text.registry import LABELLED, listed
+from text.sources import LABELLED, listed
 from training.config import TrainerConfig
 
 
@@ -107,13 +107,15 @@ def main(config: Config) -> None:
     resumed = claim_output(config, processes, "classifier", inputs=inputs)
     start = resumed or load_checkpoint(config.model)
     tokenizer = checkpoint.tokenizer_of(start)
-    examples = read_examples(config.input, config.dataset, config.text_column, config.label_column)
+    examples, notes = read_examples(config.input, config.dataset, config.text_column, config.label_column)
     parts = split(examples, config.val_fraction, config.test_fraction, config.seed)
     labels = sorted({example.label for example in parts["train"]})
     if resumed and resumed["labels"] != labels:
         raise UserError(f"{config.out} was trained on other labels: {', '.join(resumed['labels'])}")
-    for name, part in parts.items():
-        print(f"{name}: {len(part):,} texts, {counts(part)}")
+    if processes.rank == 0:
+        print(
+            *notes.lines(), *(f"{name}: {len(part):,} texts, {counts(part)}" for name, part in parts.items()), sep="\n"
+        )
 
     torch.manual_seed(config.seed)
     if not resumed:

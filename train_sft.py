@@ -6,19 +6,14 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
-import prepare_sft_data
 from system.cli import run
 from system.errors import require, require_at_least
 from system.locks import releases_locks
-from text.registry import CONVERSATIONS, small
 from training.config import TrainerConfig
-
-if TYPE_CHECKING:
-    from text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -103,7 +98,7 @@ def main(config: Config) -> None:
     from training.checkpointing import claim_data, claim_output
     from training.distributed import Processes
     from training.loader import Conversations
-    from training.prepared import prepare_first
+    from training.prepared import prepared_conversations
     from training.report import Examples, Samples, greedy_answers
     from training.run import train
     from weights import checkpoint, lora
@@ -119,8 +114,8 @@ def main(config: Config) -> None:
     else:
         start = checkpoint.grow_vocabulary(load_checkpoint(config.model))
     tokenizer = checkpoint.tokenizer_of(start)
-    prepare_it = partial(prepare, config, start, tokenizer)
-    folder = prepare_first(config.data, small(CONVERSATIONS), "sft_meta.json", config, processes.world_size, prepare_it)
+    template, block_size = start.get("template") or "chat", start["config"].block_size
+    folder = prepared_conversations(config.data, config, tokenizer, template, block_size, processes.world_size)
     config = dataclasses.replace(config, data=folder)
     claim_data(config.data, "sft_meta.json", processes)
     meta = read_sft_meta(config.data)
@@ -154,14 +149,6 @@ def main(config: Config) -> None:
         examples=Examples(partial(greedy_answers, tokenizer=tokenizer, exchanges=val_data.first_exchanges(5))),
         samples=Samples(tokenizer, meta["template"], config.sample_prompt) if config.sample_prompt else None,
     )
-
-
-def prepare(config: Config, start: dict[str, Any], tokenizer: "Tokenizer", folder: Path, overwrite: bool) -> None:
-    """Prepares the conversations that `--data` names for the checkpoint `start`."""
-    name = str(config.data)
-    options: dict[str, Any] = {"dataset": name} if name in small(CONVERSATIONS) else {"input": config.data}
-    options |= {"template": start.get("template") or "chat", "block_size": start["config"].block_size}
-    prepare_sft_data.main(prepare_sft_data.Config(**options, out=folder, overwrite=overwrite), tokenizer)
 
 
 def with_steps(config: Config, n: int) -> Config:

@@ -27,7 +27,7 @@ from generation.text_model import Sample, TextModel
 from model import GPT, GPTConfig
 from system.errors import UserError
 from text.labelled import Example, from_hub, read_examples, read_table, split
-from text.readers import Notes
+from text.sources import Notes
 from training.classifier import Classifier, LabelledTexts
 from training.evaluation import mean_loss
 from training.loader import Conversations

@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ENVIRONMENT, command, run_script, succeed
+from text.corpora import find_files
+from text.readers import MAX_JSON_VALUES, Notes, opened, records
 
 import prepare_data
 import prepare_sft_data
@@ -26,8 +28,6 @@ from system.files import read_utf8_lines
 from system.untrusted import printable
 from text import readers
 from text.conversations import _first
-from text.corpora import find_files
-from text.readers import MAX_JSON_VALUES, Notes, opened, records
 from text.token_files import read_tokens
 from text.tokenizer import gpt2
 

@@ -25,6 +25,10 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ENVIRONMENT, REPOSITORY, command, hub_environment, run_script, succeed
 from hub_server import HubHandler
+from text.corpora import CHUNK, Files, OpenWebText, Texts, cut, draw_held_out, hold_out
+from text.readers import Notes
+from text.registry import CONVERSATIONS, LABELLED, TEXTS, Dataset
+from text.templates import encode_conversation
 
 from generation.config import SamplingConfig
 from generation.text_model import TextModel
@@ -37,10 +41,6 @@ from system.files import atomic_folder
 from text import readers
 from text import tokenizer as tokenizers
 from text.conversations import oasst1_trees, open_conversations, read_file
-from text.corpora import CHUNK, Files, OpenWebText, Texts, cut, draw_held_out, hold_out
-from text.readers import Notes
-from text.registry import CONVERSATIONS, LABELLED, TEXTS, Dataset
-from text.templates import encode_conversation
 from text.token_files import read_tokens
 from train_classifier import Config as ClassifierConfig
 from training.classifier import encode

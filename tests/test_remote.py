@@ -16,6 +16,8 @@ import pytest
 from conftest import ENVIRONMENT, REPOSITORY, command, hub_environment, run_script
 from file_server import FileHandler, Site
 from hub_server import HubHandler
+from text.corpora import Files, find_files
+from text.readers import Notes
 
 import prepare_data
 import train
@@ -23,9 +25,7 @@ from system.cli import without_secrets
 from system.errors import UserError
 from text import remote
 from text.conversations import read_file
-from text.corpora import Files, find_files
 from text.labelled import read_table
-from text.readers import Notes
 from training.prepared import prepare_first
 
 TEXTS = [f"Document {i}: naïve 日本 🙂 " + "word " * (i % 40) for i in range(60)]

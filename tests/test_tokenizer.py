@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import tiktoken
+from text.readers import Notes
+from text.templates import encode_conversation, encode_prompt, encode_turn
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from system.errors import UserError
 from text import tokenizer as tokenizers
 from text.conversations import check_messages, usable
-from text.readers import Notes
-from text.templates import encode_conversation, encode_prompt, encode_turn
 
 SAMPLES = [
     "Hello, world!",

@@ -1,6 +1,6 @@
-"""The conversations of `--dataset builtins-qa` and `pydocs-qa`: an answer, and many wordings of its question.
+"""The conversations of `--dataset builtins-qa` and `pydocs-qa`: an answer, and many paraphrases of its question.
 
-Two wordings are never trained on. They show whether the model knows a question in other words.
+Two paraphrases are never trained on. They show whether the model knows a question in other words.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 from text import pydocs
-from text.readers import opened, records
-from text.templates import Message
+from text.chat import Message
+from text.sources import read_rows
 
 BUNDLED = Path(__file__).parent.parent / "data" / "samples" / "chat.jsonl"
 EXCHANGES = 15 * (1, 2, 3)
@@ -107,13 +107,13 @@ _AFTER = (
 
 @dataclass(frozen=True)
 class Lesson:
-    """A conversation and other wordings of its first question."""
+    """A conversation and paraphrases of its first question."""
 
     conversation: list[Message]
     taught: list[str]
-    """wordings to train on"""
+    """paraphrases to train on"""
     held_out: list[str]
-    """wordings for validation only"""
+    """paraphrases for validation only"""
 
     def asked(self, question: str) -> list[Message]:
         """Returns the conversation with another first question."""
@@ -149,10 +149,9 @@ def lessons(builtins_only: bool = False) -> Iterator[Lesson]:
 
 def _small_talk() -> Iterator[Lesson]:
     """Yields the lessons that come with the project."""
-    with opened(BUNDLED) as (_, stream):
-        for _, row in records(BUNDLED, stream):
-            first_question = row["messages"][0]["content"]
-            yield Lesson(row["messages"], [first_question, *row["wordings"]], row["held_out"])
+    for _, row in read_rows(str(BUNDLED)):
+        first_question = row["messages"][0]["content"]
+        yield Lesson(row["messages"], [first_question, *row["paraphrases"]], row["held_out"])
 
 
 def _entries(builtins_only: bool) -> Iterator[Lesson]:
@@ -163,14 +162,13 @@ def _entries(builtins_only: bool) -> Iterator[Lesson]:
     entries = pydocs.answers(builtins_only)
     for entry, answer in sorted(entries, key=lambda pair: (pair[0].kind != "function", "." in pair[0].name)):
         forms = [entry.name, f"{entry.name}()"] if entry.kind == "function" else [entry.name]
-        wordings = (*_TAUGHT_FOR_ALL, *_TAUGHT[entry.kind])
-        taught = [wording.format(form) for wording in wordings for form in forms]
+        taught = [pattern.format(form) for pattern in (*_TAUGHT_FOR_ALL, *_TAUGHT[entry.kind]) for form in forms]
         messages = [{"role": "user", "content": taught[0]}, {"role": "assistant", "content": answer}]
-        yield Lesson(messages, taught, [wording.format(entry.name) for wording in _HELD_OUT[entry.kind]])
+        yield Lesson(messages, taught, [pattern.format(entry.name) for pattern in _HELD_OUT[entry.kind]])
 
 
 def conversations(lessons: list[Lesson], seed: int) -> Iterator[tuple[str, list[Message]]]:
-    """Yields conversations with their splits: "train" asks in random taught wordings, "val" in the held-out ones.
+    """Yields conversations with their splits: "train" asks in random taught paraphrases, "val" in the held-out ones.
 
     Users ask one question after another, so most conversations for training join two or three lessons in random order.
     The model learns each answer from the question, not from what came before.

@@ -16,7 +16,7 @@ from model import GPT, ChunkLoss, chunk_loss
 from system.cli import progress
 from system.device import autocast
 from system.errors import UserError
-from text.readers import hub_rows, load_hub, opened, records
+from text.sources import hub_rows, load_hub, read_rows
 from training.distributed import Processes
 from training.loader import Batch, micro_batches, require_known_ids, strided
 
@@ -136,11 +136,10 @@ def read_hellaswag(path: Path | None = None) -> Iterator[Question]:
     Raises UserError, naming file and line, for anything else.
     """
     if path:
-        with opened(path) as (_, stream):
-            yield from map(check_question, records(path, stream))
+        yield from map(check_question, read_rows(str(path)))
     else:
         name = "Rowan/hellaswag"
-        rows, _ = load_hub(name, "--hellaswag FILE works", split="validation")
+        rows = load_hub(name, "--hellaswag FILE works", split="validation")
         yield from map(check_question, hub_rows(name, rows))
 
 

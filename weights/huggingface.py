@@ -18,7 +18,7 @@ from system.errors import UserError
 from system.files import atomic_folder
 from system.untrusted import brief, is_file_name, read_json
 from text import tokenizer as tokenizers
-from text.templates import jinja_template
+from text.chat import jinja_template
 from weights.checkpoint import Checkpoint, from_state_dict, grow_vocabulary, tokenizer_of, trim_vocabulary
 from weights.model_card import model_card
 
