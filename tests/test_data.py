@@ -1,51 +1,38 @@
-"""Corpora, splits, files and meta files; the loader's batches."""
+"""Python's documentation, lessons, and the files on the disk: which split they belong to, what is damaged."""
 
 import json
-import os
 import re
-import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from conftest import REPOSITORY
-from text.corpora import Texts, draw_held_out, hold_out
-from text.readers import Notes
+from conftest import REPOSITORY, run_script
 
+from gpt_config import GPTConfig
 from system.errors import UserError
 from system.files import atomic_folder, atomic_write, read_utf8, read_utf8_lines
 from text import lessons, pydocs
 from text.conversations import read_file
-from text.token_files import read_tokens, require_ids_below
-from training.loader import Batch, Conversations, Prefetcher, Windows, micro_batches, stack
-
-
-@pytest.fixture(scope="module")
-def entries():
-    return list(pydocs.entries())
+from text.sources import Notes
+from text.token_files import files_by_split, read_meta, read_token_meta, read_tokens, require_ids_below
+from training.loader import Windows
 
 
 @pytest.mark.slow
-def test_pydocs_is_a_corpus_of_unique_public_names_and_texts(entries):
+def test_pydocs_is_a_corpus_of_unique_public_names_and_texts():
+    entries = list(pydocs.entries())
     assert sum(len(entry.docstring) for entry in entries) > 1_500_000
     assert len({entry.docstring for entry in entries}) == len(entries)
     names = {entry.name for entry in entries}
-    assert {
-        "os.path.join",
-        "json.JSONDecoder",
-        "collections.abc.Mapping.get",
-        "unittest.TestCase.assertEqual",
-        "str.split",
-    } <= names
+    public = "os.path.join json.JSONDecoder collections.abc.Mapping.get unittest.TestCase.assertEqual str.split"
+    assert set(public.split()) <= names
     assert not any(name.startswith(("posixpath", "ntpath", "_", "test.")) for name in names)
 
 
 def test_pydocs_entries_have_one_answer_each():
     pairs = [(entry.name, answer) for entry, answer in pydocs.answers(builtins_only=True)]
-    assert len(pairs) > 300 and len(dict(pairs)) == len(pairs)
     answers = dict(pairs)
+    assert len(pairs) > 300 and len(answers) == len(pairs)
     assert answers["len"] == "Return the number of items in a container."
     assert answers["KeyError"] == "Mapping key not found."
     assert all(re.fullmatch(r"[A-Z].* .*\.", answer) and "\n" not in answer for answer in answers.values())
@@ -85,8 +72,8 @@ def test_bundled_conversations_are_in_order(all_lessons):
         {"role": "user", "content": "What is the capital of France?"},
         {"role": "assistant", "content": "The capital of France is Paris."},
     ]
-    wordings = [as_heard(wording) for lesson in bundled for wording in lesson.taught + lesson.held_out]
-    assert max(Counter(wordings).values()) == 1  # none asks for two answers
+    paraphrases = [as_heard(question) for lesson in bundled for question in lesson.taught + lesson.held_out]
+    assert max(Counter(paraphrases).values()) == 1  # none asks for two answers
     assert min(len(lesson.taught) for lesson in bundled) >= 4 and {len(lesson.held_out) for lesson in bundled} == {2}
 
 
@@ -95,54 +82,38 @@ def test_each_builtin_is_asked_for_by_its_name_in_many_words(all_lessons):
     of_builtins = {names[lesson.taught[0]]: lesson for lesson in all_lessons if lesson.taught[0] in names}
     assert of_builtins.keys() == set(names.values())
     for name, lesson in of_builtins.items():
-        assert all(name in wording for wording in lesson.taught + lesson.held_out)
-        assert len({as_heard(wording) for wording in lesson.taught}) >= 30 and len(lesson.held_out) == 2
+        assert all(name in question for question in lesson.taught + lesson.held_out)
+        assert len({as_heard(question) for question in lesson.taught}) >= 30 and len(lesson.held_out) == 2
     assert "Explain len." in of_builtins["len"].taught
 
 
 def test_each_beginning_of_the_lessons_has_small_talk_and_functions(all_lessons):
-    first = [lesson.taught[0] for lesson in all_lessons[:73]]  # a tenth: what the demo teaches on a slow machine
-    assert {"What is the capital of France?", "What is a built-in?", "Hello", "Hi", "Thanks!", "How are you?"} <= set(
-        first
-    )
-    assert {"What is abs?", "What is len?"} <= set(first)
+    first = {lesson.taught[0] for lesson in all_lessons[:73]}  # a tenth: what the demo teaches on a slow machine
+    assert {"What is the capital of France?", "What is a built-in?", "Hello", "Thanks!", "How are you?"} <= first
+    assert {"What is abs?", "What is len?"} <= first
 
 
-def test_no_held_out_wording_is_trained_on(all_lessons):
+def test_no_held_out_paraphrase_is_trained_on(all_lessons):
     split = list(lessons.conversations(all_lessons, seed=1))
     taught = {as_heard(m["content"]) for name, messages in split if name == "train" for m in messages[::2]}
     asked = [as_heard(messages[0]["content"]) for name, messages in split if name == "val"]
-    assert asked == [as_heard(wording) for lesson in all_lessons for wording in lesson.held_out]
+    assert asked == [as_heard(question) for lesson in all_lessons for question in lesson.held_out]
     assert not taught & set(asked)
 
 
-def test_lessons_come_in_many_wordings_alone_and_joined(all_lessons):
+def test_lessons_come_in_many_paraphrases_alone_and_joined(all_lessons):
     train = [messages for name, messages in lessons.conversations(all_lessons, seed=1) if name == "train"]
-    wordings = {
-        m["content"]
+    questions = {
+        messages[i]["content"]
         for messages in train
-        for m, a in zip(messages[::2], messages[1::2], strict=True)
-        if a["content"] == "Return the number of items in a container."
+        for i in range(0, len(messages), 2)
+        if messages[i + 1]["content"] == "Return the number of items in a container."
     }
-    assert (
-        len(wordings) >= 15 and any(w.islower() for w in wordings) and not all(w.endswith(("?", ".")) for w in wordings)
-    )
+    assert len(questions) >= 15 and any(question.islower() for question in questions)
+    assert not all(question.endswith(("?", ".")) for question in questions)
     assert all(m["role"] == ("user", "assistant")[i % 2] for messages in train for i, m in enumerate(messages))
     assert {2, 4, 6} <= {len(messages) for messages in train}
     assert next(lessons.conversations(all_lessons, seed=1)) != next(lessons.conversations(all_lessons, seed=2))
-
-
-def test_whole_documents_are_held_out():
-    documents = [f"document {i}" for i in range(1000)]
-
-    def held_out(seed):
-        return [(name, text) for name, text, _ in hold_out(Texts(documents), 0.05, seed)]
-
-    split = held_out(seed=1)
-    assert [text for _, text in split] == documents
-    assert Counter(name for name, _ in split) == {"train": 950, "val": 50}
-    assert split == held_out(seed=1) != held_out(seed=2)
-    assert all(any(name == "val" for name, _ in draw_held_out(range(20), 0.01, seed)) for seed in range(50))
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
@@ -157,45 +128,88 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_later_write_removes_what_a_killed_write_left_behind(tmp_path):
-    for name, age in ((".file.1.tmp", 7200), (".file.2.tmp", 60)):
-        (tmp_path / name).write_text("half")
-        os.utime(tmp_path / name, (time.time() - age,) * 2)
-    with atomic_write(tmp_path / "file", "w") as file:
-        file.write("new")
-    assert {path.name for path in tmp_path.iterdir()} == {"file", ".file.2.tmp"}
-
-
 def test_only_utf_8_is_read(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("naïve\r\n日本\n".encode())
     assert read_utf8(path) == "naïve\r\n日本\n" and list(read_utf8_lines(path)) == ["naïve", "日本"]
     path.write_bytes(b"one\ntwo\ncaf\xe9\n")
-    with pytest.raises(UserError, match=r"a\.txt is not UTF-8"):
-        read_utf8(path)
-    with pytest.raises(UserError, match=r"a\.txt, line 3 is not UTF-8"):
-        list(read_utf8_lines(path))
-    for unreadable in (tmp_path / "none.txt", tmp_path):
-        with pytest.raises(UserError, match=f"cannot read {unreadable}: "):
-            read_utf8(unreadable)
+    for read in (read_utf8, lambda path: list(read_utf8_lines(path))):
+        with pytest.raises(UserError, match=r"a\.txt.* is not UTF-8"):
+            read(path)
+        with pytest.raises(UserError, match=f"cannot read {tmp_path}: "):
+            read(tmp_path)
+
+
+def write_ids(path, ids, header=()):
+    path.write_bytes(np.array(header, "<i4").tobytes() + np.asarray(ids, "<u2").tobytes())
 
 
 def test_llm_c_shards_are_read(tmp_path):
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = 20240520, 1, 7
-    (tmp_path / "s.bin").write_bytes(header.tobytes() + np.arange(7, dtype="<u2").tobytes())
-    assert read_tokens(tmp_path / "s.bin").tolist() == list(range(7))
-    (tmp_path / "s.bin").write_bytes(header.tobytes() + np.arange(6, dtype="<u2").tobytes())
+    path, header = tmp_path / "s.bin", [20240520, 1, 7] + [0] * 253
+    write_ids(path, range(7), header)
+    assert read_tokens(path).tolist() == list(range(7))
+    llama, future = [20240801, 7, *header[2:]], [20240520, 2, *header[2:]]
+    for ids, header_, complaint in (
+        (range(6), header, "damaged"),
+        (range(14), llama, "another kind"),
+        (range(14), future, "another kind"),
+    ):
+        write_ids(path, ids, header_)
+        with pytest.raises(UserError, match=complaint):
+            read_tokens(path)
+    path.write_bytes(b"odd")
     with pytest.raises(UserError, match="damaged"):
-        read_tokens(tmp_path / "s.bin")
-    for magic, version in ((20240801, 7), (20240520, 2)):  # Llama's 32-bit tokens, a future version
-        header[:2] = magic, version
-        (tmp_path / "s.bin").write_bytes(header.tobytes() + bytes(28))
-        with pytest.raises(UserError, match="another kind"):
-            read_tokens(tmp_path / "s.bin")
-    (tmp_path / "s.bin").write_bytes(b"odd")
-    with pytest.raises(UserError, match="damaged"):
-        read_tokens(tmp_path / "s.bin")
+        read_tokens(path)
+
+
+def test_splits_come_from_exact_names():
+    names = "val.bin train.bin medieval_train.bin constrained_val.bin sft_train.bin train_val.bin training.bin x.bin"
+    assert files_by_split(names.split()) == {"train": ["train.bin"], "val": ["val.bin"]}
+    names = "train_000002.bin train_000001.bin fineweb_val_000000.bin my_val_train_000003.bin train_00000.bin.tmp"
+    assert files_by_split(names.split()) == {
+        "train": ["my_val_train_000003.bin", "train_000001.bin", "train_000002.bin"],
+        "val": ["fineweb_val_000000.bin"],
+    }
+    names = "train_00000_shuffled.ds train_00000_shuffled.ds.index val_00000_unshuffled.ds"
+    assert files_by_split(names.split()) == {"train": ["train_00000_shuffled.ds"], "val": ["val_00000_unshuffled.ds"]}
+
+
+def test_no_file_is_in_the_wrong_split(tmp_path):
+    for name, i in {"medieval_train": 1, "train": 2, "val": 3, "constrained_val": 4}.items():
+        write_ids(tmp_path / f"{name}.bin", [i] * 50)
+    meta, shape = (
+        read_token_meta(tmp_path),
+        GPTConfig(block_size=8, n_layer=1, n_head=1, n_embd=8, vocab_size=64, n_tokens=64),
+    )
+    for split, i in {"train": 2, "val": 3}.items():
+        data = Windows.from_folder(tmp_path, meta, split, shape, 1, 0)
+        assert {int(id_) for shard in data.shards for id_ in shard} == {i}
+    (tmp_path / "val.bin").unlink()
+    with pytest.raises(UserError, match=r"meta\.json is missing"):
+        read_token_meta(tmp_path)
+
+
+def test_meta_files_of_the_released_format_are_read():
+    folder = REPOSITORY / "tests/samples/data"
+    assert isinstance(json.loads((folder / "meta.json").read_text())["files"], list)
+    assert read_token_meta(folder)["files"] == {"train": ["train.bin"], "val": ["val.bin"]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", '{"tokenizer": 1, "splits": {}}', '{"tokenizer": "gpt2", "splits": 3}', '{"tokenizer": "gpt2"}'],
+)
+def test_a_damaged_meta_file_is_one_line(tmp_path, content):
+    (tmp_path / "meta.json").write_text(content)
+    with pytest.raises(UserError, match=r"meta\.json is damaged: run prepare_data\.py again"):
+        read_meta(tmp_path / "meta.json", "prepare_data.py")
+
+
+@pytest.mark.parametrize("files", [None, 3, ["train.bin"], {"train": ["train.bin"], "val": []}])
+def test_a_meta_file_without_both_splits_is_one_line(tmp_path, files):
+    (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": "gpt2", "splits": {}, "files": files}))
+    result = run_script(tmp_path, "prepare_data.py", "--inspect", ".")
+    assert result.returncode == 1 and "meta.json is damaged (files): run" in result.stderr.splitlines()[-1]
 
 
 def test_ids_outside_a_vocabulary_are_named_with_their_place(monkeypatch):
@@ -213,6 +227,6 @@ def test_meta_json_describes_the_token_files(toy):
     meta = json.loads((toy / "data/toy/meta.json").read_text())
     for split in ("train", "val"):
         assert len(read_tokens(toy / f"data/toy/{split}.bin")) == meta["splits"][split]["tokens"] > 0
-    assert meta["files"] == ["train.bin", "val.bin", "tokenizer.json"]
+    assert meta["files"] == {"train": ["train.bin"], "val": ["val.bin"], "tokenizer": ["tokenizer.json"]}
     text = sum(len(path.read_bytes()) for path in (toy / "text").iterdir())
     assert sum(split["bytes"] for split in meta["splits"].values()) == text
