@@ -425,7 +425,7 @@ def test_a_killed_preparation_leaves_the_old_files(toy):
         env=ENVIRONMENT,
         stderr=subprocess.DEVNULL,
     )
-    while not list((toy / "data/kill").glob(".prepare-*/train.bin")):
+    while not list((toy / "data/kill").glob(".meta.json.tmp/train.bin")):
         assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)

@@ -209,13 +209,17 @@ def opened(file: str) -> Iterator[io.BufferedReader]:
 
 
 def _options(file: str) -> dict[str, Any]:
-    """Returns what `fsspec` needs to know for a URL on the web: by default a download ends after five minutes."""
+    """Returns what `fsspec` needs to know for a URL on the web.
+
+    By default, a download ends after five minutes, and needs a server that sends parts of a file. Parquet needs one.
+    """
     if not file.lower().startswith("http"):
         return {}
     import aiohttp
 
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
-    return {"client_kwargs": {"timeout": timeout, "trust_env": True}}
+    streaming = {} if content_suffix(file) == ".parquet" else {"block_size": 0}
+    return {"client_kwargs": {"timeout": timeout, "trust_env": True}, **streaming}
 
 
 @contextmanager
