@@ -471,7 +471,13 @@ def test_token_files_of_datatrove_train_unconverted(tmp_path, documents, monkeyp
             write_table(Path(f"text/{split}/{i}.jsonl"), texts[i::2])
         pipeline = [
             JsonlReader(f"text/{split}"),
-            DocumentTokenizer("shards", "work", split, "shards/tokenizer.json", "<|endoftext|>"),
+            DocumentTokenizer(
+                "shards",
+                local_working_dir="work",
+                save_filename=split,
+                tokenizer_name_or_path="shards/tokenizer.json",
+                eos_token="<|endoftext|>",
+            ),
         ]
         LocalPipelineExecutor(pipeline, tasks=2, workers=2, logging_dir=f"logs/{split}").run()
     files = read_token_meta(tmp_path / "shards")["files"]

@@ -49,9 +49,9 @@ def read_examples(
 def _rows_of_hub(name: str, label_column: str) -> Iterator[Row]:
     """Yields the rows of the split "train". Labels that the data set stores as numbers are given their names."""
     rows = load_hub(name, "--input FILE works", split="train")
-    names = getattr((rows.features or {}).get(label_column), "names", [])
+    names = dict(enumerate(getattr((rows.features or {}).get(label_column), "names", [])))  # -1 is no label
     for where, row in hub_rows(name, rows):
-        yield where, {**row, label_column: names[row[label_column]]} if names else row
+        yield where, {**row, label_column: names.get(row[label_column])} if names else row
 
 
 def _examples(rows: Iterable[Row], text_column: str, label_column: str, notes: Notes) -> list[Example]:
@@ -85,8 +85,8 @@ def split(examples: list[Example], val_fraction: float, test_fraction: float, se
     rarest = min(by_label, key=lambda label: len(by_label[label]))
     if len(by_label[rarest]) < 3:
         raise UserError(
-            f"the label {rarest!r} is too rare, {len(by_label[rarest])} of the texts have it: one each is needed to "
-            "train, to validate and to test; add texts with that label, or remove it"
+            f"the label {rarest!r} has fewer than three texts: one each is needed to train, to validate and to test; "
+            "add texts with that label, or remove it"
         )
 
     # scikit-learn's `train_test_split(stratify=…)` only rounds shares: it leaves a label of three texts out of a split.
