@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder
 
 from system.cli import run, without_secrets
 from system.errors import require, require_at_least
-from text.sources import TEXTS, listed
+from text.sources import TEXTS
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Config:
         on_hub = not self.input and "/" in self.dataset
         require(
             on_hub or self.dataset in TEXTS,
-            f"no data set {self.dataset!r}: choose {listed(TEXTS)}, or name one of the Hub as org/name",
+            f"no data set {self.dataset!r}: choose {', '.join(TEXTS)}, or name one of the Hub as org/name",
         )
         require(
             on_hub or (self.config, self.split, self.revision) == (None, "train", None),

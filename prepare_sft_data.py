@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder
 
 from system.cli import run
 from system.errors import require
-from text.sources import CONVERSATIONS, listed
+from text.sources import CONVERSATIONS
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Config:
     def __post_init__(self) -> None:
         require(
             self.dataset in CONVERSATIONS or "/" in self.dataset,
-            f"no data set {self.dataset!r}: choose {listed(CONVERSATIONS)}, or name one of the Hub as org/name",
+            f"no data set {self.dataset!r}: choose {', '.join(CONVERSATIONS)}, or name one of the Hub as org/name",
         )
         require(
             self.val_fraction is None or self.val_fraction == 0 or 1e-6 <= self.val_fraction <= 0.5,

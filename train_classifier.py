@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder
 from system.cli import run
 from system.errors import UserError, require, require_at_least
 from system.locks import releases_locks
-from text.sources import LABELLED, listed
+from text.sources import LABELLED
 from training.config import TrainerConfig
 
 
@@ -63,7 +63,7 @@ class Config(TrainerConfig):
         super().__post_init__()
         require(
             self.input is not None or self.dataset in LABELLED or "/" in self.dataset,
-            f"no data set {self.dataset!r}: --input FILE, {listed(LABELLED)}, or one of the Hub's as org/name",
+            f"no data set {self.dataset!r}: --input FILE, {', '.join(LABELLED)}, or one of the Hub's as org/name",
         )
         require_at_least(1, self, "epochs")
         require(0 <= self.dropout < 1, "--dropout must be at least 0 and below 1")

@@ -292,7 +292,7 @@ BAD_INPUT = [  # exit status, a part of the message, the command
     (1, "cannot read none.csv", "CLASSIFIER --input none.csv"),
     (1, "no column 'text', but ham", "CLASSIFIER --input bad/labels.tsv"),
     (1, "no column 'class', but ham", "CLASSIFIER --input bad/labels.tsv --text-column ham --label-column class"),
-    (1, "the label 'rare' has fewer than three texts", "CLASSIFIER --input bad/labels.tsv --label-column 1 --text-column 2"),
+    (1, "'rare' has fewer than three texts", "CLASSIFIER --input bad/labels.tsv --label-column 1 --text-column 2"),
     (1, "all rows have the label 'ham'", "CLASSIFIER --input bad/one_label.tsv --label-column 1 --text-column 2"),
     (1, "holds no labelled text", "CLASSIFIER --input bad/blank.txt"),
     (1, "Hub", "CLASSIFIER --dataset sms-spam"),

@@ -12,7 +12,7 @@ from conftest import run_script
 
 from prepare_sft_data import Config, main
 from system.errors import UserError
-from text.conversations import _first, check_messages, oasst1_trees, open_conversations, read_file, usable
+from text.conversations import check_messages, oasst1_conversations, open_conversations, read_file, usable
 from text.sources import Notes
 from text.token_files import read_tokens
 from text.tokenizer import gpt2
@@ -65,8 +65,8 @@ OASST1 = [
 
 def test_oasst1_conversations_follow_the_best_reply_that_is_not_spam():
     notes, rows = Notes(), [(row["message_id"], row) for row in OASST1]
-    trees = [[[m["content"] for m in messages] for messages in tree] for tree in oasst1_trees(rows, notes)]
-    assert trees == [[["Q", "best", "Q2", "A2"]], [["D?", "D."]]]
+    found = [[message["content"] for message in messages] for messages in oasst1_conversations(rows, notes)]
+    assert found == [["Q", "best", "Q2", "A2"], ["D?", "D."]]
     assert notes.lines()[0] == "3 messages that were deleted or marked as spam were left out, the first in a6"
     assert "1 answers that reviewers ranked below another one were left out, the first in a1" in notes.lines()
 
@@ -83,24 +83,16 @@ def hub(tmp_path, monkeypatch):
     return add
 
 
-@pytest.mark.parametrize("has_validation", [True, False])
-def test_oasst1_keeps_its_own_split_or_is_split_by_tree(hub, tmp_path, has_validation):
+def test_oasst1_keeps_its_own_split(hub, tmp_path):
     keys = ("message_id", "parent_id", "text")
-    trees = [[{**row, **{key: row[key] and row[key] + str(i) for key in keys}} for row in OASST1] for i in range(12)]
-    hub("OpenAssistant/oasst1/data/train-00000.parquet", sum(trees[:11], []))
-    if has_validation:
-        hub("OpenAssistant/oasst1/data/validation-00000.parquet", trees[11])
-    _, texts = prepare(tmp_path)
-    questions = {split: set(re.findall(r"<\|user\|> (\S+?)<", text)) for split, text in texts.items()}
-    assert questions["train"] and questions["val"] and not questions["train"] & questions["val"]
-    if has_validation:
-        assert questions["val"] == {"Q11", "Q211", "D?11"}
-
-
-def test_the_first_conversations_come_from_both_splits():
-    pairs = [("train", [i]) for i in range(50)] + [("val", [i]) for i in range(50)]
-    assert [split for split, _ in _first(pairs, 40, 0.05)] == ["train"] * 38 + ["val"] * 2
-    assert list(_first(pairs, 2, 0.05)) == [pairs[0], pairs[50]] and list(_first(pairs, None, 0.05)) == pairs
+    trees = [[{**row, **{key: row[key] and f"{row[key]}-{i}" for key in keys}} for row in OASST1] for i in range(60)]
+    hub("OpenAssistant/oasst1/data/train-00000.parquet", sum(trees[:30], []))
+    hub("OpenAssistant/oasst1/data/validation-00000.parquet", sum(trees[30:], []))
+    counts, texts = prepare(tmp_path)
+    questions = {split: set(re.findall(r"<\|user\|> D\?-(\d+)<", text)) for split, text in texts.items()}
+    assert questions == {"train": set(map(str, range(30))), "val": set(map(str, range(30, 60)))}
+    assert counts == {"train": 60, "val": 60}
+    assert prepare(tmp_path, max_conversations=40)[0] == {"train": 38, "val": 2}
 
 
 def test_alpaca_gpt4_gives_instructions_with_inputs(hub, tmp_path):

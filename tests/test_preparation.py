@@ -187,7 +187,7 @@ def test_invalid_unicode_is_replaced_counted_and_located(tmp_path, capsys):
     assert re.search(r"7 characters or bytes that are not Unicode became U\+FFFD, the first in .*a\.txt, line 2\n", out)
     assert re.search(r"1 binary files were skipped, the first in .*c\.py\n", out)
     assert re.search(r"2 empty documents were skipped, the first in .*b\.jsonl, line 3\n", out)
-    assert json.loads((tmp_path / "data/meta.json").read_text())["notes"]["binary files were skipped"]["number"] == 1
+    assert "1 binary files were skipped" in json.loads((tmp_path / "data/meta.json").read_text())["notes"][2]
 
 
 def test_whole_documents_are_held_out_or_the_end_of_a_few():

@@ -18,7 +18,7 @@ from system.errors import UserError
 from system.files import atomic_folder, atomic_write, require_no_files, write_json
 from text import lessons
 from text.chat import Message, encode_conversation
-from text.sources import CONVERSATIONS, Notes, Row, draw_held_out, hub_rows, listed, load_hub, read_rows
+from text.sources import CONVERSATIONS, Notes, Row, draw_held_out, hub_rows, load_hub, read_rows
 from text.token_files import SPLITS
 from text.tokenizer import Tokenizer
 
@@ -63,7 +63,6 @@ def prepare_conversations(
     pairs, is_held_out = open_conversations(
         dataset, file, max_conversations, val_fraction, seed, notes, joins=template == "chat"
     )
-    source = without_secrets(file or dataset)
     with atomic_folder(out, last="sft_meta.json") as folder:
         counts = _write(pairs, is_held_out, tokenizer, folder, template, block_size, notes)
         meta = {
@@ -73,8 +72,8 @@ def prepare_conversations(
             "block_size": block_size,
             "is_held_out": is_held_out,
             "splits": counts,
-            "source": source,
-            "notes": notes.as_json(),
+            "source": without_secrets(file or dataset),
+            "notes": notes.lines(),
             "command": command_line(),
             "format_version": 1,
         }
@@ -95,13 +94,7 @@ def prepare_conversations(
 
 
 def _write(
-    pairs: Pairs,
-    is_held_out: bool,
-    tokenizer: Tokenizer,
-    folder: Path,
-    template: str,
-    block_size: int,
-    notes: Notes,
+    pairs: Pairs, is_held_out: bool, tokenizer: Tokenizer, folder: Path, template: str, block_size: int, notes: Notes
 ) -> dict[str, dict[str, int]]:
     """Writes conversations; returns counts by split. A conversation longer than `block_size` tokens loses its oldest
     exchanges; `notes` counts it once."""
@@ -153,8 +146,7 @@ def open_conversations(
     """
     named = CONVERSATIONS.get(dataset)
     if not file and dataset == "oasst1":
-        share = val_fraction or VAL_FRACTION
-        return _first(load_oasst1(share, seed, notes), max_conversations, share), True
+        return load_oasst1(max_conversations, notes), True
     if not file and named and named.held_out == "paraphrases":
         found_lessons = lessons.lessons(builtins_only=dataset == "builtins-qa")
         return lessons.conversations(list(islice(found_lessons, max_conversations)), seed), True
@@ -181,15 +173,6 @@ def joined(conversations: list[Conversation], seed: int) -> Iterator[Conversatio
     for n in (2, 3):
         shuffled = rng.sample(conversations, len(conversations))
         yield from (list(chain(*shuffled[i : i + n])) for i in range(0, len(shuffled), n))
-
-
-def _first(pairs: Pairs, n: int | None, val_fraction: float) -> Pairs:
-    """Returns at most `n` conversations, `val_fraction` of them, but at least one, from the split "val"."""
-    if n is None:
-        return pairs
-    pairs, n_val = list(pairs), max(1, round(n * val_fraction))
-    train, val = ([pair for pair in pairs if pair[0] == split] for split in SPLITS)
-    return train[: n - n_val] + val[:n_val]
 
 
 def read_file(file: str | Path, notes: Notes) -> Iterator[Conversation]:
@@ -232,8 +215,8 @@ def _messages_of(row: object, where: str) -> object:
         return [turn, {"role": "assistant", "content": columns[answer]}]
     found = ", ".join(map(str, columns))[:100] if columns else f"a {type(row).__name__}"
     raise UserError(
-        f"{where}: expected an object or a row with `messages`, or with a question (a column {listed(QUESTIONS)}) and "
-        f"its answer ({listed(ANSWERS)}), not {found}"
+        f"{where}: expected an object or a row with `messages`, or with a question (column {', '.join(QUESTIONS)}) and "
+        f"its answer ({', '.join(ANSWERS)}), not {found}"
     )
 
 
@@ -245,31 +228,25 @@ def _is_new(conversation: Conversation, seen: set[bytes]) -> bool:
     return is_new
 
 
-def load_oasst1(val_fraction: float, seed: int, notes: Notes) -> Pairs:
-    """Yields OpenAssistant's English conversations with the Hub's own split; if it has none, split by message tree."""
-    name = CONVERSATIONS["oasst1"].hub
+def load_oasst1(max_conversations: int | None, notes: Notes) -> Pairs:
+    """Yields OpenAssistant's English conversations (Köpf et al. 2023) with the Hub's own split."""
+    name, n_train, n_val = CONVERSATIONS["oasst1"].hub, None, None
+    if max_conversations:
+        n_val = max(1, round(max_conversations * VAL_FRACTION))
+        n_train = max_conversations - n_val
     rows = load_hub(name, _INSTEAD)
-    trees = oasst1_trees(hub_rows(name, rows["train"]), notes)
-    split_trees: Iterable[tuple[str, list[Conversation]]]
-    if "validation" in rows:
-        val_trees = oasst1_trees(hub_rows(name, rows["validation"]), notes)
-        split_trees = chain((("train", tree) for tree in trees), (("val", tree) for tree in val_trees))
-    else:
-        split_trees = draw_held_out(trees, val_fraction, seed)
     seen: set[bytes] = set()
-    for split, tree in split_trees:
-        for conversation in tree:
-            if _is_new(conversation, seen):
-                yield split, conversation
-            else:
-                notes.add(_REPEATED, name)
+    for split, rows_of_split, n in (("train", rows["train"], n_train), ("val", rows["validation"], n_val)):
+        conversations = oasst1_conversations(hub_rows(name, rows_of_split), notes)
+        new = (conversation for conversation in conversations if _is_new(conversation, seen))
+        yield from ((split, conversation) for conversation in islice(new, n))
 
 
-def oasst1_trees(rows: Iterable[Row], notes: Notes) -> Iterator[list[Conversation]]:
-    """Yields for each message tree of OpenAssistant its conversations: from the question down the top-ranked replies.
+def oasst1_conversations(rows: Iterable[Row], notes: Notes) -> Iterator[Conversation]:
+    """Yields the conversations in OpenAssistant's message trees: from each question down the top-ranked replies.
 
-    English messages are kept, unless they were deleted or half of the reviewers labelled them as spam (Köpf et al.
-    2023). `notes` counts what is left out.
+    English messages are kept, unless they were deleted or half of the reviewers labelled them as spam. `notes` counts
+    what is left out.
     """
     children: dict[str | None, list[Row]] = defaultdict(list)
     for where, row in rows:
@@ -281,8 +258,7 @@ def oasst1_trees(rows: Iterable[Row], notes: Notes) -> Iterator[list[Conversatio
         else:
             children[row["parent_id"]].append((where, row))
     for root in children[None]:
-        if tree := _oasst1_paths(root, [], children, notes):
-            yield tree
+        yield from _oasst1_paths(root, [], children, notes)
 
 
 def _oasst1_paths(

@@ -36,9 +36,8 @@ def read_examples(
     if file:
         rows = read_rows(str(file), [text_column, label_column])
     else:
-        named = LABELLED.get(dataset)
-        if named:
-            dataset, text_column, label_column = named.hub, named.text_column, named.label_column
+        if named := LABELLED.get(dataset):
+            dataset, text_column = named.hub, named.text_column
         rows = _rows_of_hub(dataset, label_column)
     examples = _examples(rows, text_column, label_column, notes)
     if not examples:

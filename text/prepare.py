@@ -61,9 +61,9 @@ def prepare(
         files = {split: TokenFiles(folder, split, tokenizer.n_tokens, shard_tokens) for split in SPLITS}
         pieces = corpus.pieces(val_fraction, seed)
         val_tokens = shard_tokens if corpus.first_shard_val else None
-        _write(pieces, files, tokenizer, workers or available_cores(), val_tokens, max_tokens)
+        _write(pieces, files, tokenizer, workers or os.cpu_count() or 1, val_tokens, max_tokens)
         counts = {split: files[split].counts for split in SPLITS}
-        _require_text(counts, tokenizer, corpus.notes, val_tokens)
+        _require_text(counts, tokenizer, corpus.notes)
         _write_meta(folder, files, tokenizer, source, corpus.notes)
     return counts, tokenizer
 
@@ -138,7 +138,7 @@ def _write_meta(
         "n_tokens": tokenizer.n_tokens,
         "splits": {split: statistics(files[split].counts, tokenizer) for split in SPLITS},
         "source": source,
-        "notes": notes.as_json(),
+        "notes": notes.lines(),
         "command": command_line(),
         "format_version": 1,
     }
@@ -164,16 +164,12 @@ def train_tokenizer(pieces: Iterable[Piece], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _require_text(counts: dict[str, np.ndarray], tokenizer: Tokenizer, notes: Notes, val_tokens: int | None) -> None:
-    """Raises UserError if a split has no token of text. `val_tokens` is the size of a held-out first shard."""
+def _require_text(counts: dict[str, np.ndarray], tokenizer: Tokenizer, notes: Notes) -> None:
+    """Raises UserError if a split has no token of text."""
     has_text = {split: counts[split][: tokenizer.end_of_text].any() for split in SPLITS}
-    if has_text["val"] and not has_text["train"] and val_tokens:
-        raise UserError(
-            f"the first {val_tokens:,} tokens are for validation, and nothing is left to train on: "
-            "try a smaller --shard-tokens"
-        )
     if not has_text["train"]:
-        raise UserError(f"there is no text to train on{notes.in_brackets()}")
+        remedy = ": try a smaller --shard-tokens, since the first shard is for validation" if has_text["val"] else ""
+        raise UserError(f"there is no text to train on{remedy}{notes.in_brackets()}")
     if not has_text["val"]:
         raise UserError(
             "nothing is left to validate with: use more text, a larger --val-fraction or a larger --max-tokens"
@@ -222,10 +218,3 @@ def _grouped(pieces: Iterable[Piece]) -> Iterator[tuple[str, list[str], bool]]:
             yield from ((name, texts[name], name == split and not ends) for name in SPLITS if texts[name])
             texts, size = {name: [] for name in SPLITS}, 0
     yield from ((name, texts[name], False) for name in SPLITS if texts[name])
-
-
-def available_cores() -> int:
-    """Returns the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -57,9 +57,6 @@ class Dataset:
     """a share of the documents; nanoGPT's rows of OpenWebText; the first shard; the Hub's split "validation"; or
     paraphrases of the questions"""
     text_column: str = "text"
-    label_column: str = "label"
-    is_small: bool = False
-    """whether `--data NAME` of a training script prepares it first, in a few minutes at most"""
 
 
 def _by_name(*datasets: Dataset) -> dict[str, Dataset]:
@@ -76,35 +73,22 @@ TEXTS = _by_name(
         url="https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e"
         "/data/tinyshakespeare/input.txt",
         sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-        is_small=True,
     ),
     Dataset(
         "war-and-peace",
         url="https://raw.githubusercontent.com/enerrio/jax-transformer/e00617e4555a0dc4d64d819307f917206aeec31c"
         "/war-and-peace.txt",
         sha256="fef5d84055533ae89c5df8f8334f5bcf9110a5d36e0a01f0e587b847c9d5444e",
-        is_small=True,
     ),
-    Dataset("pydocs", is_small=True),
+    Dataset("pydocs"),
 )
 CONVERSATIONS = _by_name(
-    Dataset("oasst1", "OpenAssistant/oasst1", held_out="own", is_small=True),
-    Dataset("alpaca-gpt4", "vicgalle/alpaca-gpt4", is_small=True),
-    Dataset("builtins-qa", held_out="paraphrases", is_small=True),
-    Dataset("pydocs-qa", held_out="paraphrases", is_small=True),
+    Dataset("oasst1", "OpenAssistant/oasst1", held_out="own"),
+    Dataset("alpaca-gpt4", "vicgalle/alpaca-gpt4"),
+    Dataset("builtins-qa", held_out="paraphrases"),
+    Dataset("pydocs-qa", held_out="paraphrases"),
 )
 LABELLED = _by_name(Dataset("sms-spam", "ucirvine/sms_spam", text_column="sms"))
-
-
-def small(datasets: dict[str, Dataset]) -> tuple[str, ...]:
-    """Returns the names of the data sets that a training script prepares first."""
-    return tuple(name for name, dataset in datasets.items() if dataset.is_small)
-
-
-def listed(names: Iterable[str]) -> str:
-    """Returns names as a list for a sentence: "a, b or c"."""
-    *first, last = names
-    return f"{', '.join(first)} or {last}" if first else last
 
 
 class Notes(dict[str, tuple[int, str]]):
@@ -138,10 +122,6 @@ class Notes(dict[str, tuple[int, str]]):
     def in_brackets(self) -> str:
         """Returns the notes for the end of an error message, "" if there are none."""
         return "".join(f" ({line})" for line in self.lines())
-
-    def as_json(self) -> dict[str, dict[str, int | str]]:
-        """Returns the notes for a meta file."""
-        return {message: {"number": number, "first": where} for message, (number, where) in self.items()}
 
 
 def draw_held_out(items: Iterable[Item], fraction: float, seed: int) -> Iterator[tuple[str, Item]]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,7 +18,6 @@ from text.tokenizer import Tokenizer, load_tokenizer, require_same_tokenizer, to
 
 SPLITS = ("train", "val")
 _SHARD_MAGIC, _LLAMA_SHARD_MAGIC, _SHARD_HEADER_BYTES = 20240520, 20240801, 1024  # of llm.c
-_SLICE = 2**24  # tokens to read at a time: 32 MiB
 # train.bin; train_000001.bin; fineweb_train_000001.bin (llm.c, modded-nanogpt); train_00000_shuffled.ds (datatrove)
 _NAME = re.compile(r"(train|val)\.bin|(?:.+_)?(train|val)_\d+\.bin|(train|val)_\d+_\w*shuffled\.ds")
 
@@ -137,25 +135,16 @@ def memory_map(path: Path, dtype: type[np.unsignedinteger]) -> np.ndarray:
         raise UserError(f"{path} is damaged: prepare the data again") from None
 
 
-def require_ids_below(ids: np.ndarray, vocab_size: int, where: str | Path, remedy: str, offset: int = 0) -> None:
+def require_ids_below(ids: np.ndarray, vocab_size: int, where: str | Path, remedy: str) -> None:
     """Raises UserError, naming the place, unless all ids (n,) are below `vocab_size`.
 
-    `where` names the file, `remedy` tells the user what to do. `ids` may be a memory map of any size: they are read in
-    slices. If `ids` are a part of the file, `offset` is the number of tokens before that part.
+    `where` names the file, `remedy` tells the user what to do. `ids` may be a memory map of any size.
     """
-    for start, part in slices(ids):
-        if part.max() >= vocab_size:
-            i = int(np.argmax(part >= vocab_size))
-            raise UserError(
-                f"{where} holds the id {part[i]} (token {offset + start + i:,}), which a vocabulary of "
-                f"{vocab_size:,} does not have: {remedy}"
-            )
-
-
-def slices(ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields ids (n,) in slices that fit into memory, each with the position of its first id."""
-    for start in range(0, len(ids), _SLICE):
-        yield start, ids[start : start + _SLICE]
+    if len(ids) and ids.max() >= vocab_size:
+        i = int(np.argmax(ids >= vocab_size))
+        raise UserError(
+            f"{where} holds the id {ids[i]} (token {i:,}), which a vocabulary of {vocab_size:,} does not have: {remedy}"
+        )
 
 
 class TokenFiles:
@@ -210,7 +199,7 @@ class TokenFiles:
             self._file = None
 
 
-def statistics(counts: np.ndarray, tokenizer: Tokenizer) -> dict[str, int]:
+def statistics(counts: np.ndarray, tokenizer: Tokenizer) -> dict[str, Any]:
     """Returns the numbers of documents, characters, UTF-8 bytes, tokens (separators included) and different tokens.
 
     They follow from how often each id occurs, `counts` (ids,): every document ends with a separator, and the bytes of
@@ -237,11 +226,10 @@ def count_tokens(folder: Path) -> tuple[dict[str, np.ndarray], Tokenizer]:
     for split in SPLITS:
         counts[split] = np.zeros(tokenizer.n_tokens, dtype=np.int64)
         for name in meta["files"][split]:
-            tokens = read_tokens(folder / name)
-            n_slices = math.ceil(len(tokens) / _SLICE)
-            for start, part in progress(slices(tokens), total=n_slices, desc=printable(name)):
-                require_ids_below(part, tokenizer.n_tokens, folder / name, "prepare the data again", offset=start)
-                counts[split] += np.bincount(part, minlength=tokenizer.n_tokens)
+            ids = read_tokens(folder / name)
+            require_ids_below(ids, tokenizer.n_tokens, folder / name, "prepare the data again")
+            for start in progress(range(0, len(ids), 2**24), desc=name):  # 128 MiB as 64-bit integers
+                counts[split] += np.bincount(ids[start : start + 2**24], minlength=tokenizer.n_tokens)
     return counts, tokenizer
 
 
@@ -250,26 +238,28 @@ def report(counts: dict[str, np.ndarray], tokenizer: Tokenizer, folder: Path) ->
 
     `counts` is how often each id occurs, (ids,) by split.
     """
-    columns = {name: statistics(count, tokenizer) for name, count in counts.items()}
-    columns["total"] = statistics(np.sum(list(counts.values()), axis=0), tokenizer)
-    rows = [("", list(columns))]
-    for name in ("documents", "characters", "bytes"):
-        rows.append((name, [f"{column[name]:,}" for column in columns.values()]))
-    n_text = [column["tokens"] - column["documents"] for column in columns.values()]
-    rows += [
-        ("tokens of text", [f"{n:,}" for n in n_text]),
-        ("separators", [f"{column['documents']:,}" for column in columns.values()]),
-        ("bytes per token", [f"{c['bytes'] / max(1, n):.3f}" for c, n in zip(columns.values(), n_text, strict=True)]),
-        ("unique tokens", [f"{column['unique']:,}" for column in columns.values()]),
-    ]
+    lines = [f"{'':16}{'train':>17}{'val':>17}{'total':>17}"]
+    total = counts["train"] + counts["val"]
+    columns = [statistics(count, tokenizer) for count in (counts["train"], counts["val"], total)]
+    for column in columns:
+        n_text = column["tokens"] - column["documents"]
+        column |= {"tokens of text": n_text, "separators": column["documents"], "unique tokens": column["unique"]}
+        column["bytes per token"] = column["bytes"] / max(1, n_text)
+    for name in (
+        "documents",
+        "characters",
+        "bytes",
+        "tokens of text",
+        "separators",
+        "bytes per token",
+        "unique tokens",
+    ):
+        form = ".3f" if name == "bytes per token" else ","
+        lines.append(f"{name:16}" + "".join(f"{format(column[name], form):>17}" for column in columns))
     beginning = read_tokens(folder / read_token_meta(folder)["files"]["train"][0])[:1500]
-    return "\n".join(
-        [
-            *(f"{name:16}" + "".join(f"{value:>17}" for value in values) for name, values in rows),
-            f"tokenizer {tokenizer.name}: {tokenizer.n_tokens:,} tokens, 3 of them control tokens",
-            f"the training text begins: {shorten(tokenizer.decode(beginning.tolist()), 74)}",
-        ]
-    )
+    text = shorten(printable(tokenizer.decode(beginning.tolist())), 74)
+    lines.append(f"tokenizer {tokenizer.name}: {tokenizer.n_tokens:,} tokens, 3 of them control tokens")
+    return "\n".join([*lines, f"the training text begins: {text}"])
 
 
 def summary(counts: dict[str, np.ndarray], tokenizer: Tokenizer) -> str:

@@ -170,10 +170,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 @functools.lru_cache(maxsize=4)  # checking a checkpoint and using it are two calls
-def from_spec(spec: str) -> Tokenizer:
+def from_spec(spec: str, name: str = "the tokenizer") -> Tokenizer:
     """Rebuilds a tokenizer from its `spec`: "gpt2", or the text of a `tokenizer.json` (the format of `tokenizers`).
 
-    Raises UserError if the text is not a byte-level BPE in that format, or has too many tokens.
+    Raises UserError, which names it, if the text is not a byte-level BPE in that format, or has too many tokens.
     """
     if spec == "gpt2":
         return gpt2()
@@ -188,10 +188,10 @@ def from_spec(spec: str) -> Tokenizer:
         if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
             raise ValueError
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise UserError("the tokenizer is not a byte-level BPE in the format of the library `tokenizers`") from None
+        raise UserError(f"{name} is not a byte-level BPE in the format of the library `tokenizers`") from None
     if len(ranks) + 3 > 2**16:
         raise UserError(
-            f"the tokenizer has {len(ranks):,} tokens: choose one of at most 65,533, as 3 control tokens are added "
+            f"{name} has {len(ranks):,} tokens: choose one of at most 65,533, as 3 control tokens are added "
             "and token files have 16 bits"
         )
     return Tokenizer(ranks, spec)
@@ -252,11 +252,7 @@ def legible(token: bytes) -> str:
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Reads a `tokenizer.json`. Raises UserError if it is missing or not one."""
-    spec = read_utf8(path)
-    try:
-        return from_spec(spec)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    return from_spec(read_utf8(path), str(path))
 
 
 def tokenizer_of_data(folder: Path, meta: dict) -> Tokenizer:

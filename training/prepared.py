@@ -14,7 +14,7 @@ from system.errors import UserError
 from text.conversations import prepare_conversations
 from text.corpus import open_corpus
 from text.prepare import prepare
-from text.sources import CONVERSATIONS, TEXTS, is_url, small
+from text.sources import CONVERSATIONS, TEXTS, is_url
 from text.token_files import read_meta, summary
 from text.tokenizer import Tokenizer
 from training.config import Output
@@ -26,14 +26,16 @@ def prepared_text(data: str, config: Output, tokenizer: Tokenizer | int, n_proce
     Raises UserError as `_prepared` and `prepare` do.
     """
 
+    names = [name for name, dataset in TEXTS.items() if not dataset.hub]  # the small ones
+
     def prepare_it(data: str, folder: Path, overwrite: bool) -> None:
-        is_file = data not in small(TEXTS)
+        is_file = data not in names
         corpus = open_corpus("", [data]) if is_file else open_corpus(data)
         source = [without_secrets(data)] if is_file else data
         counts, used = prepare(corpus, tokenizer, folder, source, overwrite=overwrite)
         print(summary(counts, used), *corpus.notes.lines(), f"wrote {folder}, tokenizer {used.name}", sep="\n")
 
-    return _prepared(data, small(TEXTS), "meta.json", config, n_processes, prepare_it)
+    return _prepared(data, names, "meta.json", config, n_processes, prepare_it)
 
 
 def prepared_conversations(
@@ -45,11 +47,11 @@ def prepared_conversations(
     """
 
     def prepare_it(data: str, folder: Path, overwrite: bool) -> None:
-        name, file = (data, None) if data in small(CONVERSATIONS) else ("", data)
+        name, file = (data, None) if data in CONVERSATIONS else ("", data)
         options = {"template": template, "block_size": block_size, "overwrite": overwrite}
         print(*prepare_conversations(name, file, tokenizer, folder, **options), sep="\n")  # type: ignore[arg-type]
 
-    return _prepared(str(data), small(CONVERSATIONS), "sft_meta.json", config, n_processes, prepare_it)
+    return _prepared(str(data), CONVERSATIONS, "sft_meta.json", config, n_processes, prepare_it)
 
 
 def _prepared(
