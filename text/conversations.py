@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from system.cli import command_line, progress, without_secrets
+from system.cli import command_line, progress, shorten, without_secrets
 from system.errors import UserError
 from system.files import atomic_folder, atomic_write, require_no_files, write_json
 from text import lessons
@@ -29,9 +29,7 @@ Pairs = Iterable[tuple[str, Conversation]]
 QUESTIONS, ANSWERS = ("instruction", "prompt", "question"), ("output", "response", "answer", "completion")
 """Columns of a table in which each row is one question and its answer."""
 COLUMNS = ["messages", *QUESTIONS, "input", *ANSWERS]
-VAL_FRACTION, FEW = 0.05, 100
-"""The share to hold out by default. Of fewer than FEW conversations none is: the user wants each of them to be learnt.
-"""
+VAL_FRACTION, FEW = 0.05, 100  # of fewer than FEW conversations none is held out: the user wants each to be learnt
 _INSTEAD = "--dataset pydocs-qa and --input FILE work"
 _REPEATED = "conversations that repeat another one were dropped"
 
@@ -55,14 +53,13 @@ def prepare_conversations(
 ) -> list[str]:
     """Writes tokens, loss masks and offsets of the conversations in a file, or without it of a data set, into `out`.
 
-    Returns lines that say what was written. The files appear together at the end; until then the old files stay
-    unchanged. Raises UserError if there are old files and no `overwrite`, or if a split gets no conversation.
+    Returns lines that say what was written. The files appear together at the end. Raises UserError if there are old
+    files and no `overwrite`, or if a split gets no conversation.
     """
     require_no_files(out, ["sft_*.bin", "sft_meta.json"], overwrite)
     notes = Notes()
-    pairs, is_held_out = open_conversations(
-        dataset, file, max_conversations, val_fraction, seed, notes, joins=template == "chat"
-    )
+    joins = template == "chat"
+    pairs, is_held_out = open_conversations(dataset, file, max_conversations, val_fraction, seed, notes, joins)
     with atomic_folder(out, last="sft_meta.json") as folder:
         counts = _write(pairs, is_held_out, tokenizer, folder, template, block_size, notes)
         meta = {
@@ -96,8 +93,7 @@ def prepare_conversations(
 def _write(
     pairs: Pairs, is_held_out: bool, tokenizer: Tokenizer, folder: Path, template: str, block_size: int, notes: Notes
 ) -> dict[str, dict[str, int]]:
-    """Writes conversations; returns counts by split. A conversation longer than `block_size` tokens loses its oldest
-    exchanges; `notes` counts it once."""
+    """Writes conversations; returns counts by split. A long conversation loses its oldest exchanges."""
     rows: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {split: [] for split in SPLITS}
     for i, (split, messages) in enumerate(progress(pairs, unit="conversation"), 1):
         ids, mask = encode_conversation(messages, tokenizer, template)
@@ -108,22 +104,21 @@ def _write(
                 notes.add(f"conversations longer than {block_size:,} tokens {outcome}", f"conversation {i:,}")
         if ids:
             rows[split].append((np.array(ids, "<u2"), np.array(mask, "u1")))
-    counts = {}
-    for split in SPLITS:
-        sizes = [len(ids) for ids, _ in rows[split]]
-        tokens = np.concatenate([np.zeros(0, "<u2"), *(ids for ids, _ in rows[split])])
-        masks = np.concatenate([np.zeros(0, "u1"), *(mask for _, mask in rows[split])])
-        for kind, content in (("", tokens), ("_mask", masks), ("_index", np.cumsum([0, *sizes], dtype="<u8"))):
-            with atomic_write(folder / f"sft_{split}{kind}.bin") as file:
-                file.write(content.tobytes())
-        counts[split] = {"conversations": len(sizes), "tokens": sum(sizes), "counted": int(masks.sum())}
-    if not counts["train"]["conversations"]:
+    if not rows["train"]:
         raise UserError(f"there is no conversation to train on{notes.in_brackets()}")
-    if not counts["val"]["conversations"]:
+    if not rows["val"]:
         raise UserError(
             "no conversation is left to validate with: use more conversations, a larger --val-fraction or a larger "
             f"--block-size{notes.in_brackets()}"
         )
+    counts = {}
+    for split in SPLITS:
+        tokens, masks = (np.concatenate(arrays) for arrays in zip(*rows[split], strict=True))
+        offsets = np.cumsum([0, *(len(ids) for ids, _ in rows[split])], dtype="<u8")
+        for kind, content in (("", tokens), ("_mask", masks), ("_index", offsets)):
+            with atomic_write(folder / f"sft_{split}{kind}.bin") as file:
+                file.write(content.tobytes())
+        counts[split] = {"conversations": len(rows[split]), "tokens": len(tokens), "counted": int(masks.sum())}
     return counts
 
 
@@ -134,23 +129,24 @@ def open_conversations(
     val_fraction: float | None,
     seed: int,
     notes: Notes,
-    *,
     joins: bool = True,
 ) -> tuple[Pairs, bool]:
-    """Returns the conversations of a file, or without it those of a data set, with their splits, and whether some are
-    held out.
+    """Returns the conversations of a file, or without it those of a data set, and whether some are held out.
 
-    With a `val_fraction` of 0, and without one if there are fewer than FEW conversations, all are in both splits. If
-    they are few and `joins` is set, those with one exchange are also `joined` for training. `notes` counts what is left
-    out. Raises UserError if there are fewer than two conversations.
+    With a `val_fraction` of 0, and without one if there are fewer than FEW, all are in both splits. If they are few and
+    `joins` is set, those with one exchange are also `joined` for training. Raises UserError if only one is usable.
     """
     named = CONVERSATIONS.get(dataset)
     if not file and dataset == "oasst1":
         return load_oasst1(max_conversations, notes), True
-    if not file and named and named.held_out == "paraphrases":
+    if not file and named and not named.hub:
         found_lessons = lessons.lessons(builtins_only=dataset == "builtins-qa")
         return lessons.conversations(list(islice(found_lessons, max_conversations)), seed), True
-    rows = read_rows(file, COLUMNS) if file else _rows_of_hub(named.hub if named else dataset)
+    if file:
+        rows = read_rows(file, COLUMNS)
+    else:
+        name = named.hub if named else dataset
+        rows = hub_rows(name, load_hub(name, _INSTEAD, split="train"))
     conversations = list(islice(usable(rows, notes), max_conversations))
     if len(conversations) < 2:
         raise UserError(f"{file or dataset} holds fewer than two usable conversations: add more{notes.in_brackets()}")
@@ -160,8 +156,7 @@ def open_conversations(
         return draw_held_out(conversations, max(val_fraction, 1 / len(conversations)), seed), True
     short = [conversation for conversation in conversations if len(conversation) <= 2]
     longer = list(joined(short, seed)) if joins and len(conversations) < FEW and len(short) > 1 else []
-    pairs = [*(("val", c) for c in conversations), *(("train", c) for c in [*conversations, *longer])]
-    return pairs, False
+    return [*(("val", c) for c in conversations), *(("train", c) for c in [*conversations, *longer])], False
 
 
 def joined(conversations: list[Conversation], seed: int) -> Iterator[Conversation]:
@@ -176,21 +171,15 @@ def joined(conversations: list[Conversation], seed: int) -> Iterator[Conversatio
 
 
 def read_file(file: str | Path, notes: Notes) -> Iterator[Conversation]:
-    """Yields the conversations of a .json (a list), .jsonl (one object per line), .csv, .tsv or .parquet file, perhaps
-    compressed. `notes` counts those that cannot be trained on. Raises UserError as `usable` does."""
+    """Yields the `usable` conversations of a .json, .jsonl, .csv, .tsv or .parquet file, perhaps compressed."""
     return usable(read_rows(str(file), COLUMNS), notes)
-
-
-def _rows_of_hub(name: str) -> Iterator[Row]:
-    return hub_rows(name, load_hub(name, _INSTEAD, split="train"))
 
 
 def usable(rows: Iterable[Row], notes: Notes) -> Iterator[Conversation]:
     """Yields the conversations that can be trained on, from rows with their places; `notes` counts the others.
 
-    A row has `messages`, as OpenAI and the Hub write them, or one of QUESTIONS and one of ANSWERS, and perhaps
-    `input`, as Alpaca's `instruction`, `input` and `output`. A conversation that repeats another one is dropped: it
-    might be in both splits. Raises UserError, naming the place, for any other row.
+    A row has `messages`, as OpenAI and the Hub write them, or one of QUESTIONS, perhaps `input`, and one of ANSWERS. A
+    conversation that repeats another one is dropped: it might be in both splits. Raises UserError for any other row.
     """
     seen: set[bytes] = set()
     for where, row in rows:
@@ -208,24 +197,21 @@ def _messages_of(row: object, where: str) -> object:
     columns = row if isinstance(row, dict) else {}
     if "messages" in columns:
         return columns["messages"]
-    question = next((name for name in QUESTIONS if name in columns), None)
-    answer = next((name for name in ANSWERS if name in columns), None)
-    if question and answer:
-        turn = {"role": "user", "content": columns[question], "input": columns.get("input") or ""}
-        return [turn, {"role": "assistant", "content": columns[answer]}]
-    found = ", ".join(map(str, columns))[:100] if columns else f"a {type(row).__name__}"
+    questions, answers = ([name for name in names if name in columns] for names in (QUESTIONS, ANSWERS))
+    if questions and answers:
+        turn = {"role": "user", "content": columns[questions[0]], "input": columns.get("input") or ""}
+        return [turn, {"role": "assistant", "content": columns[answers[0]]}]
     raise UserError(
         f"{where}: expected an object or a row with `messages`, or with a question (column {', '.join(QUESTIONS)}) and "
-        f"its answer ({', '.join(ANSWERS)}), not {found}"
+        f"its answer ({', '.join(ANSWERS)}), not {shorten(', '.join(map(str, columns)), 100) or type(row).__name__}"
     )
 
 
 def _is_new(conversation: Conversation, seen: set[bytes]) -> bool:
     """Whether a conversation is not among those that were `seen`; adds its hash to them."""
-    key = hashlib.sha256(json.dumps(conversation, sort_keys=True).encode()).digest()
-    is_new = key not in seen
+    key, n = hashlib.sha256(json.dumps(conversation, sort_keys=True).encode()).digest(), len(seen)
     seen.add(key)
-    return is_new
+    return len(seen) > n
 
 
 def load_oasst1(max_conversations: int | None, notes: Notes) -> Pairs:
@@ -284,10 +270,9 @@ def _oasst1_paths(
 def check_messages(messages: object, where: str, notes: Notes) -> Conversation:
     """Returns a conversation in which user and assistant alternate, from a user's turn to an assistant's.
 
-    The template has no role for a system message: the text of a leading one is put before the first user's text. A last
-    user's turn without an answer is dropped. `notes` counts it, and characters that are not Unicode. Raises Unusable if
-    a conversation cannot be brought into this form, and UserError, naming `where`, if `messages` are not a list of
-    messages.
+    The text of a leading system message is put before the first user's text: the template has no role for it. A last
+    question without an answer is dropped. Raises Unusable if a conversation cannot be brought into this form, and
+    UserError, naming `where`, if `messages` is no list of messages.
     """
     try:
         turns = [

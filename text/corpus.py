@@ -11,24 +11,8 @@ from itertools import chain, islice, repeat
 import numpy as np
 
 from system.cli import without_secrets
-from text import pydocs
-from text.sources import (
-    INSTEAD,
-    TABLES,
-    TEXTS,
-    Dataset,
-    Notes,
-    Row,
-    content_suffix,
-    download,
-    draw_held_out,
-    find_files,
-    hub_rows,
-    load_hub,
-    opened,
-    read_rows,
-    text_of,
-)
+from text import pydocs, sources
+from text.sources import INSTEAD, TABLES, TEXTS, Dataset, Notes, Row, content_suffix, draw_held_out, hub_rows, load_hub
 
 Document = tuple[str, Iterable[str]]
 """A split ("train" or "val", or "" if it is to be drawn), and the text as an iterable of strings."""
@@ -92,12 +76,11 @@ def open_corpus(
 ) -> Corpus:
     """Returns the corpus of `inputs` (files, folders, globs, URLs), or without them that of a data set.
 
-    `config`, `split` and `revision` select from a data set of the Hub, named org/name. Raises UserError if the corpus
-    cannot be found.
+    `config`, `split` and `revision` are for a data set org/name. Raises UserError if the corpus cannot be found.
     """
     named = TEXTS.get(dataset) or Dataset(dataset, dataset, config, text_column=text_column)
     if inputs or named.url:
-        files = find_files(inputs) if inputs else [str(download(named, INSTEAD))]
+        files = sources.find_files(inputs) if inputs else [str(sources.download(named, INSTEAD))]
         times = [[without_secrets(file), os.stat(file).st_mtime if os.path.exists(file) else None] for file in files]
         return Corpus(lambda notes: _documents(files, text_column, notes), [text_column, times])
     if not named.hub:
@@ -120,8 +103,8 @@ def open_corpus(
 def nanogpt_held_out(n_rows: int) -> np.ndarray:
     """Returns which rows of OpenWebText nanoGPT holds out, so that validation losses compare: bool (n_rows,).
 
-    nanoGPT calls `train_test_split(test_size=0.0005, seed=2357, shuffle=True)`. The permutation behind that call
-    depends on the number of rows alone. Computing it here lets the rows stream past in their own order.
+    This is the permutation behind nanoGPT's `train_test_split(test_size=0.0005, seed=2357, shuffle=True)`, which
+    depends on the number of rows alone.
     """
     held_out = np.zeros(n_rows, dtype=bool)
     held_out[np.random.default_rng(2357).permutation(n_rows)[: int(np.ceil(0.0005 * n_rows))]] = True
@@ -131,7 +114,7 @@ def nanogpt_held_out(n_rows: int) -> np.ndarray:
 def _documents(files: list[str], text_column: str, notes: Notes) -> Iterator[Document]:
     for file in files:
         if content_suffix(file) in TABLES:
-            yield from _texts(read_rows(file, [text_column]), text_column, notes, repeat(""))
+            yield from _texts(sources.read_rows(file, [text_column]), text_column, notes, repeat(""))
         else:
             yield "", _chunks(file, notes)
 
@@ -139,7 +122,7 @@ def _documents(files: list[str], text_column: str, notes: Notes) -> Iterator[Doc
 def _texts(rows: Iterable[Row], text_column: str, notes: Notes, splits: Iterable[str]) -> Iterator[Document]:
     """Yields the texts of rows with their splits, without the empty ones."""
     for split, (where, row) in zip(splits, rows, strict=False):
-        if text := notes.clean(text_of(row, text_column, where), where):
+        if text := notes.clean(sources.text_of(row, text_column, where), where):
             yield split, [text]
         else:
             notes.add("empty documents were skipped", where)
@@ -148,7 +131,7 @@ def _texts(rows: Iterable[Row], text_column: str, notes: Notes, splits: Iterable
 def _chunks(file: str, notes: Notes) -> Iterator[str]:
     """Yields the text of a file in chunks."""
     shown = without_secrets(file)
-    with opened(file) as stream:
+    with sources.opened(file) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
         line, chunk = 1, text.read(CHUNK)
         if "\0" in chunk[:8000]:  # the sign by which git, too, knows a binary file
@@ -163,7 +146,7 @@ def _chunks(file: str, notes: Notes) -> Iterator[str]:
 
 
 def in_pieces(documents: Iterable[Document]) -> Iterator[Piece]:
-    """Yields the pieces of documents that come with their splits."""
+    """Yields the pieces of documents with their splits."""
     for split, document in documents:
         for text, ends in cut(document):
             yield split, text, ends

@@ -40,12 +40,11 @@ def prepare(
 ) -> tuple[dict[str, np.ndarray], Tokenizer]:
     """Tokenizes a corpus into `out`; returns how often each id was written, int64 (ids,) by split, and the tokenizer.
 
-    An integer as `tokenizer` trains a BPE of this size on the training text first. `<|endoftext|>` follows every
-    document. The files are train.bin and val.bin, or shards of `shard_tokens` tokens, with at most `max_tokens` tokens
-    in total. They appear together at the end; until then the old files stay unchanged. The shards that a killed run
-    with the same settings completed are kept. `workers` is the number of threads, by default one per core; it never
-    changes the output. `source` goes into meta.json. Raises UserError if there are old files and no `overwrite`, or if
-    a split gets no text.
+    An integer as `tokenizer` trains a BPE of this size on the training text first. The files are train.bin and val.bin,
+    or shards of `shard_tokens` tokens, with at most `max_tokens` tokens in total. They appear together at the end. The
+    shards that a killed run with the same settings completed are kept. `workers` is the number of threads, by default
+    one per core; it never changes the output. `source` goes into meta.json. Raises UserError if there are old files and
+    no `overwrite`, or if a split gets no text.
     """
     is_gpt2 = isinstance(tokenizer, Tokenizer) and tokenizer.spec == "gpt2"
     written = ["train*.bin", "val*.bin", "meta.json"]
@@ -64,7 +63,21 @@ def prepare(
         _write(pieces, files, tokenizer, workers or os.cpu_count() or 1, val_tokens, max_tokens)
         counts = {split: files[split].counts for split in SPLITS}
         _require_text(counts, tokenizer, corpus.notes)
-        _write_meta(folder, files, tokenizer, source, corpus.notes)
+        names = {split: files[split].names for split in SPLITS}
+        if tokenizer.spec != "gpt2":
+            names["tokenizer"] = ["tokenizer.json"]
+            (folder / "tokenizer.json").write_text(tokenizer.spec, encoding="utf-8")
+        meta = {
+            "files": names,
+            "tokenizer": tokenizer.name,
+            "n_tokens": tokenizer.n_tokens,
+            "splits": {split: statistics(counts[split], tokenizer) for split in SPLITS},
+            "source": source,
+            "notes": corpus.notes.lines(),
+            "command": command_line(),
+            "format_version": 1,
+        }
+        write_json(folder / "meta.json", meta)
     return counts, tokenizer
 
 
@@ -122,27 +135,6 @@ def _unfinished(pieces: Iterable[Piece], n_documents: dict[str, int]) -> Iterato
             yield split, text, ends
         elif ends:
             n_documents[split] -= 1
-
-
-def _write_meta(
-    folder: Path, files: dict[str, TokenFiles], tokenizer: Tokenizer, source: str | list[str], notes: Notes
-) -> None:
-    """Writes `meta.json`, and before it the tokenizer, unless it is GPT-2's."""
-    names = {split: files[split].names for split in SPLITS}
-    if tokenizer.spec != "gpt2":
-        names["tokenizer"] = ["tokenizer.json"]
-        (folder / "tokenizer.json").write_text(tokenizer.spec, encoding="utf-8")
-    meta = {
-        "files": names,
-        "tokenizer": tokenizer.name,
-        "n_tokens": tokenizer.n_tokens,
-        "splits": {split: statistics(files[split].counts, tokenizer) for split in SPLITS},
-        "source": source,
-        "notes": notes.lines(),
-        "command": command_line(),
-        "format_version": 1,
-    }
-    write_json(folder / "meta.json", meta)
 
 
 def train_tokenizer(pieces: Iterable[Piece], vocab_size: int) -> Tokenizer:

@@ -43,16 +43,13 @@ INSTEAD = "--dataset pydocs and --input FILE work"
 
 @dataclass(frozen=True)
 class Dataset:
-    """A named data set: on the Hugging Face Hub, at a URL, or, without both, made from what this machine has."""
+    """A named data set: on the Hub (org/name), at a URL, or, without both, made from what this machine has."""
 
     name: str
     hub: str = ""
-    """org/name on the Hub"""
     config: str | None = None
-    """configuration on the Hub"""
     url: str = ""
     sha256: str = ""
-    """checksum of the file at the URL"""
     held_out: Literal["share", "nanogpt", "first shard", "own", "paraphrases"] = "share"
     """a share of the documents; nanoGPT's rows of OpenWebText; the first shard; the Hub's split "validation"; or
     paraphrases of the questions"""
@@ -102,7 +99,7 @@ class Notes(dict[str, tuple[int, str]]):
     def clean(self, text: str, where: str, line: int | None = None) -> str:
         """Returns the text with `unix_line_ends`, and with U+FFFD for lone surrogates, which UTF-8 cannot encode.
 
-        `line` is the number of the text's first line; the note then names the line of the first replacement.
+        `line` is the number of the text's first line.
         """
         text = unix_line_ends(text)
         try:
@@ -125,10 +122,7 @@ class Notes(dict[str, tuple[int, str]]):
 
 
 def draw_held_out(items: Iterable[Item], fraction: float, seed: int) -> Iterator[tuple[str, Item]]:
-    """Yields every item with its split: of each 1/`fraction` items in a row, one drawn by seed is "val".
-
-    If there are 20 items or more, one of the first 20 is "val".
-    """
+    """Yields every item with its split: of each 1/`fraction` items in a row, and of the first 20, one is "val"."""
     rng, size = random.Random(seed), max(2, round(1 / fraction))
     for i, item in enumerate(items):
         if i % size == 0:
@@ -142,10 +136,10 @@ def is_url(text: str) -> bool:
 
 
 def find_files(patterns: Iterable[str]) -> list[str]:
-    """Returns the files that the patterns (files, folders, globs, also as URLs) match, each once, sorted.
+    """Returns the files that patterns (files, folders, globs, also as URLs) match, each once, sorted.
 
-    The name of a file that exists is no glob. A folder stands for its files of text; on the web it ends in "/", and its
-    server must list it. Raises UserError if a pattern matches no text.
+    The name of a file that exists is no glob. A folder on the web ends in "/". Raises UserError if a pattern matches no
+    text.
     """
     found = set()
     for pattern in patterns:
@@ -216,10 +210,9 @@ def _named_errors(shown: str) -> Iterator[None]:
 
 
 def read_rows(file: str, columns: list[str] | None = None) -> Iterator[Row]:
-    """Yields the rows of a table, each with its place. From Parquet only `columns` are read, if they exist.
+    """Yields the rows of a table with their places. From Parquet only `columns` are read, if they exist.
 
-    Columns named "1", "2" and so on are those of a .csv or .tsv file without a header. Raises UserError, naming the
-    place, for what cannot be parsed.
+    Columns named "1", "2" and so on are those of a .csv or .tsv file without a header.
     """
     suffix, shown = content_suffix(file), without_secrets(file)
     with opened(file) as stream:
@@ -264,10 +257,7 @@ def _parquet(stream: io.BufferedReader, columns: list[str] | None) -> Iterator[d
 
 
 def text_of(row: object, column: str, where: str, flag: str = "--text-column", types: type | UnionType = str) -> str:
-    """Returns what a row holds in a column, one of `types`, as text; "" for null.
-
-    Raises UserError, naming the place and the `flag` that names the column, for anything else.
-    """
+    """Returns the text in a column, "" for null. Raises UserError, naming place and `flag`, for anything else."""
     if not isinstance(row, dict) or column not in row:
         content = shorten(", ".join(map(str, row)), 100) if isinstance(row, dict) else f"a {type(row).__name__}"
         raise UserError(f"{where}: no column {column!r}, but {content or 'nothing'}: name the right one with {flag}")
@@ -284,8 +274,7 @@ def load_hub(
 ) -> Any:
     """Returns a data set of the Hub as an IterableDataset, or without `split` a dict of them by split.
 
-    `datasets` no longer runs the scripts that some data sets still are; the Hub's own conversion to Parquet takes their
-    place. Raises UserError if the data set cannot be had; `instead` says what works without a network.
+    Raises UserError if the data set cannot be had; `instead` says what works without a network.
     """
     import datasets
     from huggingface_hub import HfApi
@@ -299,7 +288,7 @@ def load_hub(
             return datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
         except RuntimeError as error:
             if revision or "scripts are no longer supported" not in str(error):
-                raise
+                raise  # otherwise the Hub's own conversion takes the script's place
             return datasets.load_dataset(name, config, split=split, revision="refs/convert/parquet", streaming=True)
     except Exception as error:  # whatever the Hub's client raises
         raise _hub_error(name, instead, error) from None

@@ -72,8 +72,8 @@ class Tokenizer:
     def encode_documents(self, texts: list[str], last_goes_on: bool = False) -> np.ndarray:
         """Returns the ids of many texts in one array, uint16 (n,), each text followed by `<|endoftext|>`.
 
-        With `last_goes_on` the last text is part of a longer document: no `<|endoftext|>` follows it. Other threads can
-        run meanwhile. Give each thread its own `copy`: threads that share a tokenizer wait for its compiled pattern.
+        With `last_goes_on` none follows the last. Give each thread its own `copy`: other threads can run meanwhile, but
+        threads that share a tokenizer wait for its compiled pattern.
         """
         try:  # one call for all texts: much faster if they are short
             if any(END_OF_TEXT in text for text in texts):
@@ -135,11 +135,7 @@ def gpt2() -> Tokenizer:
 
 
 def unix_line_ends(text: str) -> str:
-    """Returns a text with "\\n" for every line end, also those of Windows and of old Macs.
-
-    Every text that a model reads, in training or as a prompt, obeys this rule. Files that are read in chunks get the
-    same from Python's universal newlines.
-    """
+    """Returns a text with "\\n" for every line end, as every text that a model reads, in training or as a prompt."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -173,7 +169,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def from_spec(spec: str, name: str = "the tokenizer") -> Tokenizer:
     """Rebuilds a tokenizer from its `spec`: "gpt2", or the text of a `tokenizer.json` (the format of `tokenizers`).
 
-    Raises UserError, which names it, if the text is not a byte-level BPE in that format, or has too many tokens.
+    Raises UserError if the text is not a byte-level BPE in that format, or has too many tokens.
     """
     if spec == "gpt2":
         return gpt2()
@@ -261,10 +257,7 @@ def tokenizer_of_data(folder: Path, meta: dict) -> Tokenizer:
 
 
 def require_same_tokenizer(expected: str, found: str, what: str | Path, remedy: str) -> None:
-    """Raises UserError unless `found`, the name of the tokenizer that prepared `what`, is the model's, `expected`.
-
-    Names are those of `Tokenizer.name` and `meta.json`; `remedy` tells the user what to do.
-    """
+    """Raises UserError unless `found`, the name of the tokenizer that prepared `what`, is the model's, `expected`."""
     if found != expected:
         raise UserError(f"{what} was prepared with the tokenizer {found}, but the model has {expected}: {remedy}")
 
