@@ -71,18 +71,6 @@ def test_oasst1_conversations_follow_the_best_reply_that_is_not_spam():
     assert "1 answers that reviewers ranked below another one were left out, the first in a1" in notes.lines()
 
 
-@pytest.fixture()
-def hub(tmp_path, monkeypatch):
-    """Returns a function that writes a data set which `load_dataset("org/name")` finds in the current folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def add(path, rows):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(rows), tmp_path / path)
-
-    return add
-
-
 def test_oasst1_keeps_its_own_split(hub, tmp_path):
     keys = ("message_id", "parent_id", "text")
     trees = [[{**row, **{key: row[key] and f"{row[key]}-{i}" for key in keys}} for row in OASST1] for i in range(60)]

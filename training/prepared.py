@@ -20,7 +20,7 @@ from text.tokenizer import Tokenizer
 from training.config import Output
 
 
-def prepared_text(data: str, config: Output, tokenizer: Tokenizer | int, n_processes: int) -> Path:
+def prepared_text(data: str | Path, config: Output, tokenizer: Tokenizer | int, n_processes: int) -> Path:
     """Returns the folder of token files that `--data` stands for. An integer as `tokenizer` trains a BPE of this size.
 
     Raises UserError as `_prepared` and `prepare` do.
@@ -35,11 +35,11 @@ def prepared_text(data: str, config: Output, tokenizer: Tokenizer | int, n_proce
         counts, used = prepare(corpus, tokenizer, folder, source, overwrite=overwrite)
         print(summary(counts, used), *corpus.notes.lines(), f"wrote {folder}, tokenizer {used.name}", sep="\n")
 
-    return _prepared(data, names, "meta.json", config, n_processes, prepare_it)
+    return _prepared(str(data), names, "meta.json", config, n_processes, prepare_it)
 
 
 def prepared_conversations(
-    data: Path, config: Output, tokenizer: Tokenizer, template: str, block_size: int, n_processes: int
+    data: str | Path, config: Output, tokenizer: Tokenizer, template: str, block_size: int, n_processes: int
 ) -> Path:
     """Returns the folder of prepared conversations that `--data` stands for.
 
