@@ -125,7 +125,7 @@ def main(config: Config) -> None:
     if not resumed and config.init_from != "scratch":
         start = checkpoint.grow_vocabulary(load_checkpoint(config.init_from))
     vocabulary = checkpoint.tokenizer_of(start) if start else config.vocab_size or gpt2()
-    folder = prepared_text(config.data, config, vocabulary, processes.world_size)
+    folder = prepared_text(config.data, config, vocabulary, processes.world_size, processes.rank)
     config = dataclasses.replace(config, data=str(folder))
     claim_data(folder, "meta.json", processes)
     meta = read_token_meta(folder)

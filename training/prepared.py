@@ -20,7 +20,9 @@ from text.tokenizer import Tokenizer
 from training.config import Output
 
 
-def prepared_text(data: str | Path, config: Output, tokenizer: Tokenizer | int, n_processes: int) -> Path:
+def prepared_text(
+    data: str | Path, config: Output, tokenizer: Tokenizer | int, n_processes: int, rank: int = 0
+) -> Path:
     """Returns the folder of token files that `--data` stands for. An integer as `tokenizer` trains a BPE of this size.
 
     Raises UserError as `_prepared` and `prepare` do.
@@ -35,11 +37,17 @@ def prepared_text(data: str | Path, config: Output, tokenizer: Tokenizer | int, 
         counts, used = prepare(corpus, tokenizer, folder, source, overwrite=overwrite)
         print(summary(counts, used), *corpus.notes.lines(), f"wrote {folder}, tokenizer {used.name}", sep="\n")
 
-    return _prepared(str(data), names, "meta.json", config, n_processes, prepare_it)
+    return _prepared(str(data), names, "meta.json", config, n_processes, rank, prepare_it)
 
 
 def prepared_conversations(
-    data: str | Path, config: Output, tokenizer: Tokenizer, template: str, block_size: int, n_processes: int
+    data: str | Path,
+    config: Output,
+    tokenizer: Tokenizer,
+    template: str,
+    block_size: int,
+    n_processes: int,
+    rank: int = 0,
 ) -> Path:
     """Returns the folder of prepared conversations that `--data` stands for.
 
@@ -51,7 +59,7 @@ def prepared_conversations(
         options = {"template": template, "block_size": block_size, "overwrite": overwrite}
         print(*prepare_conversations(name, file, tokenizer, folder, **options), sep="\n")  # type: ignore[arg-type]
 
-    return _prepared(str(data), CONVERSATIONS, "sft_meta.json", config, n_processes, prepare_it)
+    return _prepared(str(data), CONVERSATIONS, "sft_meta.json", config, n_processes, rank, prepare_it)
 
 
 def _prepared(
@@ -60,6 +68,7 @@ def _prepared(
     meta: str,
     config: Output,
     n_processes: int,
+    rank: int,
     prepare_it: Callable[[str, Path, bool], None],
 ) -> Path:
     """Returns the folder of data with the meta file `meta`; calls `prepare_it(data, folder, overwrite)` if it must.
@@ -81,7 +90,8 @@ def _prepared(
     exists = (folder / meta).exists()
     is_prepared = exists and read_meta(folder / meta, "the preparation").get("source") in (shown, [shown])
     if config.resume and is_prepared:
-        print(f"reading {folder}, which was prepared from {shown}; changes of {shown} since then are ignored")
+        if rank == 0:
+            print(f"reading {folder}, which was prepared from {shown}; changes of {shown} since then are ignored")
     elif n_processes > 1:
         raise UserError(f"several processes cannot prepare {shown} together: start with one, or name a prepared folder")
     elif exists and not is_prepared:  # not even with --overwrite, which is for the checkpoint
