@@ -114,9 +114,7 @@ def main(config: Config) -> None:
     else:
         start = checkpoint.grow_vocabulary(load_checkpoint(config.model))
     tokenizer = checkpoint.tokenizer_of(start)
-    template, block_size = start.get("template") or "chat", start["config"].block_size
-    n, rank = processes.world_size, processes.rank
-    folder = prepared_conversations(config.data, config, tokenizer, template, block_size, n, rank)
+    folder = prepared_conversations(config.data, config, start, processes.world_size, processes.rank)
     config = dataclasses.replace(config, data=folder)
     claim_data(config.data, "sft_meta.json", processes)
     meta = read_sft_meta(config.data)

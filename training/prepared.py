@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 from system.cli import without_secrets
 from system.errors import UserError
@@ -18,6 +19,7 @@ from text.sources import CONVERSATIONS, TEXTS, is_url
 from text.token_files import read_meta, summary
 from text.tokenizer import Tokenizer
 from training.config import Output
+from weights import checkpoint
 
 
 def prepared_text(
@@ -41,23 +43,25 @@ def prepared_text(
 
 
 def prepared_conversations(
-    data: str | Path,
-    config: Output,
-    tokenizer: Tokenizer,
-    template: str,
-    block_size: int,
-    n_processes: int,
-    rank: int = 0,
+    data: str | Path, config: Output, start: dict[str, Any], n_processes: int, rank: int = 0
 ) -> Path:
-    """Returns the folder of prepared conversations that `--data` stands for.
+    """Returns the folder of prepared conversations that `--data` stands for, as the checkpoint `start` needs them.
 
     Raises UserError as `_prepared` and `prepare_conversations` do.
     """
 
     def prepare_it(data: str, folder: Path, overwrite: bool) -> None:
         name, file = (data, None) if data in CONVERSATIONS else ("", data)
-        options = {"template": template, "block_size": block_size, "overwrite": overwrite}
-        print(*prepare_conversations(name, file, tokenizer, folder, **options), sep="\n")  # type: ignore[arg-type]
+        lines = prepare_conversations(
+            name,
+            file,
+            checkpoint.tokenizer_of(start),
+            folder,
+            template=start.get("template") or "chat",
+            block_size=start["config"].block_size,
+            overwrite=overwrite,
+        )
+        print(*lines, sep="\n")
 
     return _prepared(str(data), CONVERSATIONS, "sft_meta.json", config, n_processes, rank, prepare_it)
 
