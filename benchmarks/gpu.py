@@ -61,7 +61,11 @@ def main() -> None:
     for case in arguments.only:
         start = time.perf_counter()
         try:
-            record = {"figures": worker.call("gpu_cases", "measure", SECONDS[case], case=case, device=arguments.device)}
+            record = {
+                "figures": worker.call(
+                    "benchmarks.gpu_cases", "measure", SECONDS[case], case=case, device=arguments.device
+                )
+            }
         except UserError as error:
             record = {"error": str(error)}
         records.append({"case": case, "seconds": round(time.perf_counter() - start, 1), **record})

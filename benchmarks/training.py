@@ -82,7 +82,7 @@ def main(config: Config) -> None:
     task = {**dataclasses.asdict(config), "device": device}
     rounds = [
         [
-            worker.call("training_step", "measure", config=task, variant=dataclasses.asdict(variant))
+            worker.call("benchmarks.training_step", "measure", config=task, variant=dataclasses.asdict(variant))
             for variant in variants
         ]
         for _ in range(config.rounds)

@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def call(module: str, function: str, timeout: float = 600, **arguments: Any) -> Any:
-    """Calls a function of `benchmarks/` in a new process and returns its result. Arguments and result must fit JSON.
+    """Calls a function of a module in a new process and returns its result. Arguments and result must fit JSON.
 
     The process has its own folder of compiled kernels, which keep the attention that was chosen when they were traced.
     After `timeout` seconds its process group is killed. Raises UserError then, and with the last error of a process
@@ -63,5 +63,5 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     module, function, arguments = sys.argv[1:]
-    result = getattr(importlib.import_module(f"benchmarks.{module}"), function)(**json.loads(arguments))
+    result = getattr(importlib.import_module(module), function)(**json.loads(arguments))
     print(json.dumps(result))
