@@ -14,7 +14,7 @@ from system.cli import duration
 from system.errors import UserError
 from system.locks import is_locked, output_lock
 from system.untrusted import is_text
-from training.run_log import read_log
+from training.reporting import read_log
 
 SECONDS_TO_REDRAW = 2
 LINES_FOR_SPEED = 20  # of the log

@@ -17,8 +17,8 @@ from system.cli import progress
 from system.device import autocast
 from system.errors import UserError
 from text.readers import hub_rows, load_hub, opened, records
-from training.distributed import Processes
 from training.loader import Batch, micro_batches, require_known_ids, strided
+from training.parallel import Processes
 
 Question = tuple[str, list[str], int]
 """HellaSwag's context, its four endings, and the index of the true one."""
