@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.training import Config, Variant
 from model import GPT, IGNORE_INDEX, GPTConfig
 from system.device import autocast, choose_device, choose_dtype, fast_attention, keep_memory, peak_flops, peak_memory
+from training.config import TrainerConfig
 from training.optim import build_optimizers
 
 
@@ -27,7 +28,7 @@ class TrainingStep:
         if variant.keep_memory:
             keep_memory()
         self.model = GPT(shape).to(device).train()
-        (self.optimizer,) = build_optimizers(self.model, "adamw", 6e-4, 0.95, 0.1)
+        (self.optimizer,) = build_optimizers(self.model, TrainerConfig())
         for group in self.optimizer.param_groups:
             group["fused"] = variant.fused_adamw
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
