@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train as train_script
 from benchmarks.generation_variants import our_variant
-from benchmarks.training import CPU_VARIANTS, CUDA_VARIANTS, Variant
+from benchmarks.training import CPU, CUDA
 from benchmarks.training_step import TrainingStep, measure_step, median_seconds
 from benchmarks.worker import read_log
 from model import GPT, GPTConfig, linear_cross_entropy
@@ -47,7 +47,7 @@ class Scale:
     steps: int = 20
     new_tokens: int = 200
     train_steps: int = 150
-    variant: Variant = CUDA_VARIANTS[-1]
+    optimizations: tuple[str, ...] = CUDA
 
 
 def measure(case: str, device: str) -> Figures:
@@ -55,7 +55,7 @@ def measure(case: str, device: str) -> Figures:
     scale = Scale(choose_device(device))
     if device == "cpu":
         shape = GPTConfig(block_size=32, vocab_size=512, n_tokens=500, n_layer=2, n_head=2, n_embd=32)
-        scale = Scale(scale.device, shape, 4, steps=2, new_tokens=4, train_steps=40, variant=CPU_VARIANTS[-1])
+        scale = Scale(scale.device, shape, 4, steps=2, new_tokens=4, train_steps=40, optimizations=CPU)
     return CASES[case](scale)
 
 
@@ -95,8 +95,8 @@ def correctness(scale: Scale) -> Figures:
         model.zero_grad()
     cosines = [F.cosine_similarity(a, b, dim=0).item() for a, b in zip(*gradients, strict=True)]
     on_cuda = scale.device.type == "cuda"
-    half = replace(CPU_VARIANTS[2], dtype="float16" if on_cuda else "bfloat16")  # float16 with gradient scaling
-    step = TrainingStep(scale.shape, scale.device, half)
+    # float16 with gradient scaling
+    step = TrainingStep(scale.shape, scale.device, ["fused head and loss", "float16" if on_cuda else "bfloat16"])
     steps = [step(tokens, targets).item() for _ in range(8)]
     return {
         "loss_error": abs(losses[1] / losses[0] - 1),
@@ -134,10 +134,10 @@ def fused_loss_error(scale: Scale) -> Figures:
     }
 
 
-def step(scale: Scale, attention: Literal["flash", "cudnn"] = "cudnn", float32_stream: bool = False) -> Figures:
-    """A training step on random tokens. With `float32_stream` the residual stream is in float32, as autocast alone has
-    it."""
-    step = TrainingStep(scale.shape, scale.device, replace(scale.variant, attention=attention))
+def step(scale: Scale, without: str = "", float32_stream: bool = False) -> Figures:
+    """A training step on random tokens, perhaps without an optimization. With `float32_stream` the residual stream is
+    in float32, as autocast alone has it."""
+    step = TrainingStep(scale.shape, scale.device, set(scale.optimizations) - {without})
     if float32_stream:
         step.model.h[0].register_forward_pre_hook(lambda block, inputs: (inputs[0].float(), *inputs[1:]))
     return measure_step(step, scale.batch_size, scale.steps)
@@ -185,8 +185,10 @@ def sft(scale: Scale) -> Figures:
         data = Conversations(Path(folder), "train", c.block_size, batch_size, seed=0)
         rows = [micro_batches(data.batch(i), 1, max_length=c.block_size)[0].to(scale.device) for i in range(20)]
     # Lengths vary, and cuDNN plans anew for each: `Trainer` leaves its attention off too.
-    step = TrainingStep(c, scale.device, replace(scale.variant, attention="flash"))
-    for batch in rows[:3]:  # the second shape recompiles with dynamic shapes, and no later one does
+    step = TrainingStep(c, scale.device, set(scale.optimizations) - {"cuDNN's attention"})
+    by_length = sorted(rows, key=lambda batch: batch.tokens.size(1))
+    for batch in (by_length[0], by_length[-1], by_length[10]):  # compiles for dynamic shapes, once and for all
+        torch._dynamo.maybe_mark_dynamic(batch.tokens, [0, 1])
         step(batch.tokens, batch.targets)
     torch._dynamo.config.error_on_recompile = True
 
@@ -264,7 +266,7 @@ CASES: dict[str, Callable[[Scale], Figures]] = {
     "generation": generation,
     "loss": loss,
     "train": train,
-    "step_flash": partial(step, attention="flash"),
+    "step_flash": partial(step, without="cuDNN's attention"),
     "step_float32_stream": partial(step, float32_stream=True),
     "sft": sft,
 }

@@ -1,17 +1,17 @@
-"""A training step with the optimizations of a `Variant`, and its measurement."""
+"""A training step with some of the optimizations that `benchmarks.training` names, and its measurement."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.training import Config, Variant
+from benchmarks.training import Config
 from model import GPT, IGNORE_INDEX, GPTConfig
 from system.device import autocast, choose_device, choose_dtype, fast_attention, keep_memory, peak_flops, peak_memory
 from training.config import TrainerConfig
@@ -21,22 +21,26 @@ from training.optim import build_optimizers
 class TrainingStep:
     """A model with random weights, its optimizer and its forward pass. A call takes one step."""
 
-    def __init__(self, shape: GPTConfig, device: torch.device, variant: Variant):
+    def __init__(self, shape: GPTConfig, device: torch.device, optimizations: Collection[str]):
+        """`optimizations` are names out of `benchmarks.training`, or float16."""
         torch.manual_seed(0)
-        self.device, self.variant = device, variant
-        self.dtype = choose_dtype(variant.dtype, device)
-        if variant.keep_memory:
+        self.device, self.has_fast_attention = device, "cuDNN's attention" in optimizations
+        precision = next((name for name in ("bfloat16", "float16") if name in optimizations), "float32")
+        self.dtype = choose_dtype(precision, device)
+        if "freed memory kept" in optimizations:
             keep_memory()
         self.model = GPT(shape).to(device).train()
         (self.optimizer,) = build_optimizers(self.model, TrainerConfig())
         for group in self.optimizer.param_groups:
-            group["fused"] = variant.fused_adamw
+            group["fused"] = "fused AdamW" in optimizations
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]] = self.fused_loss
-        if variant.fused_loss and variant.compile:
-            self.model.compile_training()
-        elif not variant.fused_loss:
-            self.forward = torch.compile(self.separate_loss) if variant.compile else self.separate_loss
+        self.forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]] = self.separate_loss
+        if "fused head and loss" in optimizations:
+            self.forward = self.fused_loss
+            if "compile" in optimizations:
+                self.model.compile_training()
+        elif "compile" in optimizations:
+            self.forward = torch.compile(self.separate_loss)
 
     def fused_loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, None]:
         """Returns the summed loss in nats of int64 tokens and targets (B, T)."""
@@ -49,7 +53,7 @@ class TrainingStep:
 
     def __call__(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Takes one step on int64 tokens and targets (B, T); returns the loss in nats per token."""
-        with fast_attention(self.variant.attention == "cudnn"):
+        with fast_attention(self.has_fast_attention):
             with autocast(self.device, self.dtype):
                 loss, logits = self.forward(tokens, targets)
                 loss = loss / (targets != IGNORE_INDEX).sum()
@@ -63,10 +67,10 @@ class TrainingStep:
         return loss.detach()
 
 
-def measure(config: dict[str, Any], variant: dict[str, Any]) -> dict[str, float]:
+def measure(config: dict[str, Any], optimizations: list[str]) -> dict[str, float]:
     """Returns the figures of one row of `benchmarks.training`, whose config this is."""
     c = Config(**config)
-    return measure_step(TrainingStep(c, choose_device(c.device), Variant(**variant)), c.batch_size, c.steps)
+    return measure_step(TrainingStep(c, choose_device(c.device), optimizations), c.batch_size, c.steps)
 
 
 def measure_step(step: TrainingStep, batch_size: int, steps: int) -> dict[str, float]:
