@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import itertools
 import os
 import re
 import shlex
@@ -82,7 +83,7 @@ def parse(config_class: type[Config], arguments: list[str], presets: Mapping[str
 
 def _preset_name(arguments: list[str], presets: Mapping[str, Any]) -> str:
     name = next(iter(presets))
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in itertools.pairwise([*arguments, ""]):
         if argument == "--preset":
             name = following
         elif argument.startswith("--preset="):
@@ -178,13 +179,11 @@ def limit_spinning(microseconds: int = TRAINING) -> None:
 def progress(items: Iterable[Item] | None = None, **options: Any) -> tqdm[Item]:
     """Returns tqdm's progress bar on standard error: over the items, or for `total` units to `update` by hand.
 
-    On a terminal the bar goes when it ends. A log file gets a line every 30 seconds.
+    The bar goes when it ends, and is disabled if standard error is no terminal.
     """
     from tqdm import tqdm
 
-    is_terminal = sys.stderr.isatty()
-    interval = 0.5 if is_terminal else 30.0
-    return tqdm(items, mininterval=interval, delay=interval, leave=False, dynamic_ncols=True, **options)
+    return tqdm(items, mininterval=0.5, delay=0.5, leave=False, dynamic_ncols=True, disable=None, **options)
 
 
 def duration(seconds: float) -> str:

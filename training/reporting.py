@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from training.state import Callback, Entry, StepRecord, StopReason, TrainingStat
 from weights import checkpoint
 from weights.describe import evaluation, facts
 
+SECONDS_BETWEEN_LINES = 30
 MANY_EPOCHS = 10
 """Passes over a text from which on a model memorizes it."""
 
@@ -61,6 +63,7 @@ class Console(Callback):
         self.peak_flops = (peak_flops(state.processes.device) or 0.0) * state.processes.world_size
         self.bar = progress(total=config.max_steps, initial=state.step, unit="step")
         self.start, self.tokens_before = time.perf_counter(), state.tokens
+        self.next_line = self.start + SECONDS_BETWEEN_LINES
 
     def on_step(self, state: TrainingState, record: StepRecord) -> None:
         rate = (record.tokens - self.tokens_before) / (time.perf_counter() - self.start)
@@ -69,6 +72,9 @@ class Console(Callback):
             text += f", MFU {rate * state.model.flops_per_token() / self.peak_flops:.0%}"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
+        if self.bar.disable and time.perf_counter() >= self.next_line:  # no terminal: plain lines
+            print(f"step {record.step:,} of {state.config.max_steps:,}: {text}", file=sys.stderr)
+            self.next_line += SECONDS_BETWEEN_LINES
 
     def on_evaluation(self, state: TrainingState, entry: Entry, is_best: bool) -> None:
         self.bar.clear()
