@@ -6,6 +6,7 @@ import ast
 import functools
 import graphlib
 import itertools
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -128,7 +129,7 @@ def test_the_house_has_at_most_10000_lines_and_its_tests_7000():
 
 def test_the_documentation_has_at_most_10000_words():
     pages = [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")]
-    words = sum(len(page.read_text(encoding="utf-8").split()) for page in pages)
+    words = sum(len(re.findall(r"\S*\w\S*", page.read_text(encoding="utf-8"))) for page in pages)  # no rules of tables
     assert words <= MAX_WORDS, f"{words:,} words"
 
 
