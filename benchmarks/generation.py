@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from system.threads import GENERATION, limit_spinning
+
 from system.cli import run
 from system.errors import require, require_at_least
-from system.threads import GENERATION, limit_spinning
 
 if TYPE_CHECKING:
     from model import GPTConfig

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY
+from interface.sessions import Branch, Completion
+from interface.streaming import escape
 from streamlit.testing.v1 import AppTest
 
 from generation.config import SamplingConfig
 from generation.text_model import TextModel, Token
 from interface import sessions
 from interface.inside_view import EXAMPLE
-from interface.sessions import Branch, Completion
-from interface.streaming import escape
 from interface.training_view import recent_speed, status
 from system.locks import locked, output_lock
 from text import tokenizer as tokenizers

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ENVIRONMENT, REPOSITORY, command, wait_for_log
+from system.threads import GENERATION, TRAINING, spin_count
 from test_house import SCRIPTS
 
 from system.errors import UserError
-from system.threads import GENERATION, TRAINING, spin_count
 from training.distributed import Processes
 from weights.loading import load_checkpoint
 

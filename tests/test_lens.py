@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, succeed
+from interface.lens_table import lens_table
 from sklearn.metrics.pairwise import cosine_similarity
 from test_fields import CHANGED, VARIANTS, random_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from generation import lens
 from generation.text_model import TextModel
-from interface.lens_table import lens_table
 from model import GPT, GPTConfig
 from system.errors import UserError
 from text.tokenizer import gpt2, legible, load_tokenizer, merges
