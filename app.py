@@ -28,7 +28,7 @@ def main() -> None:
     with st.sidebar:
         pick_sampling()
 
-    loaded, problem = None, ""
+    state, text_model, problem = None, None, ""
     with st.sidebar, st.spinner("Loading the model"):
         # these import torch, which takes seconds: the controls are on the screen by now
         from interface.chat_view import chat_view
@@ -37,24 +37,24 @@ def main() -> None:
         from interface.inside_view import inside_view
         from interface.loaded_model import load_model
         from interface.training_view import training_view
+        from weights.describe import facts, introduction
 
         try:
-            loaded = load_model(str(file.path), file.modified)
+            state, text_model = load_model(str(file.path), file.modified)
         except (UserError, OSError) as error:
             problem = str(error)
-    text_model = loaded.text_model if loaded else None
-    prompts = loaded.prompts if loaded else []
+    prompts = state.get("prompts", []) if state else []
     is_chat_model = bool(text_model and text_model.template)
     with top:
         st.title("GPT-2", anchor=False)
-        if loaded:
-            st.markdown(escape(loaded.introduction))
+        if state:
+            st.markdown(escape(introduction(state)))
         modes = ("Chat", "Completion", "Inside", "Training")
         st.session_state.setdefault("mode", "Chat" if is_chat_model else "Completion")
         mode = st.segmented_control("Mode", modes, required=True, key="mode", label_visibility="collapsed")
-    if loaded:
+    if state:
         with st.sidebar.expander("About this model"):
-            st.text("\n".join(f"{name}: {value}" for name, value in loaded.facts.items()))
+            st.text("\n".join(f"{name}: {value}" for name, value in facts(state).items()))
     with page.lock:  # until a text that the user stopped is stored
         pass
     beginnings = [] if is_chat_model else prompts

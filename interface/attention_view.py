@@ -70,7 +70,7 @@ def attention_map(names: list[str], weights: list[list[float]]) -> alt.Chart:
         for j, p in enumerate(row[: i + 1])
     ]
     name = f"{json.dumps(names)}[datum.value]"  # an expression of Vega
-    labels = alt.Axis(labels=len(names) <= MAX_LABELS, ticks=False, labelExpr=name, labelFont="monospace")
+    labels = alt.Axis(labels=len(names) <= MAX_LABELS, ticks=False, labelExpr=name, labelOverlap=False)
     return (
         alt.Chart(alt.Data(values=rows), width=520, height=520)
         .mark_rect()

@@ -92,7 +92,7 @@ def load_second(file: CheckpointFile, config: SamplingConfig) -> list[Writer]:
     """Loads another model. If it cannot write text, says so and returns nothing."""
     try:
         with st.spinner("Loading the second model"):
-            text_model = load_model(str(file.path), file.modified).text_model
+            _, text_model = load_model(str(file.path), file.modified)
     except (UserError, OSError) as error:
         st.error("The second model cannot be loaded.")
         st.text(str(error))

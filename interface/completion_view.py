@@ -127,7 +127,7 @@ def open_inside(page: PageState, text: Text, position: int) -> None:
 
 def branch_off(text_model: TextModel, page: PageState, text: Text, position: int, choice: int) -> None:
     """Lets the next drawing of the page continue a text from another token at a position."""
-    logprob = logits_before(text_model, text, position).log_softmax(dim=-1)[choice].item()
+    logprob = logits_before(page, text_model, text, position).log_softmax(dim=-1)[choice].item()
     token = dataclasses.replace(text.tokens[position], id=choice, logprob=logprob)
     name = f"{len(page.branches) + 1}: {name_of_token(text.tokenizer, choice)} at step {position + 1}"
     tokens, n_prompt = [*text.tokens[:position], token], min(text.n_prompt, position)

@@ -113,11 +113,8 @@ def draw_pieces(tokenizer: Tokenizer, text: str, ids: list[int]) -> None:
         pieces.append(button(None, *parts, title=title, p=0.5, color=COLORS[i % len(COLORS)]))
     draw_buttons("chips", f"pieces {tokenizer.name}", pieces)
     n_bytes = len(text.encode(errors="replace"))
-    columns = st.columns(4)
-    columns[0].metric("tokens", f"{len(ids):,}")
-    columns[1].metric("characters", f"{len(text):,}")
-    columns[2].metric("bytes", f"{n_bytes:,}")
-    columns[3].metric("bytes per token", f"{n_bytes / len(ids):.2f}" if ids else "–")
+    counts = f"{len(ids):,} tokens · {len(text):,} characters · {n_bytes:,} bytes"
+    st.text(f"{counts} · {n_bytes / len(ids):.2f} bytes per token" if ids else counts)
 
 
 def embeddings_view(text_model: TextModel, ids: list[int]) -> None:

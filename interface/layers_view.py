@@ -20,7 +20,8 @@ def layers_view(text_model: TextModel, trace: Trace) -> None:
     candidates, came = layers.candidates.tolist(), layers.next_logprobs.exp().tolist()
     names = {i: name_of_token(text_model.tokenizer, i) for i in layers.candidates.unique().tolist()}
     tokens = [name_of_token(text_model.tokenizer, i) for i in trace.tokens.tolist()]
-    rows = [button(None, ("", name), style="head") for name in ("layer", *tokens)]
+    rows = [button(None, ("", name), style="head") for name in tokens]
+    rows.insert(0, button(None, ("", "layer"), style="head first"))
     for layer in reversed(range(len(candidates))):
         rows.append(button(None, ("", str(layer or "0 (embedding)")), style="head first"))
         for i, (likeliest, *_) in enumerate(candidates[layer]):

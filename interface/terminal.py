@@ -40,15 +40,8 @@ HELP_OF_CHAT = f"""\
 /save FILE    write the conversation as one line of JSON
 /load FILE    continue a saved conversation
 {HELP}"""
-OPTIONS: dict[str, Callable[[str], float]] = {
-    "temperature": float,
-    "top-k": int,
-    "top-p": float,
-    "min-p": float,
-    "repetition-penalty": float,
-    "max-new-tokens": int,
-    "seed": int,
-}
+FLOATS, INTEGERS = ("temperature", "top-p", "min-p", "repetition-penalty"), ("top-k", "max-new-tokens", "seed")
+OPTIONS: dict[str, Callable[[str], float]] = {**dict.fromkeys(FLOATS, float), **dict.fromkeys(INTEGERS, int)}
 CAN_BE_NONE = ("top-k", "top-p", "min-p", "seed")
 CYAN, BOLD, RESET = "\x1b[36m", "\x1b[1m", "\x1b[0m"
 CELL = 12  # characters of a cell of the lens table
@@ -106,12 +99,6 @@ def say(*texts: str) -> None:
     sys.stdout.flush()
 
 
-def print_code(code: str) -> None:
-    """Changes the colour of what follows, if standard output is a terminal."""
-    if sys.stdout.isatty():
-        sys.stdout.write(code)
-
-
 def print_note(text: str) -> None:
     """Prints a remark of the program, which is not the model's text, to standard error."""
     print(printable(text), file=sys.stderr)
@@ -119,22 +106,15 @@ def print_note(text: str) -> None:
 
 def sample_fields(tokenizer: Tokenizer, prompt: str, sample: Sample, with_logprobs: bool) -> dict[str, object]:
     """Returns a sample as a dict for JSON."""
-    fields: dict[str, object] = {
-        "prompt": prompt,
-        "text": sample.text,
-        "finish_reason": sample.finish_reason,
-        "tokens": [token.id for token in sample.tokens],
-    }
-    if with_logprobs:
-        fields["logprobs"] = [
-            {
-                "token": tokenizer.decode([token.id]),
-                "logprob": token.logprob,
-                "top": [{"token": tokenizer.decode([i]), "id": i, "logprob": p} for i, p in token.candidates],
-            }
-            for token in sample.tokens
-        ]
-    return fields
+    fields: dict[str, object] = {"prompt": prompt, "text": sample.text, "finish_reason": sample.finish_reason}
+    fields["tokens"] = [token.id for token in sample.tokens]
+    if not with_logprobs:
+        return fields
+    logprobs = []
+    for token in sample.tokens:
+        top = [{"token": tokenizer.decode([i]), "id": i, "logprob": p} for i, p in token.candidates]
+        logprobs.append({"token": tokenizer.decode([token.id]), "logprob": token.logprob, "top": top})
+    return {**fields, "logprobs": logprobs}
 
 
 def token_lines(tokenizer: Tokenizer, sample: Sample) -> Iterator[str]:
@@ -145,38 +125,22 @@ def token_lines(tokenizer: Tokenizer, sample: Sample) -> Iterator[str]:
             yield f"{tokenizer.decode([token.id])!r:20} {math.exp(token.logprob):6.1%}   {candidates}\n"
 
 
-class LineReader:
-    """Iterates over the stripped lines that the user types, with history and editing, until Ctrl-D. If standard input
-    is not a terminal, over its lines."""
-
-    def __init__(self, label: str) -> None:
-        self.label = label
-        self.session: PromptSession[str] | None = None
-        if sys.stdin.isatty():
-            keys = KeyBindings()
-            keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
-            self.session = PromptSession(key_bindings=keys, multiline=False)
-
-    def __iter__(self) -> Iterator[str]:
-        if self.session is None:
-            yield from map(str.strip, read_utf8_lines())
-            return
-        while True:
-            try:
-                yield self.session.prompt(ANSI(f"{BOLD}{self.label}{RESET}")).strip()
-            except KeyboardInterrupt:  # discards what is typed
-                continue
-            except EOFError:
-                return
-
-    def confirm(self, question: str) -> bool:
-        """Asks a question; whether the user types y or yes. If standard input is not a terminal, nobody does."""
-        if self.session is None:
-            return False
+def typed_lines(label: str) -> Iterator[str]:
+    """Yields the stripped lines that the user types, with history and editing, until Ctrl-D. If standard input is not a
+    terminal, its lines."""
+    if not sys.stdin.isatty():
+        yield from map(str.strip, read_utf8_lines())
+        return
+    keys = KeyBindings()
+    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+    session: PromptSession[str] = PromptSession(key_bindings=keys, multiline=False)
+    while True:
         try:
-            return self.session.prompt(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-        except (KeyboardInterrupt, EOFError):
-            return False
+            yield session.prompt(ANSI(f"{BOLD}{label}{RESET}")).strip()
+        except KeyboardInterrupt:  # discards what is typed
+            continue
+        except EOFError:
+            return
 
 
 def complete_lines(
@@ -189,7 +153,7 @@ def complete_lines(
     print_note(
         f"{text_model.description}\nType the beginning of a text. /help lists the commands; /quit or Ctrl-D ends."
     )
-    for line in LineReader("text> "):
+    for line in typed_lines("text> "):
         command, _, argument = line.partition(" ")
         if command == "/quit":
             return
@@ -197,8 +161,8 @@ def complete_lines(
             if command == "/help":
                 print_note(HELP)
             elif command.startswith("/") and command[1:] in OPTIONS:
-                config = set_option(config, command[1:], argument.strip())
-                print_note(show_option(config, command[1:]))
+                config, note = set_option(config, command[1:], argument.strip())
+                print_note(note)
             elif line:
                 complete(text_model, line, config)
         except UserError as error:
@@ -211,14 +175,13 @@ def chat(text_model: TextModel, config: SamplingConfig) -> None:
     """Holds a conversation with the user, until Ctrl-D or /quit."""
     conversation = Chat(text_model, config)
     print_note(f"{text_model.description}\nType a message. {COMMANDS}")
-    reader = LineReader("you> ")
-    for line in reader:
+    for line in typed_lines("you> "):
         command, _, argument = line.partition(" ")
         if command == "/quit":
             return
         try:
             if command.startswith("/"):
-                print_note(obey(conversation, command[1:], argument.strip(), reader.confirm))
+                print_note(obey(conversation, command[1:], argument.strip()))
             elif line:
                 answer(conversation, line)
         except UserError as error:
@@ -236,17 +199,15 @@ def answer(conversation: Chat, message: str) -> None:
     except KeyboardInterrupt:
         pass
     finally:
-        print_code(RESET)
+        if sys.stdout.isatty():
+            sys.stdout.write(RESET)
 
 
-def obey(conversation: Chat, command: str, argument: str, confirm: Callable[[str], bool]) -> str:
-    """Carries out a command. Returns what to print. `confirm` asks the user a question.
-
-    Raises UserError if the command or its argument is wrong.
-    """
+def obey(conversation: Chat, command: str, argument: str) -> str:
+    """Carries out a command. Returns what to print. Raises UserError if the command or its argument is wrong."""
     if command in OPTIONS:
-        conversation.config = set_option(conversation.config, command, argument)
-        return show_option(conversation.config, command)
+        conversation.config, note = set_option(conversation.config, command, argument)
+        return note
     if command in ("save", "load") and not argument:
         raise UserError(f"/{command} needs a file name")
     match command:
@@ -264,7 +225,7 @@ def obey(conversation: Chat, command: str, argument: str, confirm: Callable[[str
             answer(conversation, message)
             return ""
         case "save":
-            save_conversation(Path(argument), conversation.messages, confirm)
+            save_conversation(Path(argument), conversation.messages)
             return f"saved {len(conversation.messages) // 2} exchanges in {argument}"
         case "load":
             conversation.messages[:] = load_conversation(Path(argument))
@@ -272,19 +233,14 @@ def obey(conversation: Chat, command: str, argument: str, confirm: Callable[[str
     raise UserError(f"unknown command /{command}: /help lists the commands")
 
 
-def save_conversation(path: Path, messages: list[Message], confirm: Callable[[str], bool]) -> None:
-    """Writes a conversation as one line of JSON. If the file holds anything but its beginning, `confirm` asks the user.
-
-    Raises UserError if the user does not confirm.
-    """
+def save_conversation(path: Path, messages: list[Message]) -> None:
+    """Writes a conversation as one line of JSON. Raises UserError if the file holds anything but its beginning."""
     try:
         old = read_json(path) if path.exists() and path.stat().st_size else {"messages": []}
     except ValueError:
         old = None
     if all(old != {"messages": messages[:n]} for n in range(len(messages) + 1)):
-        problem = f"{path} exists and is not the beginning of this conversation"
-        if not confirm(f"{problem}. Replace it?"):
-            raise UserError(f"{problem}: choose another name")
+        raise UserError(f"{path} exists and is not the beginning of this conversation: choose another name")
     with atomic_write(path, "w") as file:
         file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
 
@@ -301,24 +257,18 @@ def load_conversation(path: Path) -> list[Message]:
         raise UserError(f"{path} holds no conversation: load a file that /save or the app wrote") from None
 
 
-def set_option(config: SamplingConfig, name: str, value: str) -> SamplingConfig:
-    """Returns a config with one option changed, or unchanged if the value is empty. Raises UserError if the option
-    cannot have the value."""
-    if not value:
-        return config
-    change: dict[str, Any] = {name.replace("-", "_"): None}
-    if name not in CAN_BE_NONE or value != "none":
+def set_option(config: SamplingConfig, name: str, value: str) -> tuple[SamplingConfig, str]:
+    """Returns a config with one option changed, or unchanged if the value is empty, and the option's value in words.
+    Raises UserError if the option cannot have the value."""
+    field = name.replace("-", "_")
+    if value:
         try:
-            change[name.replace("-", "_")] = OPTIONS[name](value)
+            change: Any = None if value == "none" and name in CAN_BE_NONE else OPTIONS[name](value)
         except ValueError:
             raise UserError(f"/{name} needs a number, not {value!r}") from None
-    return dataclasses.replace(config, **change)
-
-
-def show_option(config: SamplingConfig, name: str) -> str:
-    """Returns the value of an option in words."""
-    value = getattr(config, name.replace("-", "_"))
-    return f"{name} is {'none' if value is None else value}"
+        config = dataclasses.replace(config, **{field: change})
+    now = getattr(config, field)
+    return config, f"{name} is {'none' if now is None else now}"
 
 
 def print_lens(text_model: TextModel, text: str, config: SamplingConfig) -> None:

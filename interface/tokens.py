@@ -13,7 +13,7 @@ from torch import Tensor
 
 from generation.sample import Token
 from generation.text_model import TextModel, sampling_probabilities
-from interface.page import Text, current_page
+from interface.page import PageState, Text, current_page
 from text.tokenizer import Tokenizer, legible
 from weights.files import CheckpointFile
 
@@ -22,17 +22,17 @@ N_BARS = 10  # candidates shown at each step
 
 _BUTTONS = st.components.v2.component(
     "token_buttons",
-    html="<div></div>",
+    html="<section></section>",
     css="""
-        div { font-family: var(--st-code-font); font-size: 0.875rem; color: var(--st-text-color); }
+        section { font-family: var(--st-code-font); font-size: 0.875rem; color: var(--st-text-color); }
         button { font: inherit; color: inherit; line-height: 1.5; padding: 0 3px; text-align: left;
                  white-space: pre-wrap; border: 1px solid transparent; border-radius: 4px;
                  background: color-mix(in srgb, var(--color) calc(var(--p) * 75%), transparent); }
         button:enabled { cursor: pointer; }
         button:enabled:hover { border-color: var(--st-text-color); }
         button.prompt { border-bottom: 1px dashed #9ca3af; }
-        button.chosen { outline: 2px solid #f59e0b; outline-offset: -2px; }
-        button.marked { outline: 2px solid #ef4444; outline-offset: -2px; }
+        button.chosen, button.marked { outline: 2px solid #f59e0b; outline-offset: -2px; }
+        button.marked { outline-color: #ef4444; }
         .sign { opacity: 0.4; }
         .chips { line-height: 2; max-height: 21rem; overflow-y: auto; overflow-wrap: anywhere; }
         .chips button { margin: 0 1px; }
@@ -47,12 +47,13 @@ _BUTTONS = st.components.v2.component(
         .table button { white-space: pre; }
         .table .head { background: var(--st-background-color); font-weight: 600; }
         .table .first { position: sticky; left: 0; }
-        .picture { aspect-ratio: 1; background-size: 100% 100%; image-rendering: pixelated; }
+        .picture { aspect-ratio: 1; background-origin: border-box; background-size: 100% 100%;
+                   image-rendering: pixelated; }
         button.picture { border-color: color-mix(in srgb, var(--st-text-color) 15%, transparent); }
     """,
     js="""
         export default function ({ data, parentElement, setTriggerValue }) {
-            const box = parentElement.querySelector("div"), { scrollTop, scrollLeft } = box;
+            const box = parentElement.querySelector("section"), { scrollTop, scrollLeft } = box;
             box.className = data.kind;
             box.style.gridTemplateColumns = data.columns;
             box.replaceChildren(...data.items.map((item) => {
@@ -154,7 +155,7 @@ def draw_bars(
     """Draws the likeliest candidates for the token at a position, before or after the sampling controls, and the token
     itself, each with its two probabilities. `on_click` gets the id of a candidate."""
     page, chosen = current_page(), text.tokens[position].id
-    logits = logits_before(text_model, text, position)
+    logits = logits_before(page, text_model, text, position)
     probabilities = logits.softmax(dim=-1)
     sampled = sampling_probabilities(logits, text.ids[:position], page.sampling)
     page.bars_for = page.sampling  # other values draw the page again
@@ -178,10 +179,10 @@ def draw_bars(
     )
 
 
-def logits_before(text_model: TextModel, text: Text, position: int) -> Tensor:
+def logits_before(page: PageState, text_model: TextModel, text: Text, position: int) -> Tensor:
     """Returns the logits (n_tokens,) from which the token at a position was drawn. The page keeps the last ones, so a
     slider that moves costs no forward pass."""
-    page, context = current_page(), text.ids[:position][-text.tokens[position].n_context :]
+    context = text.ids[:position][-text.tokens[position].n_context :]
     if page.logits is None or page.logits[0] is not text_model or page.logits[1] != context:
         page.logits = (text_model, context, text_model.next_logits(context))
     return page.logits[2]

@@ -60,40 +60,34 @@ def draw_runs(logs: list[Path]) -> None:
 def draw_figures(log: Path, entries: Entries, is_alone: bool) -> None:
     """Draws where a run stands: its latest figures, or one line for one of several runs."""
     latest = {name: value for entry in entries for name, value in entry.items()}  # the last value of each figure
-    best = min((entry["val_loss"] for entry in entries if "val_loss" in entry), default=None)
+    losses = [entry["val_loss"] for entry in entries if "val_loss" in entry]
+    step, max_steps, speed = latest["step"], latest.get("max_steps", latest["step"]), recent_speed(entries)
     is_running = is_locked(log.with_suffix(".pt"))
-    speed = recent_speed(entries)
-    status = status_of(latest["step"], latest.get("max_steps"), is_running, time.time() - log.stat().st_mtime)
-    step = f"{latest['step']:,}" + (f" of {latest['max_steps']:,}" if "max_steps" in latest else "")
+    status = status_of(step, max_steps, is_running, time.time() - log.stat().st_mtime)
+    figures = {"Step": f"{step:,} of {max_steps:,}"}
+    if is_running and step < max_steps and speed.get("step"):
+        figures["Time left"] = duration((max_steps - step) / speed["step"])
+    if losses:
+        figures["Best validation loss"] = f"{min(losses):.4f}"
     if not is_alone:
-        loss = f", best validation loss {best:.4f}" if best is not None else ""
-        st.text(f"{name_of_run(log)}: {status}, step {step}{loss}")
+        st.text(f"{name_of_run(log)}: {', '.join([status, *(f'{k.lower()} {v}' for k, v in figures.items())])}")
         return
+    if "loss" in latest:
+        figures |= {"Training loss": f"{latest['loss']:.4f}", "Learning rate": f"{latest.get('learning_rate', 0):.1e}"}
+    if speed:
+        figures |= {"Tokens": f"{latest['tokens']:,}", "Tokens/s": f"{speed['tokens']:,.0f}"}
+    figures["Time"] = duration(latest.get("seconds", 0))
     st.caption(status)
-    n_left = latest.get("max_steps", 0) - latest["step"]
-    figures = {
-        "Step": step,
-        "Time left": duration(n_left / speed["step"]) if is_running and n_left > 0 and speed.get("step") else None,
-        "Training loss": f"{latest['loss']:.4f}" if "loss" in latest else None,
-        "Best validation loss": f"{best:.4f}" if best is not None else None,
-        "Tokens": f"{latest['tokens']:,}" if "tokens" in latest else None,
-        "Tokens/s": f"{speed['tokens']:,.0f}" if "tokens" in speed else None,
-        "Learning rate": f"{latest['learning_rate']:.1e}" if "learning_rate" in latest else None,
-        "Time": duration(latest.get("seconds", 0)),
-    }
     with st.container(horizontal=True):
         for label, value in figures.items():
-            if value is not None:
-                st.metric(label, value, width="content")
+            st.metric(label, value, width="content")
 
 
-def status_of(step: int, max_steps: int | None, is_running: bool, age: float) -> str:
+def status_of(step: int, max_steps: int, is_running: bool, age: float) -> str:
     """Returns what a run does, or how it ended; `age` is the time since its last line in the log, in seconds."""
     if is_running:
         return "running"
     ago = " ".join(duration(age).split()[:2]) + " ago"  # the largest unit
-    if max_steps is None:
-        return f"ended at step {step:,}, {ago}"
     return f"finished {ago}" if step >= max_steps else f"stopped at step {step:,}, {ago}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -50,6 +51,13 @@ def wait(found: Callable[[], T], seconds: float = 60) -> T:
             error = repr(e)
         time.sleep(0.05)
     raise TimeoutError(f"nothing within {seconds} s: {error}")
+
+
+def free_port() -> int:
+    """Returns a port on which nothing listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 class Page:
@@ -112,6 +120,12 @@ class Page:
             return True
 
         wait(typed)
+
+    def type_inside(self, text: str) -> None:
+        """Replaces the text of the mode Inside. The field keeps the focus."""
+        [field] = wait(lambda: self.in_components("textarea"))
+        field.clear()
+        field.send_keys(text)
 
     def move_slider(self, i: int, *keys: str) -> WebElement:
         """Gives keys to a slider, whose input is too small for Chromium to type into; returns the input."""
