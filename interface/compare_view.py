@@ -21,31 +21,32 @@ from interface.tokens import begin, draw_chips, name_of_token
 from system.errors import UserError
 from weights.files import CheckpointFile, checkpoint_files
 
-Writer = tuple[TextModel, CheckpointFile, SamplingConfig]
-
 
 def compare_view(text_model: TextModel, file: CheckpointFile, prompts: list[str]) -> None:
     """Draws a prompt, the choice of the second side, and both completions. `file` is the model's; `prompts` are offered
     until one is completed."""
     page, offers = current_page(), st.container()
     prompt, starts = prompt_field(page, "Complete both")
-    other, temperature = pick_second(file)
+    config = page.sampling
+    if config.seed is None:  # the same random numbers on both sides
+        config = dataclasses.replace(config, seed=secrets.randbelow(2**31))
+    other_file, other_config = pick_second(file, config)
     controls = st.empty()
-    writers: list[Writer] = []
+    writers: list[tuple[TextModel, SamplingConfig]] = []
     if starts:
-        config = page.sampling
-        if config.seed is None:  # the same random numbers on both sides
-            config = dataclasses.replace(config, seed=secrets.randbelow(2**31))
-        writers = [(text_model, file, config)]
-        if other:
-            writers += load_second(other, config)
-        else:
-            writers += [(text_model, file, dataclasses.replace(config, temperature=temperature))]
-        if len(writers) < 2:
+        try:
+            with st.spinner("Loading the second model"):
+                _, other_model = load_model(str(other_file.path), other_file.modified)
+            if other_model is None:
+                raise UserError("The second model is a classifier, which writes no text.")
+        except (UserError, OSError) as error:
+            st.error("The second model cannot be used.")
+            st.text(str(error))
             return
+        writers = [(text_model, config), (other_model, other_config)]
         page.compared = [
             begin(model, one, model.prompt_ids(prompt), f"{name_of(one.path)} · temperature {config.temperature:g}")
-            for model, one, config in writers
+            for (model, config), one in zip(writers, (file, other_file), strict=True)
         ]
     if not page.compared or page.compared[0].file != file:
         with offers:
@@ -60,7 +61,7 @@ def compare_view(text_model: TextModel, file: CheckpointFile, prompts: list[str]
         placeholders[-1].text(text.decode())
     if writers:
         controls.button("Stop", icon=":material/stop_circle:")
-        for (model, _, config), text, placeholder in zip(writers, page.compared, placeholders, strict=True):
+        for (model, config), text, placeholder in zip(writers, page.compared, placeholders, strict=True):
             write_text(model, config, text, placeholder)
         controls.empty()
     line, marks = difference(*page.compared)
@@ -71,8 +72,8 @@ def compare_view(text_model: TextModel, file: CheckpointFile, prompts: list[str]
             st.caption(text.speed)
 
 
-def pick_second(file: CheckpointFile) -> tuple[CheckpointFile | None, float]:
-    """Offers the other checkpoints, or the same model at another temperature. Returns None for the same model."""
+def pick_second(file: CheckpointFile, config: SamplingConfig) -> tuple[CheckpointFile, SamplingConfig]:
+    """Offers the other checkpoints, or the same model at another temperature. Returns what to compare with."""
     others = {str(one.path): one for one in checkpoint_files() if one.path != file.path}
     path = st.selectbox(
         "Compare with",
@@ -80,27 +81,12 @@ def pick_second(file: CheckpointFile) -> tuple[CheckpointFile | None, float]:
         format_func=lambda path: name_of(Path(path)) if path else "the same model at another temperature",
         key="second model",
     )
-    temperature = 0.0
-    if not path:
-        st.session_state.setdefault("second temperature", 0.0)
-        temperature = st.slider("Second temperature", 0.0, 2.0, step=0.05, key="second temperature")
     st.caption("Both use the controls of the sidebar and the same random numbers.")
-    return others.get(path), temperature
-
-
-def load_second(file: CheckpointFile, config: SamplingConfig) -> list[Writer]:
-    """Loads another model. If it cannot write text, says so and returns nothing."""
-    try:
-        with st.spinner("Loading the second model"):
-            _, text_model = load_model(str(file.path), file.modified)
-    except (UserError, OSError) as error:
-        st.error("The second model cannot be loaded.")
-        st.text(str(error))
-        return []
-    if text_model is None:
-        st.info("The second model is a classifier, which writes no text.")
-        return []
-    return [(text_model, file, config)]
+    if path:
+        return others[path], config
+    st.session_state.setdefault("second temperature", 0.0)
+    temperature = st.slider("Second temperature", 0.0, 2.0, step=0.05, key="second temperature")
+    return file, dataclasses.replace(config, temperature=temperature)
 
 
 def difference(*texts: Text) -> tuple[str, list[int]]:

@@ -66,11 +66,10 @@ def inside_view(text_model: TextModel, prompts: list[str]) -> None:
         limit = min(MAX_TOKENS, text_model.model.config.block_size)
         if len(ids) > limit:
             st.caption(f"The text has {len(ids):,} tokens. You see the last {limit}.")
-        trace = text_model.trace(text, limit)
         if part == "Attention":
-            attention_view(text_model.tokenizer, trace)
+            attention_view(text_model.tokenizer, text_model.trace(text, limit))
         else:
-            layers_view(text_model, trace)
+            layers_view(text_model, text, ids[-limit:])
 
 
 def live_text(label: str, example: str) -> str:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import streamlit as st
 
-from generation.lens import Trace
 from generation.text_model import TextModel
 from interface.page import current_page
 from interface.tokens import button, draw_buttons, name_of_token
 
 
-def layers_view(text_model: TextModel, trace: Trace) -> None:
-    """Draws the logit lens of a text: one row for each layer, the last one on top, one column for each token."""
+def layers_view(text_model: TextModel, text: str, ids: list[int]) -> None:
+    """Draws the logit lens of the last tokens, `ids`, of a text: a row for each layer, the last one on top, and a column
+    for each token."""
     st.caption(
         "What the model would say next if it stopped after a layer: the likeliest token. The stronger the colour, the "
         "more probable is the token that really came. Click on a cell for ten candidates."
     )
-    page, layers = current_page(), text_model.predictions_by_layer(trace)
+    page = current_page()
+    layers = page.once("layers", ids, lambda: text_model.predictions_by_layer(text_model.trace(text, len(ids))))
     candidates, came = layers.candidates.tolist(), layers.next_logprobs.exp().tolist()
     names = {i: name_of_token(text_model.tokenizer, i) for i in layers.candidates.unique().tolist()}
-    tokens = [name_of_token(text_model.tokenizer, i) for i in trace.tokens.tolist()]
+    tokens = [name_of_token(text_model.tokenizer, i) for i in ids]
     rows = [button(None, ("", name), style="head") for name in tokens]
     rows.insert(0, button(None, ("", "layer"), style="head first"))
     for layer in reversed(range(len(candidates))):

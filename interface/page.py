@@ -18,10 +18,7 @@ from generation.config import SamplingConfig
 from weights.files import FOLDER, CheckpointFile, checkpoint_files
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from generation.sample import Sample, Token
-    from generation.text_model import TextModel
     from text.templates import Message
     from text.tokenizer import Tokenizer
 
@@ -77,8 +74,10 @@ class PageState:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     bars_for: SamplingConfig | None = None
     """the sampling controls for which the page shows bars, if it shows any"""
-    logits: tuple[TextModel, list[int], Tensor] | None = None
-    """the last logits that bars showed, with their model and its context"""
+    file: CheckpointFile | None = None
+    """the model's checkpoint"""
+    computed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    """the last result of each computation with this model, and what else it depends on"""
     lock: threading.Lock = field(default_factory=threading.Lock)
     """held while the model writes"""
     messages: list[Message] = field(default_factory=list)
@@ -104,6 +103,13 @@ class PageState:
     inside_query: int | None = None
     inside_cell: tuple[int, int] | None = None
     """the chosen layer and position"""
+
+    def once(self, name: str, key: Any, compute: Callable[[], Any]) -> Any:
+        """Returns the result of a computation. As long as its key stays the same, it is not computed again: a slider or
+        a click should not cost a forward pass."""
+        if name not in self.computed or self.computed[name][0] != key:
+            self.computed[name] = (key, compute())
+        return self.computed[name][1]
 
 
 _pages: dict[str, PageState] = {}  # by key, the last used at the end
@@ -133,7 +139,6 @@ def open_page() -> PageState:
 
 
 def current_page() -> PageState:
-    """Returns the state of the page that is being drawn."""
     return st.session_state.page
 
 
@@ -149,21 +154,22 @@ def pick_checkpoint() -> CheckpointFile | None:
     if state.model not in files:
         st.warning("The chosen model no longer exists:")
         st.text(state.model)
-    # another model opens in its own mode
-    path = st.selectbox("Model", files, key="model", format_func=name_of, on_change=lambda: forget("mode"))
+    path = st.selectbox("Model", files, key="model", format_func=name_of, on_change=forget_mode)
     if st.query_params.get("model") != name_of(path):
         st.query_params["model"] = name_of(path)
+    page = current_page()
+    if files[path] != page.file:
+        page.file, page.computed = files[path], {}
     return files[path]
 
 
-def forget(widget: str) -> None:
-    """Lets a widget begin with its default value again."""
-    st.session_state.pop(widget, None)
-    current_page().widgets.pop(widget, None)
+def forget_mode() -> None:
+    """Lets another model open in its own mode."""
+    st.session_state.pop("mode", None)
+    current_page().widgets.pop("mode", None)
 
 
 def name_of(path: Path) -> str:
-    """Returns the name of a checkpoint on the page."""
     return str(path.relative_to(FOLDER))
 
 
@@ -174,16 +180,14 @@ def pick_sampling() -> None:
     Draws the whole page again only if it shows probabilities that depend on the values; then the model is not writing.
     """
     page = current_page()
-    temperature = (
-        "Below 1, the text becomes more predictable; above 1, more varied. At 0, the likeliest token always wins."
-    )
+    temperature = "Below 1, the text becomes more predictable; above 1, more varied. 0 takes the likeliest token."
+    top_k = "Sample from this many of the likeliest tokens; 0 means all."
     top_p = "Sample from the smallest set of tokens that together have this probability."
     penalty = "Above 1, tokens that already occurred become less likely."
     seed = "The same seed gives the same text. Empty: a new text each time."
     page.sampling = SamplingConfig(
         temperature=st.slider("Temperature", 0.0, 2.0, 0.8, 0.05, help=temperature),
-        top_k=st.slider("Top k", 0, 200, 50, help="Sample from this many of the likeliest tokens; 0 means all.")
-        or None,
+        top_k=st.slider("Top k", 0, 200, 50, help=top_k) or None,
         top_p=st.slider("Top p", 0.05, 1.0, 1.0, 0.05, help=top_p),
         repetition_penalty=st.slider("Repetition penalty", 1.0, 2.0, 1.0, 0.05, help=penalty),
         max_new_tokens=st.slider("Length", 1, 1000, 200, help="Maximum length of a text, in tokens."),

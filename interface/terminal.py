@@ -271,7 +271,7 @@ def set_option(config: SamplingConfig, name: str, value: str) -> tuple[SamplingC
     return config, f"{name} is {'none' if now is None else now}"
 
 
-def print_lens(text_model: TextModel, text: str, config: SamplingConfig) -> None:
+def print_lens(text_model: TextModel, text: str, config: SamplingConfig | None = None) -> None:
     """Prints what the model would say after each layer: a row for each token of the text, a column for the embedding
     and each layer. A cell holds the likeliest next token and its probability. The config is not used.
 

@@ -180,12 +180,9 @@ def draw_bars(
 
 
 def logits_before(page: PageState, text_model: TextModel, text: Text, position: int) -> Tensor:
-    """Returns the logits (n_tokens,) from which the token at a position was drawn. The page keeps the last ones, so a
-    slider that moves costs no forward pass."""
+    """Returns the logits (n_tokens,) from which the token at a position was drawn."""
     context = text.ids[:position][-text.tokens[position].n_context :]
-    if page.logits is None or page.logits[0] is not text_model or page.logits[1] != context:
-        page.logits = (text_model, context, text_model.next_logits(context))
-    return page.logits[2]
+    return page.once("logits", context, lambda: text_model.next_logits(context))
 
 
 def curve(values: Sequence[float | None], chosen: int) -> alt.LayerChart:

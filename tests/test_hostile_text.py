@@ -1,13 +1,11 @@
 """Text by strangers: whatever a file to read holds, it costs one line, in little memory, and no control characters."""
 
 import gzip
-import io
 import json
 import os
 import pty
 import re
 import subprocess
-import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,11 +14,7 @@ from conftest import ENVIRONMENT, command, run_script, succeed
 
 import prepare_data
 import prepare_sft_data
-from generation.config import SamplingConfig
-from generation.text_model import TextModel
-from interface.terminal import load_conversation, print_code, save_conversation
-from interface.terminal import write as write_text
-from system.cli import SafeTerminal
+from interface.terminal import load_conversation, save_conversation
 from system.errors import UserError
 from system.files import read_utf8_lines
 from system.untrusted import printable
@@ -297,17 +291,6 @@ def test_text_reaches_a_terminal_without_control_characters_and_a_pipe_as_it_is(
     assert f"{EVIL} évil 🙂 {EVIL} " in succeed(tmp_path, "prepare_data.py", "--inspect", "data")
 
 
-def test_a_terminal_gets_the_programs_own_colours_only(monkeypatch):
-    screen = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", SafeTerminal(screen, "utf-8"))
-    print_code("\x1b[36m")
-    print(EVIL, flush=True)
-    assert screen.getvalue().decode() == "\x1b[36m" + printable(EVIL) + "\n"
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
-    print_code("\x1b[36m")
-    assert sys.stdout.getvalue() == ""
-
-
 @pytest.mark.parametrize(
     ("digits", "script", "message"),
     [
@@ -320,22 +303,6 @@ def test_a_terminal_gets_the_programs_own_colours_only(monkeypatch):
 def test_a_number_with_too_many_digits_is_refused(tmp_path, digits, script, message):
     result = run_script(tmp_path, script, "9" * digits)
     assert (result.returncode, result.stderr) == (2, f"error: {message}\n")
-
-
-def test_many_samples_are_generated_in_batches_that_fit(toy, monkeypatch, capsys):
-    model = TextModel.load(toy / "checkpoints/toy.pt", "cpu")
-    ids = model.prompt_ids("What is")
-    config = SamplingConfig(max_new_tokens=5, seed=2**63 - 1)
-    together = [sample.text for sample in model.samples(ids, config, 3)]
-    assert [sample.text for sample in model.samples_in_batches(ids, config, 3)] == together
-    fits = model.samples_that_fit(len(ids), config, None)
-    assert 1000 < fits < 2**20 and model.samples_that_fit(len(ids), SamplingConfig(max_new_tokens=2**62), None) == 1
-    first_two = [sample.text for sample in model.samples(ids, config, 2)]
-    monkeypatch.setattr(TextModel, "samples_that_fit", lambda *_: 2)
-    texts = [sample.text for sample in model.samples_in_batches(ids, config, 7)]
-    assert len(texts) == 7 and texts[:2] == first_two and len(set(texts)) > 4  # each batch has its own seed
-    write_text(model, "What is", ids, config, num_samples=5)
-    assert capsys.readouterr().out.count("---\n") == 4
 
 
 def test_a_line_without_end_is_refused(tmp_path):
