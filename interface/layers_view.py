@@ -10,8 +10,8 @@ from interface.tokens import button, draw_buttons, name_of_token
 
 
 def layers_view(text_model: TextModel, text: str, ids: list[int]) -> None:
-    """Draws the logit lens of the last tokens, `ids`, of a text: a row for each layer, the last one on top, and a column
-    for each token."""
+    """Draws the logit lens of a text's last tokens, `ids`: a row for each layer, the last one on top, and a column for
+    each token."""
     st.caption(
         "What the model would say next if it stopped after a layer: the likeliest token. The stronger the colour, the "
         "more probable is the token that really came. Click on a cell for ten candidates."
@@ -26,10 +26,8 @@ def layers_view(text_model: TextModel, text: str, ids: list[int]) -> None:
     for layer in reversed(range(len(candidates))):
         rows.append(button(None, ("", str(layer or "0 (embedding)")), style="head first"))
         for i, (likeliest, *_) in enumerate(candidates[layer]):
-            style, p = (
-                "chosen" if page.inside_cell == (layer, i) else "",
-                came[layer][i] if i < len(came[layer]) else 0,
-            )
+            style = "chosen" if page.inside_cell == (layer, i) else ""
+            p = came[layer][i] if i + 1 < len(tokens) else 0.0
             rows.append(button((layer, i), ("", names[likeliest]), style=style, p=p))
     draw_buttons("table", "layers", rows, choose_cell, f"repeat({len(tokens) + 1}, auto)")
     layer, i = page.inside_cell or (0, len(tokens))

@@ -100,9 +100,9 @@ def test_layer_by_layer_shows_the_likeliest_token_and_ten_candidates(page, text_
     place = f"After layer 2, at {names(text_model, trace.tokens.tolist())[2]}: "
     wait(lambda: any(text.startswith(place) for text in page.texts("[data-testid=stText]")))
     assert f"entropy {layers.entropies[-1, 2]:.2f} nats" in page.driver.page_source
-    bars = page.chip_texts(".bars button")
     top = [f"{math.exp(p):.1%}" for p in layers.logprobs[-1, 2].tolist()]
-    assert bars == [a + b for a, b in zip(names(text_model, layers.candidates[-1, 2].tolist()), top, strict=True)]
+    bars = [a + b for a, b in zip(names(text_model, layers.candidates[-1, 2].tolist()), top, strict=True)]
+    wait(lambda: page.chip_texts(".bars button") == bars)
 
 
 def test_embeddings_and_a_text_beyond_the_context(page, text_model):
@@ -138,8 +138,9 @@ def test_two_completions_stand_side_by_side_and_on_a_phone_below_each_other(page
     wait(lambda: page.all("[data-testid=stCheckbox] label"))
     page.press(page.all("[data-testid=stCheckbox] label")[0])
     page.click("Complete both")
-    one, other = wait(lambda: page.chip_texts(".chips button.marked"))
+    wait(lambda: len(page.chip_texts(".chips button.marked")) == 2)
     page.idle()
+    one, other = page.chip_texts(".chips button.marked")
     assert one != other and f" “{one}” (" in page.driver.page_source
     boxes = page.in_components(".chips")
     first, second = (box.rect for box in boxes)
