@@ -14,7 +14,6 @@ import prepare_data
 from gpt_config import Shape
 from system.cli import run
 from system.errors import require
-from system.locks import releases_locks
 from text.registry import TEXTS, small
 from text.remote import with_plain_path
 from training.config import TrainerConfig
@@ -25,27 +24,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config(TrainerConfig, Shape):
-    preset: str = "gpt2"
-    """gpt2, gpt2-medium, gpt2-large, gpt2-xl, modern, shakespeare or demo: the defaults of all other flags"""
-    data: str = "data"
-    """folder written by prepare_data.py; or a text file, its URL, shakespeare, war-and-peace or pydocs, prepared first
-    """
-    init_from: str = "scratch"
-    """start from random weights (scratch), a checkpoint, gpt2 or another model of the Hugging Face Hub"""
+    fsdp: bool = False
+    """shard parameters, gradients and optimizer state over torchrun's processes, for models too large for one GPU"""
+    sample_prompt: str = ""
+    """continue this text at every evaluation"""
+    max_epochs: float = 0.0
+    """passes over the text, at most: a short text gets fewer steps than --max-steps, but at least 100; 0 is no limit"""
     vocab_size: int | None = None
     """if --data is prepared first: train a BPE of this many tokens on it; by default GPT-2's tokenizer, or that of the
     model to start from"""
-    max_epochs: float = 0.0
-    """passes over the text, at most: a short text gets fewer steps than --max-steps, but at least 100; 0 is no limit"""
-    sample_prompt: str = ""
-    """print a completion of this text at every evaluation"""
-    fsdp: bool = False
-    """shard parameters, gradients and optimizer state over torchrun's processes, for models too large for one GPU"""
+    init_from: str = "scratch"
+    """start from random weights (scratch), a checkpoint, gpt2 or another model of the Hugging Face Hub"""
+    data: str = "data"
+    """folder written by prepare_data.py; or a text file, its URL, shakespeare, war-and-peace or pydocs, prepared first
+    """
+    preset: str = "gpt2"
+    """gpt2, gpt2-medium, gpt2-large, gpt2-xl, modern, shakespeare or demo: the defaults of all other flags"""
 
     def __post_init__(self) -> None:
         TrainerConfig.__post_init__(self)
         Shape.__post_init__(self)
-        require(0 <= self.max_epochs < math.inf, "--max-epochs must be at least 0")
+        require(self.max_epochs >= 0, "--max-epochs must be at least 0")
 
 
 FEWEST_STEPS = 100  # of a run that --max-epochs makes shorter
@@ -67,10 +66,13 @@ SMALL = dataclasses.replace(  # trains on a CPU in minutes
     n_layer=4,
     n_head=2,
     n_embd=128,
+    block_size=128,
+    batch_size=16,
     compile="off",
     learning_rate=1e-2,
     warmup_steps=50,
     beta2=0.99,
+    patience=3,
 )
 PRESETS = {
     "gpt2": Config(),
@@ -84,13 +86,9 @@ PRESETS = {
         data="shakespeare",
         out=Path("checkpoints/shakespeare.pt"),
         vocab_size=1021,
-        block_size=128,
-        dropout=0.1,
         max_steps=800,
-        batch_size=16,
         eval_every=100,
         save_every=400,
-        patience=3,
     ),
     "demo": dataclasses.replace(
         SMALL,
@@ -98,18 +96,14 @@ PRESETS = {
         data="data/demo",
         out=Path("checkpoints/demo/pretrained.pt"),
         vocab_size=2045,
-        block_size=128,
         max_steps=1500,
         max_epochs=2.0,
-        batch_size=16,
         eval_every=250,
         save_every=500,
-        patience=3,
     ),
 }
 
 
-@releases_locks
 def main(config: Config) -> None:
     """Trains one model."""
     import torch
@@ -117,76 +111,61 @@ def main(config: Config) -> None:
     from model import GPT, GPTConfig
     from text.token_files import read_token_meta
     from text.tokenizer import require_same_tokenizer, tokenizer_of_data
-    from training.checkpointing import claim_data, claim_output
-    from training.distributed import Processes
+    from training.examples import continuations
     from training.loader import Windows
+    from training.parallel import Processes
     from training.prepared import prepare_first
-    from training.report import Samples
     from training.run import train
+    from training.saving import claim_output
     from weights import checkpoint
     from weights.loading import load_checkpoint
 
     processes = Processes.join(config.device)
-    resumed = claim_output(config, processes, "base", inputs=(Path(config.data), Path(config.init_from)))
-    start = resumed
-    if not resumed and config.init_from != "scratch":
-        start = checkpoint.grow_vocabulary(load_checkpoint(config.init_from))
-    prepare_it = partial(prepare, config, checkpoint.tokenizer_of(start) if start else None)
-    folder = prepare_first(config.data, small(TEXTS), "meta.json", config, processes.world_size, prepare_it)
-    config = dataclasses.replace(config, data=str(folder))
-    claim_data(folder, "meta.json", processes)
-    meta = read_token_meta(folder)
-    tokenizer = tokenizer_of_data(folder, meta)
+    with claim_output(config, processes, "base", inputs=(Path(config.data), Path(config.init_from))) as resumed:
+        start = resumed
+        if not resumed and config.init_from != "scratch":
+            start = checkpoint.grow_vocabulary(load_checkpoint(config.init_from))
+        prepare_it = partial(prepare, config, checkpoint.tokenizer_of(start) if start else None)
+        folder = prepare_first(config.data, small(TEXTS), "meta.json", config, processes.world_size, prepare_it)
+        config = dataclasses.replace(config, data=str(folder))
+        meta = read_token_meta(folder)
+        tokenizer = tokenizer_of_data(folder, meta)
 
-    torch.manual_seed(config.seed)
-    if start:
-        expected = checkpoint.tokenizer_of(start).name
-        require_same_tokenizer(expected, tokenizer.name, folder, "prepare the data with the model's tokenizer")
-        start["config"] = dataclasses.replace(start["config"], dropout=config.dropout)
-        model = checkpoint.build(start)
-    else:
-        model = GPT(
-            GPTConfig(**model_shape(config), vocab_size=tokenizer.padded_vocab_size, n_tokens=tokenizer.n_tokens)
+        torch.manual_seed(config.seed)
+        if start:
+            expected = checkpoint.tokenizer_of(start).name
+            require_same_tokenizer(expected, tokenizer.name, folder, "prepare the data with the model's tokenizer")
+            start["config"] = dataclasses.replace(start["config"], dropout=config.dropout)
+            model = checkpoint.build(start)
+        else:
+            shape: dict[str, Any] = {field.name: getattr(config, field.name) for field in dataclasses.fields(Shape)}
+            vocabulary: dict[str, Any] = {"vocab_size": tokenizer.padded_vocab_size, "n_tokens": tokenizer.n_tokens}
+            model = GPT(GPTConfig(**shape, **vocabulary))
+        train_data, val_data = (
+            Windows.from_folder(folder, meta, split, model.config, config.batch_size, config.seed)
+            for split in ("train", "val")
         )
-    train_data, val_data = (
-        Windows.from_folder(folder, meta, split, model.config, config.batch_size, config.seed)
-        for split in ("train", "val")
-    )
-    config = limited(config, train_data.batches_per_epoch, processes.rank)
-    sharding = None
-    if config.fsdp:
-        from training.sharding import shard  # half a second
+        limit = max(FEWEST_STEPS, math.ceil(config.max_epochs * train_data.batches_per_epoch))
+        if config.max_epochs and limit < config.max_steps:
+            processes.print(f"{limit:,} steps instead of {config.max_steps:,}, for so short a text (--max-epochs)")
+            config = dataclasses.replace(config, max_steps=limit)
+        sharding = None
+        if config.fsdp:
+            from training.sharding import Sharding  # half a second
 
-        sharding = shard(model, config, processes)
-    train(
-        model,
-        train_data,
-        val_data,
-        config,
-        processes,
-        {"kind": "base", "tokenizer": tokenizer.spec, "template": None},
-        resumed=resumed,
-        sharding=sharding,
-        samples=Samples(tokenizer, None, config.sample_prompt),
-        has_random_weights=start is None,
-    )
-
-
-def limited(config: Config, steps_per_epoch: float, rank: int) -> Config:
-    """Returns a config with fewer steps if `max_epochs` says so."""
-    steps = max(FEWEST_STEPS, math.ceil(config.max_epochs * steps_per_epoch))
-    if not config.max_epochs or config.max_steps <= steps:
-        return config
-    if rank == 0:
-        print(
-            f"{steps:,} steps instead of {config.max_steps:,}, for so short a text (--max-epochs {config.max_epochs:g})"
+            sharding = Sharding(model, config, processes)
+        train(
+            model,
+            train_data,
+            val_data,
+            config,
+            processes,
+            {"kind": "base", "tokenizer": tokenizer.spec, "template": None},
+            resumed=resumed,
+            sharding=sharding,
+            examine=continuations(tokenizer, None, config.sample_prompt),
+            has_random_weights=start is None,
         )
-    return dataclasses.replace(config, max_steps=steps)
-
-
-def model_shape(config: Shape) -> dict[str, Any]:
-    """Returns the fields of GPTConfig that a config sets."""
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(Shape)}
 
 
 def prepare(config: Config, tokenizer: "Tokenizer | None", folder: Path, overwrite: bool) -> None:

@@ -10,53 +10,46 @@ sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder
 
 from system.cli import run
 from system.errors import UserError, require, require_at_least
-from system.locks import releases_locks
 from text.registry import LABELLED, listed
 from training.config import TrainerConfig
 
 
 @dataclass(frozen=True)
 class Config(TrainerConfig):
-    preset: str = "gpt2"
-    """gpt2 or demo: the defaults of all other flags"""
-    input: Path | None = None
-    """a .csv, .tsv, .jsonl, .json or .parquet file of labelled texts, also as .gz or .zst"""
-    dataset: str = "sms-spam"
-    """without --input: sms-spam, or org/name on the Hugging Face Hub"""
-    text_column: str = "text"
-    """column with the text; a number for a .csv or .tsv file without a header"""
-    label_column: str = "label"
-    """column with the label; a number for a .csv or .tsv file without a header"""
-    model: Path = Path("checkpoints/pretrained.pt")
-    """the language model to start from"""
-    out: Path = Path("checkpoints/spam.pt")
-    """checkpoint to write; the log, the plots, the report and the file for --resume are named after it"""
-    train_layers: Literal["all", "head"] | int = "all"
-    """what trains: all, the head alone, or the head and this many of the last blocks"""
+    dropout: float = 0.1
+    """probability that training drops an activation"""
     class_weights: bool = False
     """weight the loss so that all labels count the same, however rare"""
+    train_layers: Literal["all", "head"] | int = "all"
+    """what trains: all, the head alone, or the head and this many of the last blocks"""
     val_fraction: float = 0.1
     """share of the texts for validation"""
     test_fraction: float = 0.2
     """share of the texts for the test at the end"""
-    epochs: int = 5
-    """passes over all texts"""
-    max_steps: int | None = None  # type: ignore[assignment]
-    """optimizer steps; by default as many as the epochs need"""
+    learning_rate: float = 5e-5
+    min_lr: float = 0.0
+    warmup_steps: int = 50
+    eval_every: int = 100
+    save_every: int = 500
     batch_size: int = 16
     """texts per optimizer step, over all processes"""
-    learning_rate: float = 5e-5
-    """peak learning rate"""
-    min_lr: float = 0.0
-    """learning rate at the last step, reached along a cosine"""
-    warmup_steps: int = 50
-    """steps over which the learning rate rises from 0"""
-    eval_every: int = 100
-    """steps between evaluations"""
-    save_every: int = 500
-    """steps between saves of what --resume needs"""
-    dropout: float = 0.1
-    """probability that training drops an activation"""
+    max_steps: int | None = None  # type: ignore[assignment]
+    """optimizer steps; by default as many as the epochs need"""
+    epochs: int = 5
+    """passes over all texts"""
+    out: Path = Path("checkpoints/spam.pt")
+    label_column: str = "label"
+    """column with the label; a number for a .csv or .tsv file without a header"""
+    text_column: str = "text"
+    """column with the text; a number for a .csv or .tsv file without a header"""
+    dataset: str = "sms-spam"
+    """without --input: sms-spam, or org/name on the Hugging Face Hub"""
+    input: Path | None = None
+    """a .csv, .tsv, .jsonl, .json or .parquet file of labelled texts, also as .gz or .zst"""
+    model: Path = Path("checkpoints/pretrained.pt")
+    """the language model to start from"""
+    preset: str = "gpt2"
+    """gpt2 or demo: the defaults of all other flags"""
     plots: ClassVar[tuple[str, ...]] = ("loss", "confusion")
 
     def __post_init__(self) -> None:
@@ -88,60 +81,55 @@ PRESETS = {
 }
 
 
-@releases_locks
 def main(config: Config) -> None:
-    """Trains one classifier, and tests it."""
+    """Trains one classifier, and tests it unless the run is interrupted."""
     import torch
 
     from text.labelled import counts, one_of_each, read_examples, split
-    from training.checkpointing import claim_output
-    from training.classifier import Classifier, LabelledTexts, freeze, test
-    from training.distributed import Processes
-    from training.report import Examples
+    from training.classifier import LabelledTexts, freeze, predictions, test
+    from training.parallel import Processes
     from training.run import train
+    from training.saving import claim_output
+    from training.state import StopReason
     from weights import checkpoint
     from weights.loading import load_checkpoint
 
     processes = Processes.join(config.device)
     inputs = (config.model, *([config.input] if config.input else ()))
-    resumed = claim_output(config, processes, "classifier", inputs=inputs)
-    start = resumed or load_checkpoint(config.model)
-    tokenizer = checkpoint.tokenizer_of(start)
-    examples = read_examples(config.input, config.dataset, config.text_column, config.label_column)
-    parts = split(examples, config.val_fraction, config.test_fraction, config.seed)
-    labels = sorted({example.label for example in parts["train"]})
-    if resumed and resumed["labels"] != labels:
-        raise UserError(f"{config.out} was trained on other labels: {', '.join(resumed['labels'])}")
-    for name, part in parts.items():
-        print(f"{name}: {len(part):,} texts, {counts(part)}")
+    with claim_output(config, processes, "classifier", inputs=inputs) as resumed:
+        start = resumed or load_checkpoint(config.model)
+        tokenizer = checkpoint.tokenizer_of(start)
+        examples = read_examples(config.input, config.dataset, config.text_column, config.label_column)
+        parts = split(examples, config.val_fraction, config.test_fraction, config.seed)
+        labels = sorted({example.label for example in parts["train"]})
+        if resumed and resumed["labels"] != labels:
+            raise UserError(f"{config.out} was trained on other labels: {', '.join(resumed['labels'])}")
+        for name, part in parts.items():
+            processes.print(f"{name}: {len(part):,} texts, {counts(part)}")
 
-    torch.manual_seed(config.seed)
-    if not resumed:
-        start = checkpoint.with_class_head(start, len(labels))
-    start["config"] = dataclasses.replace(start["config"], dropout=config.dropout)
-    model = checkpoint.build(start)
-    freeze(model, config.train_layers)
-    block_size = model.config.block_size
-    data = {
-        name: LabelledTexts(part, labels, tokenizer, block_size, config.batch_size, config.seed, config.class_weights)
-        for name, part in parts.items()
-    }
-    if n_full := sum(part.n_full for part in data.values()):
-        print(f"{n_full:,} texts fill the context of {block_size:,} tokens; longer texts are cut there")
-    shown = one_of_each(parts["val"], 5)
-    config = dataclasses.replace(config, max_steps=config.max_steps or config.epochs * data["train"].batches_per_epoch)
-    train(
-        model,
-        data["train"],
-        data["val"],
-        config,
-        processes,
-        {"kind": "classifier", "tokenizer": tokenizer.spec, "template": None, "labels": labels},
-        resumed=resumed,
-        examples=Examples(lambda state: Classifier.of_run(state, tokenizer, labels).show(shown)),
-    )
-    if processes.rank == 0 and not config.plan:
-        test(config, parts["test"])
+        torch.manual_seed(config.seed)
+        if not resumed:
+            start = checkpoint.with_class_head(start, len(labels))
+        start["config"] = dataclasses.replace(start["config"], dropout=config.dropout)
+        model = checkpoint.build(start)
+        freeze(model, config.train_layers)
+        options = (model.config.block_size, config.batch_size, config.seed, config.class_weights)
+        data = {name: LabelledTexts(part, labels, tokenizer, *options) for name, part in parts.items()}
+        if n_full := sum(part.n_full for part in data.values()):
+            processes.print(f"{n_full:,} texts fill the context of {options[0]:,} tokens, or are cut there")
+        steps = config.max_steps or config.epochs * data["train"].batches_per_epoch
+        reason = train(
+            model,
+            data["train"],
+            data["val"],
+            dataclasses.replace(config, max_steps=steps),
+            processes,
+            {"kind": "classifier", "tokenizer": tokenizer.spec, "template": None, "labels": labels},
+            resumed=resumed,
+            examine=predictions(one_of_each(parts["val"], 5), tokenizer, labels),
+        )
+        if processes.rank == 0 and not config.plan and reason is not StopReason.INTERRUPTED:
+            test(config, parts["test"])
 
 
 if __name__ == "__main__":

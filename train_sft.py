@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder
 import prepare_sft_data
 from system.cli import run
 from system.errors import require, require_at_least
-from system.locks import releases_locks
 from text.registry import CONVERSATIONS, small
 from training.config import TrainerConfig
 
@@ -23,50 +22,43 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config(TrainerConfig):
-    preset: str = "gpt2"
-    """gpt2, lora or demo: the defaults of all other flags"""
-    model: Path = Path("checkpoints/pretrained.pt")
-    """the model to start from: a checkpoint, gpt2 or another model of the Hugging Face Hub"""
-    data: Path = Path("data")
-    """folder written by prepare_sft_data.py; or a file of conversations (see prepare_sft_data.py --input), oasst1,
-    alpaca-gpt4, builtins-qa or pydocs-qa, prepared first as the model needs them"""
-    out: Path = Path("checkpoints/sft.pt")
-    """checkpoint to write; the log, the plot, the report and the file for --resume are named after it"""
-    epochs: int | None = None
-    """passes over all conversations; by default 5 (2 with --preset demo), and more if that is less than 100 steps"""
-    max_steps: int | None = None  # type: ignore[assignment]
-    """optimizer steps; by default as many as the epochs need"""
-    batch_size: int | None = None  # type: ignore[assignment]
-    """conversations per optimizer step, over all processes; by default 32, or 8 if that is less than 100 steps"""
-    learning_rate: float = 2e-5
-    """peak learning rate"""
-    min_lr: float = 2e-6
-    """learning rate at the last step, reached along a cosine"""
-    warmup_steps: int | None = None  # type: ignore[assignment]
-    """steps over which the learning rate rises from 0; by default a tenth of the steps, and at most 100"""
-    eval_every: int = 200
-    """steps between evaluations"""
-    save_every: int = 200
-    """steps between saves of what --resume needs"""
-    dropout: float = 0.0
-    """probability that training drops an activation"""
+    sample_prompt: str = ""
+    """answer this message at every evaluation, instead of five held-out questions"""
     lora_rank: int = 0
     """train LoRA adapters of this rank, a file of a few MB, and freeze the model; 0 trains the whole model"""
     lora_alpha: float = 32.0
     """LoRA's corrections are scaled by alpha / rank"""
     lora_dropout: float = 0.05
     """probability that training drops an input of an adapter"""
-    sample_prompt: str = ""
-    """print the answer to this message at every evaluation"""
+    dropout: float = 0.0
+    """probability that training drops an activation"""
+    learning_rate: float = 2e-5
+    min_lr: float = 2e-6
+    warmup_steps: int | None = None  # type: ignore[assignment]
+    """steps over which the learning rate rises from 0; by default a tenth of the steps, and at most 100"""
+    eval_every: int = 200
+    save_every: int = 200
+    batch_size: int | None = None  # type: ignore[assignment]
+    """conversations per optimizer step, over all processes; by default 32, or 8 if that is less than 100 steps"""
+    max_steps: int | None = None  # type: ignore[assignment]
+    """optimizer steps; by default as many as the epochs need"""
+    epochs: int | None = None
+    """passes over all conversations; by default 5 (2 with --preset demo), and more if that is less than 100 steps"""
+    out: Path = Path("checkpoints/sft.pt")
+    data: Path = Path("data")
+    """folder written by prepare_sft_data.py; or a file of conversations (see prepare_sft_data.py --input), oasst1,
+    alpaca-gpt4, builtins-qa or pydocs-qa, prepared first as the model needs them"""
+    model: Path = Path("checkpoints/pretrained.pt")
+    """the model to start from: a checkpoint, gpt2 or another model of the Hugging Face Hub"""
+    preset: str = "gpt2"
+    """gpt2, lora or demo: the defaults of all other flags"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(1, self, "epochs")
-        require(self.lora_rank >= 0, "--lora-rank must not be negative")
-        require(
-            0 <= self.dropout < 1 and 0 <= self.lora_dropout < 1,
-            "--dropout and --lora-dropout must be at least 0 and below 1",
-        )
+        require_at_least(0, self, "lora_rank")
+        dropouts = (self.dropout, self.lora_dropout)
+        require(all(0 <= p < 1 for p in dropouts), "--dropout and --lora-dropout must be at least 0 and below 1")
 
 
 FEW_STEPS = 100
@@ -93,67 +85,58 @@ PRESETS = {
 }
 
 
-@releases_locks
 def main(config: Config) -> None:
     """Fine-tunes one model."""
     import torch
 
     from text.token_files import read_sft_meta
     from text.tokenizer import require_same_tokenizer
-    from training.checkpointing import claim_data, claim_output
-    from training.distributed import Processes
+    from training.examples import answers, continuations
     from training.loader import Conversations
+    from training.parallel import Processes
     from training.prepared import prepare_first
-    from training.report import Examples, Samples, greedy_answers
     from training.run import train
+    from training.saving import claim_output
     from weights import checkpoint, lora
     from weights.loading import load_base, load_checkpoint
 
     kind = "lora" if config.lora_rank else "sft"
     processes = Processes.join(config.device)
-    resumed = claim_output(config, processes, kind, inputs=(config.model, config.data))
-    if resumed and kind == "sft":
-        start = resumed
-    elif resumed:
-        start = load_base(resumed, config.out)
-    else:
-        start = checkpoint.grow_vocabulary(load_checkpoint(config.model))
-    tokenizer = checkpoint.tokenizer_of(start)
-    prepare_it = partial(prepare, config, start, tokenizer)
-    folder = prepare_first(config.data, small(CONVERSATIONS), "sft_meta.json", config, processes.world_size, prepare_it)
-    config = dataclasses.replace(config, data=folder)
-    claim_data(config.data, "sft_meta.json", processes)
-    meta = read_sft_meta(config.data)
-    remedy = f"prepare the conversations with its tokenizer: prepare_sft_data.py --tokenizer {config.model}"
-    require_same_tokenizer(tokenizer.name, meta["tokenizer"], config.data, remedy)
-
-    torch.manual_seed(config.seed)
-    start["config"] = dataclasses.replace(start["config"], dropout=config.dropout)
-    model = checkpoint.build(start)
-    metadata: dict[str, Any] = {"kind": kind, "tokenizer": tokenizer.spec, "template": meta["template"]}
-    metadata["is_held_out"] = meta.get("is_held_out", True)
-    if kind == "lora":
-        new: dict[str, Any] = {"rank": config.lora_rank, "alpha": config.lora_alpha, "base": str(config.model)}
-        settings = resumed["lora"] if resumed else {**new, "base_sha256": lora.sha256_of(config.model)}
-        lora.add_adapter(model, settings["rank"], settings["alpha"], config.lora_dropout, tokenizer.user)
-        metadata["lora"] = settings
+    with claim_output(config, processes, kind, inputs=(config.model, config.data)) as resumed:
         if resumed:
-            lora.restore_adapter(model, resumed, config.out)
-    read = partial(Conversations, config.data, block_size=model.config.block_size, seed=config.seed)
-    config = with_steps(config, len(read("train", batch_size=1)))
-    assert config.batch_size
-    train_data, val_data = (read(split, batch_size=config.batch_size) for split in ("train", "val"))
-    train(
-        model,
-        train_data,
-        val_data,
-        config,
-        processes,
-        metadata,
-        resumed=resumed,
-        examples=Examples(partial(greedy_answers, tokenizer=tokenizer, exchanges=val_data.first_exchanges(5))),
-        samples=Samples(tokenizer, meta["template"], config.sample_prompt) if config.sample_prompt else None,
-    )
+            start = resumed if kind == "sft" else load_base(resumed, config.out)
+        else:
+            start = checkpoint.grow_vocabulary(load_checkpoint(config.model))
+        tokenizer = checkpoint.tokenizer_of(start)
+        prepare_it = partial(prepare, config, start, tokenizer)
+        names = small(CONVERSATIONS)
+        folder = prepare_first(config.data, names, "sft_meta.json", config, processes.world_size, prepare_it)
+        config = dataclasses.replace(config, data=folder)
+        meta = read_sft_meta(folder)
+        remedy = f"prepare the conversations with its tokenizer: prepare_sft_data.py --tokenizer {config.model}"
+        require_same_tokenizer(tokenizer.name, meta["tokenizer"], folder, remedy)
+
+        torch.manual_seed(config.seed)
+        start["config"] = dataclasses.replace(start["config"], dropout=config.dropout)
+        model = checkpoint.build(start)
+        metadata: dict[str, Any] = {"kind": kind, "tokenizer": tokenizer.spec, "template": meta["template"]}
+        metadata["is_held_out"] = meta.get("is_held_out", True)
+        if kind == "lora":
+            new: dict[str, Any] = {"rank": config.lora_rank, "alpha": config.lora_alpha, "base": str(config.model)}
+            settings = resumed["lora"] if resumed else {**new, "base_sha256": lora.sha256_of(config.model)}
+            lora.add_adapter(model, settings["rank"], settings["alpha"], config.lora_dropout, tokenizer.user)
+            metadata["lora"] = settings
+            if resumed:
+                lora.restore_adapter(model, resumed, config.out)
+        read = partial(Conversations, folder, block_size=model.config.block_size, seed=config.seed)
+        config, choice = with_steps(config, len(read("train", batch_size=1)))
+        processes.print(choice)
+        assert config.batch_size
+        train_data, val_data = (read(split, batch_size=config.batch_size) for split in ("train", "val"))
+        examine = answers(tokenizer, val_data.first_exchanges(5))
+        if config.sample_prompt:
+            examine = continuations(tokenizer, meta["template"], config.sample_prompt)
+        train(model, train_data, val_data, config, processes, metadata, resumed=resumed, examine=examine)
 
 
 def prepare(config: Config, start: dict[str, Any], tokenizer: "Tokenizer", folder: Path, overwrite: bool) -> None:
@@ -164,11 +147,9 @@ def prepare(config: Config, start: dict[str, Any], tokenizer: "Tokenizer", folde
     prepare_sft_data.main(prepare_sft_data.Config(**options, out=folder, overwrite=overwrite), tokenizer)
 
 
-def with_steps(config: Config, n: int) -> Config:
-    """Returns the config for `n` conversations: what the user left open is chosen, so that there are enough steps.
-
-    Prints the choice, and a warning if the steps are few.
-    """
+def with_steps(config: Config, n: int) -> tuple[Config, str]:
+    """Returns the config for `n` conversations, and what was chosen in words: what the user left open is chosen so that
+    there are enough steps."""
     epochs = config.epochs or (2 if config.preset == "demo" else 5)
     batch_size = config.batch_size or (32 if epochs * math.ceil(n / 32) >= FEW_STEPS else 8)
     steps_per_epoch = math.ceil(n / batch_size)
@@ -176,13 +157,19 @@ def with_steps(config: Config, n: int) -> Config:
         epochs = max(epochs, math.ceil(FEW_STEPS / steps_per_epoch))
     steps = config.max_steps or epochs * steps_per_epoch
     warmup_steps = min(100, steps // 10) if config.warmup_steps is None else config.warmup_steps
-    print(
+    choice = (
         f"{n:,} conversations in batches of {min(n, batch_size)}: {steps:,} steps, "
         f"{steps / steps_per_epoch:,.3g} epochs (--batch-size, --epochs and --max-steps change that)"
     )
     if steps < FEW_STEPS:
-        print(f"warning: {steps} steps teach a model little: leave --batch-size, --epochs and --max-steps out")
-    return dataclasses.replace(config, epochs=epochs, batch_size=batch_size, max_steps=steps, warmup_steps=warmup_steps)
+        choice += f"\nwarning: {steps} steps teach a model little: leave --batch-size, --epochs and --max-steps out"
+    chosen: dict[str, Any] = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "max_steps": steps,
+        "warmup_steps": warmup_steps,
+    }
+    return dataclasses.replace(config, **chosen), choice
 
 
 if __name__ == "__main__":

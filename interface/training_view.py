@@ -15,7 +15,7 @@ from interface.tokens import BLUE, GREY, ORANGE
 from system.cli import duration
 from system.errors import UserError
 from system.files import is_locked
-from training.run_log import read_log
+from training.reporting import read_log
 from weights.files import FOLDER
 
 SECONDS_TO_REDRAW = 2

@@ -1,5 +1,7 @@
 """What the tests share: the scripts as real processes, and a toy base model and chat model that they trained."""
 
+from __future__ import annotations
+
 import functools
 import http.server
 import json
@@ -15,8 +17,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from model import GPT
 
 REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY))
@@ -28,6 +34,23 @@ TOY_SHAPE = [
     "--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--block-size", "64", "--batch-size", "4",
     "--optimizer", "adamw", "--eval-every", "10", "--save-every", "10", "--warmup-steps", "2", "--device", "cpu",
 ]  # fmt: skip
+
+
+def random_model(**fields: Any) -> GPT:
+    """Returns a random model in evaluation mode whose output has many different tokens; its context is 64 tokens."""
+    import torch
+
+    from model import GPT, GPTConfig
+
+    torch.manual_seed(0)
+    shape = {"block_size": 64, "vocab_size": 320, "n_tokens": 300, "n_layer": 2, "n_head": 2, "n_embd": 48}
+    model = GPT(GPTConfig(**{**shape, **fields})).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    if model.wpe is not None:
+        torch.nn.init.normal_(model.wpe.weight)
+    return model
 
 
 def command(script: str, *arguments: object) -> list[str]:

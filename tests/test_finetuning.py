@@ -23,18 +23,17 @@ import train
 import train_classifier
 import train_sft
 from generation.config import SamplingConfig
-from generation.text_model import Sample, TextModel
+from generation.text_model import TextModel
 from model import GPT, GPTConfig
 from system.errors import UserError
 from text.labelled import Example, from_hub, read_examples, read_table, split
 from text.readers import Notes
 from training.classifier import Classifier, LabelledTexts
-from training.evaluation import mean_loss
+from training.evaluation import answers_exactly, exact_match_report, mean_loss
 from training.loader import Conversations
 from training.plots import draw_confusion_matrix, most_confused
-from training.recall import is_recalled, recall_report
 from weights import checkpoint
-from weights.listing import table
+from weights.describe import table
 from weights.loading import load_checkpoint
 from weights.lora import add_adapter, restore_adapter
 
@@ -59,17 +58,15 @@ def sft(**options) -> dict:
     return torch.load(config.out, weights_only=True)
 
 
-def test_a_question_is_recalled_if_the_greedy_answer_equals_the_datas(toy):
+def test_an_answer_matches_exactly_if_greedy_decoding_gives_it(toy):
     text_model = TextModel.load(toy / "checkpoints/sft.pt", device="cpu")
-    config = SamplingConfig(greedy=True, max_new_tokens=8)
+    config, end = SamplingConfig(greedy=True, max_new_tokens=8), text_model.tokenizer.end_of_text
     for question, _ in Conversations(toy / "data/toy", "val", 64, 1, 0).first_exchanges(5):
-        sample = Sample()
-        "".join(text_model.stream(question, config, sample))
+        *_, [sample] = text_model.stream(question, config)
         answer = [token.id for token in sample.tokens]
-        assert len(answer) >= 2 and is_recalled(text_model, (question, answer))
-        assert not is_recalled(text_model, (question, [*answer[:-1], answer[-1] ^ 1]))
-        end = text_model.tokenizer.end_of_text
-        assert is_recalled(text_model, (question, [*answer[:7], end])) == (sample.finish_reason == "end")
+        assert len(answer) >= 2 and answers_exactly(text_model, question, answer)
+        assert not answers_exactly(text_model, question, [*answer[:-1], answer[-1] ^ 1])
+        assert answers_exactly(text_model, question, [*answer[:7], end]) == (sample.finish_reason == "end")
 
 
 def loss_after_the_role_token(state: dict, **changed) -> float:
@@ -206,7 +203,7 @@ def test_a_file_of_chats_is_prepared_as_the_model_needs_it_and_learnt_by_heart(
     assert "best loss on its training conversations 0." in out and "best validation loss" not in out
     assert re.search(r"sft.pt .* 0\.\d{4} \(training\) ", table())
     assert "| loss on its training conversations 0." in Path("checkpoints/sft.md").read_text()
-    assert recall_report(TextModel.load("checkpoints/sft.pt"), Path("data/chats"), "train").startswith("8 of 8 ")
+    assert exact_match_report(TextModel.load("checkpoints/sft.pt"), Path("data/chats"), "train").startswith("8 of 8 ")
     train_sft.main(train_sft.Config(**{**options, "max_steps": 1}, out=Path("checkpoints/new.pt")))
     assert f"{n_new} conversations in batches of {n_new}: 1 steps" in capsys.readouterr().out  # a new run does
 

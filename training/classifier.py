@@ -20,8 +20,7 @@ from text.tokenizer import Tokenizer
 from training.config import TrainerConfig
 from training.loader import Batch, Sequences, stack
 from training.plots import draw_confusion_matrix
-from training.run_report import add_test
-from training.state import TrainingState
+from training.state import Examine, TrainingState
 from weights import checkpoint
 from weights.loading import load_checkpoint
 
@@ -61,7 +60,6 @@ class LabelledTexts(Sequences):
         self.batch_size, self.seed = batch_size, seed
 
     def row(self, i: int) -> Batch:
-        """Returns text `i` as a Batch of one row."""
         return one_row(self.ids[i], int(self.classes[i]), self.class_weights)
 
 
@@ -104,11 +102,6 @@ class Classifier:
         model = checkpoint.build(state, chosen)
         return cls(model, checkpoint.tokenizer_of(state), state["labels"], chosen, choose_dtype(dtype, chosen))
 
-    @classmethod
-    def of_run(cls, state: TrainingState, tokenizer: Tokenizer, labels: list[str]) -> Classifier:
-        """Returns the classifier that a run trains, as it is now."""
-        return cls(state.model, tokenizer, labels, state.processes.device, state.dtype)
-
     def probabilities(self, texts: Iterable[str], batch_size: int = 32) -> Iterator[Tensor]:
         """Yields for each text the float32 probabilities (n_classes,) of the labels, on the CPU.
 
@@ -118,18 +111,6 @@ class Classifier:
         while batch := list(islice(ids, batch_size)):
             yield from self._probabilities(batch)
 
-    def predict(self, texts: Iterable[str]) -> list[str]:
-        """Returns the likeliest label of each text."""
-        return [self.labels[int(p.argmax())] for p in self.probabilities(texts)]
-
-    def show(self, examples: list[Example]) -> list[dict[str, str]]:
-        """Returns the text of each example as `input`, its label as `expected`, and the prediction as `output`."""
-        shown = []
-        for example, p in zip(examples, self.probabilities(example.text for example in examples), strict=True):
-            output = f"{self.labels[int(p.argmax())]} ({p.max():.3f})"
-            shown.append({"input": example.text, "expected": example.label, "output": output})
-        return shown
-
     @torch.inference_mode()
     def _probabilities(self, texts: list[list[int]]) -> Tensor:
         batch = stack([one_row(ids) for ids in texts], self.model.config.block_size).to(self.device)
@@ -138,17 +119,30 @@ class Classifier:
             return self.model.lm_head(last).float().softmax(dim=-1).cpu()
 
 
+def predictions(examples: list[Example], tokenizer: Tokenizer, labels: list[str]) -> Examine:
+    """Returns the function that classifies examples at each evaluation."""
+
+    def examine(state: TrainingState) -> list[dict[str, str]]:
+        classifier = Classifier(state.model, tokenizer, labels, state.processes.device, state.dtype)
+        outputs = classifier.probabilities(example.text for example in examples)
+        return [
+            {"input": example.text, "expected": example.label, "output": f"{labels[int(p.argmax())]} ({p.max():.3f})"}
+            for example, p in zip(examples, outputs, strict=True)
+        ]
+
+    return examine
+
+
 def test(config: TrainerConfig, examples: list[Example]) -> None:
     """Tests the saved weights on examples that nothing was chosen by, and adds the figures to the checkpoint.
 
-    Prints precision, recall and F1 of each label, accuracy and balanced accuracy, draws the confusion matrix,
-    and adds accuracy to the report.
+    Prints precision, recall and F1 of each label, accuracy and balanced accuracy, and draws the confusion matrix.
     """
     from sklearn import metrics
 
     classifier = Classifier.load(config.out, config.device, config.dtype)
     labels, expected = classifier.labels, [example.label for example in examples]
-    predicted = classifier.predict(example.text for example in examples)
+    predicted = [labels[int(p.argmax())] for p in classifier.probabilities(example.text for example in examples)]
     options = {"labels": labels, "zero_division": 0.0}
     figures = {
         "accuracy": metrics.accuracy_score(expected, predicted),
@@ -162,5 +156,4 @@ def test(config: TrainerConfig, examples: list[Example]) -> None:
     checkpoint.save(config.out, {**load_checkpoint(config.out, kinds=("classifier",)), "test": figures})
     plot_path = config.plot_path("confusion")
     draw_confusion_matrix(figures["confusion"], labels, plot_path)
-    add_test(config, figures["accuracy"], figures["balanced_accuracy"], len(examples))
     print(f"confusion matrix in {plot_path}; now try: python classify.py --model {config.out} 'a text'")

@@ -12,42 +12,20 @@ from system.errors import UserError, is_out_of_memory
 from training.loader import Batch, micro_batches
 from training.state import TrainingState
 
-OUT_OF_MEMORY = (
-    "out of memory even with one sequence at a time: try --grad-checkpointing, a shorter context or a smaller model"
-)
-ForwardBackward = Callable[[list[Batch], float, bool], Any]
-"""Adds gradients of micro-batches: (micro-batches, total weight, whether ranks exchange gradients)."""
 
-
-def fewest_micro_batches(state: TrainingState, rows: list[Batch], forward_backward: ForwardBackward) -> int:
+def fewest_micro_batches(
+    state: TrainingState,
+    rows: list[Batch],
+    forward_backward: Callable[[list[Batch], float, bool], Any],
+    limit: float | None = None,
+) -> int:
     """Returns the fewest micro-batches into which a batch must be split, the same on every process.
 
-    `rows` is the batch that needs the most memory. Raises UserError if even single sequences do not fit. The whole
-    batch is tried compiled, as it will run if it fits. Parts of it are tried uncompiled, which needs somewhat more
-    memory and saves a compilation for each size.
-    """
-    n, device, compiled = 1, state.processes.device, state.model.compiled
-    while state.processes.any(not fits(state, rows, n, forward_backward)):
-        if n * state.processes.world_size >= len(rows):
-            raise UserError(OUT_OF_MEMORY)
-        n = min(2 * n, len(rows))
-        state.model.compiled = None
-        free_memory(device)
-    if n > 1 and compiled:
-        torch.compiler.reset()  # otherwise the new batch size recompiles with dynamic shapes
-        state.model.compiled = compiled
-    free_memory(device)
-    return n
-
-
-def fewest_for_slices(
-    state: TrainingState, rows: list[Batch], forward_backward: ForwardBackward, limit: float | None = None
-) -> int:
-    """Returns what `fewest_micro_batches` returns, for a model in slices (`--fsdp`).
-
-    All ranks compute together there, so one that ran out of memory would leave the others waiting. Therefore the search
-    begins with single sequences, and doubles them only if the growth of the peak so far says that every rank stays
-    below `limit` bytes, by default 90% of its memory. Parts are tried uncompiled.
+    `rows` is the batch that needs the most memory. The search begins with single sequences, and doubles them as long as
+    the growth of the peak so far says that every rank stays below `limit` bytes, by default 90% of its memory: with
+    FSDP all ranks compute together, and one that ran out of memory would leave the others waiting. It runs uncompiled,
+    which needs somewhat more memory and saves a compilation for each size. Raises UserError if single sequences do not
+    fit.
     """
     processes, device = state.processes, state.processes.device
     limit = 0.9 * total_memory(device) if limit is None else limit
@@ -56,8 +34,7 @@ def fewest_for_slices(
     size, peak = 0, peak_memory(device)
     with torch.compiler.set_stance("force_eager"):
         while True:
-            if not fits(state, rows, n, forward_backward):
-                raise UserError(OUT_OF_MEMORY if n == n_rows else f"out of memory: try --grad-accum-steps {2 * n}")
+            try_step(state, rows, n, forward_backward)
             smaller, size, peak_of_smaller, peak = size, -(-n_rows // n), peak, peak_memory(device)
             free_memory(device)
             n_next = -(-n // 2)
@@ -67,8 +44,13 @@ def fewest_for_slices(
             n = n_next
 
 
-def fits(state: TrainingState, rows: list[Batch], n: int, forward_backward: ForwardBackward) -> bool:
-    """Whether forward and backward pass fit into memory beside AdamW's state. Changes nothing."""
+def try_step(
+    state: TrainingState, rows: list[Batch], n: int, forward_backward: Callable[[list[Batch], float, bool], Any]
+) -> None:
+    """Computes the gradients of a step in `n` micro-batches, beside memory for AdamW's state, and drops them.
+
+    Raises UserError if they do not fit into memory.
+    """
     processes, parameters = state.processes, state.trained_parameters
     share = micro_batches(rows, n, processes.rank, processes.world_size, state.model.config.block_size)
     try:
@@ -76,11 +58,13 @@ def fits(state: TrainingState, rows: list[Batch], n: int, forward_backward: Forw
         means = [] if state.step else [torch.empty_like(p) for p in (*parameters, *parameters)]
         forward_backward(share[:2], 1, False)
         del means
-        return True
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return False
+        raise UserError(
+            f"out of memory with a batch in {n} micro-batches: try --grad-accum-steps {2 * n}, --grad-checkpointing, "
+            "a shorter context or a smaller model"
+        ) from None
     finally:
         for optimizer in state.optimizers:
             optimizer.zero_grad(set_to_none=True)

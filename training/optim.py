@@ -19,36 +19,34 @@ if TYPE_CHECKING:
 
 def build_optimizers(
     model: GPT,
-    name: str,
-    learning_rate: float,
-    beta2: float,
-    weight_decay: float,
-    embedding_lr_scale: float = 1.0,
+    config: TrainerConfig,
     dtype: torch.dtype = torch.float32,
     compiled: bool = False,
     sharding: Sharding | None = None,
 ) -> list[torch.optim.Optimizer]:
-    """Returns [AdamW], or if `name` is "muon" [Muon for the matrices inside the blocks, AdamW for the rest].
+    """Returns [AdamW], or with `--optimizer muon` [Muon for the matrices inside the blocks, AdamW for the rest].
 
-    Matrices and embeddings decay; biases and LayerNorms do not. AdamW's beta1 is 0.9. Muon
-    orthogonalizes in `dtype`; `compiled` compiles it. `sharding` is that of a model in slices.
+    Matrices and embeddings decay; biases and LayerNorms do not. AdamW's beta1 is 0.9. Muon orthogonalizes in `dtype`;
+    `compiled` compiles it. `sharding` is that of a sharded model.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     embeddings = {p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     in_blocks = {p for p in model.h.parameters() if p.dim() == 2} - embeddings
-    for_muon = [p for p in trained if p in in_blocks] if name == "muon" else []
-    scaled = [p for p in trained if p in embeddings] if embedding_lr_scale != 1 else []
+    for_muon = [p for p in trained if p in in_blocks] if config.optimizer == "muon" else []
+    scaled = [p for p in trained if p in embeddings] if config.embedding_lr_scale != 1 else []
     rest = set(trained).difference(for_muon, scaled)
-    groups = [
-        {"params": [p for p in trained if p in rest and p.dim() >= 2], "weight_decay": weight_decay},
+    decay, learning_rate = config.weight_decay, config.learning_rate
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p in rest and p.dim() >= 2], "weight_decay": decay},
         {"params": [p for p in trained if p in rest and p.dim() < 2], "weight_decay": 0.0},
     ]
     if scaled:
-        groups.append({"params": scaled, "weight_decay": weight_decay, "lr_scale": embedding_lr_scale})
-    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2), fused=trained[0].device.type != "mps")
+        groups.append({"params": scaled, "weight_decay": decay, "lr_scale": config.embedding_lr_scale})
+    is_fused = trained[0].device.type != "mps"
+    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, config.beta2), fused=is_fused)
     if not for_muon:
         return [adamw]
-    return [Muon(for_muon, learning_rate, weight_decay, 0.95, dtype, compiled, sharding), adamw]
+    return [Muon(for_muon, learning_rate, decay, dtype=dtype, compiled=compiled, sharding=sharding), adamw]
 
 
 def learning_rate_at(step: int, config: TrainerConfig) -> float:

@@ -9,13 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from system.background import Background
 from system.cli import shorten
 from system.files import atomic_write
-from system.untrusted import as_utf8
-from training.report import before_and_after
-from training.run_log import read_log
-from training.state import Listener, TrainingState
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,37 +23,18 @@ os.environ["MPLBACKEND"] = "agg"  # plots are files; an unknown backend in the e
 warnings.filterwarnings("ignore", "Glyph .* missing")  # the font lacks many scripts
 
 
-class LossPlot(Listener):
-    """Draws the log whenever the run is saved, in the background."""
-
-    def __init__(self, background: Background):
-        self.background = background
-
-    def on_save(self, state: TrainingState) -> None:
-        log_path, plot_path = state.config.log_path, state.config.plot_path()
-        self.background.start(lambda: draw_losses(log_path, plot_path))
-
-
-def draw_losses(log_path: Path, plot_path: Path) -> None:
-    """Draws a log: training and validation loss and the learning rate, over steps and tokens; below them the examples.
+def draw_losses(entries: Entries, title: str, plot_path: Path) -> None:
+    """Draws the entries of a log: training and validation loss and the learning rate, over steps and tokens.
 
     The file is replaced atomically.
     """
     from matplotlib.figure import Figure
 
-    entries = read_log(log_path)
-    with_examples = [entry for entry in entries if "examples" in entry]
-    figure = Figure(figsize=(8, 7.7 if with_examples else 4.5), layout="constrained")
-    if with_examples:
-        axes, below = figure.subplots(2, height_ratios=[4.5, 3.2])
-        below.axis("off")
-        text = before_and_after(with_examples, width=125)
-        below.text(0, 1, text, va="top", fontsize=6.5, family="monospace", parse_math=False)
-    else:
-        axes = figure.subplots()
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     plot_losses(axes, entries)
     plot_learning_rate(axes, entries)
-    axes.set_title(as_utf8(log_path.stem))
+    axes.set_title(title)
     save_figure(figure, plot_path)
 
 
@@ -115,15 +91,6 @@ def draw_confusion_matrix(confusion: list[list[int]], labels: list[str], plot_pa
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a label may look like a formula
     save_figure(figure, plot_path)
-
-
-def is_plot(path: Path) -> bool:
-    """Whether a file is a PNG that Matplotlib drew."""
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        start = file.read(256)
-    return start.startswith(b"\x89PNG") and b"Matplotlib" in start
 
 
 def most_confused(confusion: np.ndarray, n: int) -> np.ndarray:

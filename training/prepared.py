@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import tempfile
 from collections.abc import Callable, Collection
@@ -9,17 +10,16 @@ from pathlib import Path
 
 from system.cli import without_secrets
 from system.errors import UserError
-from system.locks import hold
 from text.remote import RemoteFile, is_url, with_plain_path
 from text.token_files import is_prepared_from
-from training.config import Output
+from training.config import TrainerConfig
 
 
 def prepare_first(
     data: str | Path,
     names: Collection[str],
     meta: str,
-    config: Output,
+    config: TrainerConfig,
     n_processes: int,
     prepare: Callable[[Path, bool], None],
 ) -> Path:
@@ -39,7 +39,7 @@ def prepare_first(
             raise UserError(f"--data takes the URL of one file, not {shown}: prepare that with prepare_data.py --input")
     elif file.is_dir() or not (data in names or file.suffix or file.is_file()):
         return file
-    folder = Path(hold(tempfile.TemporaryDirectory())) if config.plan else Path("data") / file.stem
+    folder = Path(temporary_folder()) if config.plan else Path("data") / file.stem
     is_prepared = is_prepared_from(folder / meta, data)
     if config.resume and is_prepared:
         print(f"reading {folder}, which was prepared from {shown}; changes of {shown} since then are ignored")
@@ -53,3 +53,10 @@ def prepare_first(
         with contextlib.redirect_stdout(None) if config.plan else contextlib.nullcontext():
             prepare(folder, config.overwrite or is_prepared)
     return folder
+
+
+def temporary_folder() -> str:
+    """Returns the path of a folder that is removed when the process ends."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    return folder.name

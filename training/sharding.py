@@ -1,4 +1,4 @@
-"""A model in slices, one on each process (ZeRO, Rajbhandari et al. 2019), by PyTorch's `fully_shard`.
+"""A model sharded over processes (ZeRO, Rajbhandari et al. 2019), by PyTorch's `fully_shard`.
 
 What one step exchanges, for N parameters in b bytes each (2 in bfloat16) and L layers:
 
@@ -7,7 +7,7 @@ What one step exchanges, for N parameters in b bytes each (2 in bfloat16) and L 
 - reduce-scatters of the gradients in float32, with the last micro-batch only: L + 1 collectives, 4 N bytes.
 - one all-reduce of the norms of the gradients, 4 bytes for each tensor, and one of the loss, 4 bytes.
 - with Muon two all-to-alls for each shape of matrices in the layers, 4 shapes in all: their gradients to the processes
-  that orthogonalize them and the updates back, each process its slices, in the precision of the orthogonalization.
+  that orthogonalize them and the updates back, each process its shards, in the precision of the orthogonalization.
 
 Until the last micro-batch, each process adds up gradients of the whole model in float32, so several micro-batches take
 4 N bytes of memory more than one, and save 4 N bytes of exchange each.
@@ -33,25 +33,35 @@ from model import GPT, chunk_loss
 from system.device import choose_dtype, copy_to_host, uses_compile
 from system.errors import require
 from training.config import TrainerConfig
-from training.distributed import Processes
+from training.parallel import Processes
 from weights import checkpoint
 
 
 class Sharding:
-    """Shards a model in place; makes whole what is saved, and cuts what is loaded.
+    """Shards a model in place; gathers what is saved, and cuts what is loaded.
 
     Checkpoints hold whole tensors, and optimizer state by the parameter's number, as without sharding. That is why
     `full_tensor` and `distribute_tensor` are used here and not `torch.distributed.checkpoint.state_dict`, which keys
     the optimizer state by name: files would have a second format.
     """
 
-    def __init__(self, model: GPT, processes: Processes, dtype: torch.dtype, compiled: bool):
-        """Leaves every process a slice of each parameter. A layer is whole only while it computes, then in `dtype`;
-        gradients are added over processes in float32."""
-        self.dtype = dtype
+    def __init__(self, model: GPT, config: TrainerConfig, processes: Processes):
+        """Leaves every process a shard of each parameter. A layer is whole only while it computes, then in the dtype of
+        the forward pass; gradients are added over processes in float32.
+
+        Raises UserError for a run that cannot be sharded.
+        """
+        self.dtype = choose_dtype(config.dtype, processes.device)
+        require(processes.world_size > 1, "--fsdp shards over several processes: start the run with torchrun")
+        require(
+            self.dtype != torch.float16,
+            "--fsdp does not train in float16, whose gradient scaler would have to skip a step on all processes at "
+            "once: use --dtype bfloat16 or float32, or leave --fsdp away",
+        )
         self.mesh = init_device_mesh(processes.device.type, (processes.world_size,))
         # Inputs are not cast: hidden states are in `dtype` already, and rotary angles must stay in float32.
-        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        precision = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        compiled = uses_compile(config.compile, processes.device)
         for part in (*model.h, model):
             if compiled and part is not model:
                 part.compile()
@@ -59,10 +69,10 @@ class Sharding:
         if compiled:
             model.compiled = model.hidden, torch.compile(chunk_loss)
 
-    def whole(self, state: Any) -> Any:
+    def gathered(self, state: Any) -> Any:
         """Returns a copy of nested dicts and lists with whole tensors, on the host of rank 0; see `copy_to_host`.
 
-        Other ranks get None for each tensor.
+        Other ranks get None for each tensor. All ranks take part.
         """
 
         def gather(tensor: Tensor) -> Tensor | None:
@@ -71,7 +81,7 @@ class Sharding:
 
         return tree_map_only(Tensor, gather, state)
 
-    def whole_model(self, model: GPT) -> GPT | None:
+    def gathered_model(self, model: GPT) -> GPT | None:
         """Returns a whole copy of the model on the device of rank 0, in evaluation mode and the dtype of the forward
         pass; on other ranks None. All ranks take part."""
         packed = checkpoint.pack(model, kind="base")
@@ -81,19 +91,19 @@ class Sharding:
         return checkpoint.build(packed, self.mesh.device_type) if dist.get_rank() == 0 else None
 
     def local(self, tensor: Tensor) -> Tensor:
-        """Returns this process's slice of a tensor, as a view."""
+        """Returns this process's shard of a tensor, as a view."""
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
-    def map_whole(self, function: Callable[[Tensor], Tensor], slices: Tensor, n_rows: int) -> Tensor:
-        """Applies a function to whole matrices of which each process holds a slice: (n, rows of this process, columns).
+    def map_whole(self, function: Callable[[Tensor], Tensor], shards: Tensor, n_rows: int) -> Tensor:
+        """Applies a function to whole matrices of which each process holds a shard: (n, rows of this process, columns).
 
         Each process collects `ceil(n / world size)` matrices, applies `function` to that batch (k, n_rows, columns),
-        and sends the slices of its result back. So the work is divided, and each slice travels twice. Returns the
-        slices of the results. Rows and matrices of zeros pad what does not divide evenly.
+        and sends the shards of its result back. So the work is divided, and each shard travels twice. Returns the
+        shards of the results. Rows and matrices of zeros pad what does not divide evenly.
         """
-        world_size, (n, own_rows, columns) = self.mesh.size(), slices.shape
+        world_size, (n, own_rows, columns) = self.mesh.size(), shards.shape
         k, rows = -(-n // world_size), -(-n_rows // world_size)  # `fully_shard` cuts like `torch.chunk`
-        sent = F.pad(slices, (0, 0, 0, rows - own_rows, 0, k * world_size - n))  # (ranks * k, rows, columns)
+        sent = F.pad(shards, (0, 0, 0, rows - own_rows, 0, k * world_size - n))  # (ranks * k, rows, columns)
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent)
         whole = received.view(world_size, k, rows, columns).transpose(0, 1).reshape(k, -1, columns)
@@ -103,32 +113,18 @@ class Sharding:
         return received[:n, :own_rows]
 
     def whole_norm(self, norm: Tensor) -> Tensor:
-        """Returns the gradient norm over all slices, on every rank."""
+        """Returns the gradient norm over all shards, on every rank."""
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def cut(self, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Returns a whole optimizer state, cut into slices like the optimizer's parameters."""
+    def cut(self, state: dict[int, dict[str, Tensor]], optimizer: torch.optim.Optimizer) -> dict[int, Any]:
+        """Returns a whole optimizer state, cut into shards like the optimizer's parameters."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-        def slice_like(value: Tensor, parameter: DTensor) -> Tensor:
+        def shard_like(value: Tensor, parameter: DTensor) -> Tensor:
             if value.shape != parameter.shape:  # a step counter
                 return value
             return distribute_tensor(value, parameter.device_mesh, parameter.placements)
 
-        sliced = {
-            i: {name: slice_like(value, parameters[i]) for name, value in values.items()}
-            for i, values in state["state"].items()
+        return {
+            i: {name: shard_like(value, parameters[i]) for name, value in values.items()} for i, values in state.items()
         }
-        return {**state, "state": sliced}
-
-
-def shard(model: GPT, config: TrainerConfig, processes: Processes) -> Sharding:
-    """Shards a model in place for `--fsdp`. Raises UserError for a run that cannot be sharded."""
-    dtype = choose_dtype(config.dtype, processes.device)
-    require(processes.world_size > 1, "--fsdp shards over several processes: start the run with torchrun")
-    require(
-        dtype != torch.float16,
-        "--fsdp does not train in float16, whose gradient scaler would have to skip a step on all processes at once: "
-        "use --dtype bfloat16 or float32, or leave --fsdp away",
-    )
-    return Sharding(model, processes, dtype, uses_compile(config.compile, processes.device))

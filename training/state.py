@@ -1,11 +1,11 @@
-"""The state of a training run, and the interface for everything that listens to it."""
+"""The state of a training run, and the interface of its callbacks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum, auto
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,29 +13,31 @@ import torch
 from model import GPT
 from system.device import choose_dtype, keep_memory, uses_compile
 from training.config import TrainerConfig
-from training.distributed import Processes
 from training.optim import build_optimizers
+from training.parallel import Processes
 
 if TYPE_CHECKING:
     from training.sharding import Sharding
+
+Entry = dict[str, Any]
+"""A line of the log: `step` and numbers. That of an evaluation has `val_loss`, and perhaps `examples`: what the model
+makes of the same few inputs each time, as dicts of `input`, `expected` and `output`."""
+Examine = Callable[["TrainingState"], list[dict[str, str]]]
+"""Returns the examples of an evaluation. All ranks call it; only rank 0 needs a result."""
 
 
 class StopReason(Enum):
     """Why training ended."""
 
-    DONE = auto()
-    """all steps are done"""
-    TARGET_LOSS = auto()
-    """the training loss reached `--target-loss`"""
-    PATIENCE = auto()
-    """the validation loss did not improve for `--patience` evaluations"""
-    INTERRUPTED = auto()
-    """SIGINT or SIGTERM"""
+    DONE = "done"
+    TARGET_LOSS = "reached the target loss"
+    PATIENCE = "stopped, since the validation loss no longer improved"
+    INTERRUPTED = "interrupted"
 
 
 @dataclass
 class TrainingState:
-    """What the loop changes, and what listeners read."""
+    """What the loop changes, and what callbacks read."""
 
     config: TrainerConfig
     processes: Processes
@@ -46,7 +48,7 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     """scales the loss in float16, does nothing in other precisions"""
     sharding: Sharding | None = None
-    """for a model in slices (`--fsdp`)"""
+    """for a model sharded over the processes (`--fsdp`)"""
     n_micro_batches: int = 1
     """per step and process"""
     step: int = 0
@@ -54,10 +56,10 @@ class TrainingState:
     tokens: int = 0
     """tokens seen, over all processes"""
     best_val_loss: float = math.inf
-    """nats per token"""
+    """nats per token, of the evaluations after step 0"""
     evaluations_since_best: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
-    """one entry per evaluation: `step`, `val_loss`, perhaps `bits_per_byte` and `examples`"""
+    history: list[Entry] = field(default_factory=list)
+    """one entry per evaluation"""
     recent_losses: list[float] = field(default_factory=list)
     """training losses since the last line of the log"""
 
@@ -75,22 +77,13 @@ class TrainingState:
             keep_memory()
         model = model.train().to(device)
         model.gradient_checkpointing = config.grad_checkpointing
+        muon_dtype = torch.bfloat16 if device.type == "cuda" else dtype
         return cls(
             config,
             processes,
             dtype,
             model,
-            build_optimizers(
-                model,
-                config.optimizer,
-                config.learning_rate,
-                config.beta2,
-                config.weight_decay,
-                config.embedding_lr_scale,
-                torch.bfloat16 if device.type == "cuda" else dtype,
-                compiled=uses_compile(config.compile, device),
-                sharding=sharding,
-            ),
+            build_optimizers(model, config, muon_dtype, uses_compile(config.compile, device), sharding),
             torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
             sharding,
             n_micro_batches=1 if config.grad_accum_steps == "auto" else config.grad_accum_steps,
@@ -106,9 +99,13 @@ class TrainingState:
         """The parameters that require a gradient."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
+    def is_due(self, every: int) -> bool:
+        """Whether something that happens `every` so many steps happens now; 0 means never."""
+        return every > 0 and self.step % every == 0
+
 
 @dataclass(frozen=True)
-class StepFigures:
+class StepRecord:
     """What an optimizer step measured."""
 
     step: int
@@ -116,31 +113,29 @@ class StepFigures:
     tokens: int
     """tokens seen, this step included"""
     learning_rate: float
-    read: Callable[[], list[float]]
-    """waits for the device; returns the loss in nats per token, and the gradient norm before clipping"""
+    loss: float
+    """nats per token"""
+    grad_norm: float
+    """before clipping"""
 
 
-class Listener:
-    """What happens beside the loop. A subclass overrides the methods that concern it.
+class Callback:
+    """What happens beside the loop, on rank 0 and, where all ranks are needed, on every rank.
 
-    Methods run on every rank that has the listener. They leave the state as it was, except that they may add to the
-    entry of an evaluation.
+    A subclass overrides the methods that concern it. No method changes the state or the entries.
     """
 
     def on_start(self, state: TrainingState) -> None:
         """Before the first step of this process."""
 
-    def on_step(self, state: TrainingState, figures: StepFigures, loss: float) -> None:
-        """After the loss of a step is known. The weights, and the other numbers in `state`, may be one step ahead."""
+    def on_step(self, state: TrainingState, record: StepRecord) -> None:
+        """After the loss of a step is known. `state` may be one step ahead."""
 
-    def on_log(self, state: TrainingState, entry: dict[str, Any]) -> None:
-        """After every `--log-every` steps, with the entry for the log."""
+    def on_log(self, state: TrainingState, entry: Entry) -> None:
+        """After every `--log-every` steps."""
 
-    def on_evaluation(self, state: TrainingState, entry: dict[str, Any], is_best: bool) -> None:
-        """After an evaluation, with its entry in the history."""
-
-    def on_snapshot(self, state: TrainingState) -> None:
-        """After every `--snapshot-every` steps."""
+    def on_evaluation(self, state: TrainingState, entry: Entry, is_best: bool) -> None:
+        """After an evaluation."""
 
     def on_save(self, state: TrainingState) -> None:
         """After every `--save-every` steps, and at the end."""

@@ -1,9 +1,8 @@
 """The processes that train one model: their ranks, their sums, and copies of the model that stay equal (DDP).
 
-`torchrun` starts the processes. This file joins and leaves their group, and is the only one that talks to the others,
-except for `training/sharding.py`, which cuts a model into slices (FSDP).
+`torchrun` starts the processes, and starts them again if one dies. `training/sharding.py` shards a model (FSDP).
 
-What one step of DDP exchanges: with the last micro-batch an all-reduce of the gradients in float32, 4 bytes for each
+One step of DDP exchanges with the last micro-batch an all-reduce of the gradients in float32, 4 bytes for each
 parameter, in buckets of 25 MB while the backward pass goes on; then one of the loss, 4 bytes. Every `--log-every` steps
 the ranks ask each other for stop signals, 4 bytes.
 """
@@ -56,10 +55,15 @@ class Processes:
         return cls(device, dist.get_rank(), world_size)
 
     def leave(self) -> None:
-        """Ends the group, after all processes have arrived here."""
+        """Waits for all ranks, and destroys the process group."""
         if self.world_size > 1:
             dist.barrier()
             dist.destroy_process_group()
+
+    def print(self, text: str) -> None:
+        """Prints a text on rank 0."""
+        if self.rank == 0:
+            print(text)
 
     def on_first(self, action: Callable[[], object]) -> None:
         """Runs an action on rank 0 while the other ranks wait.

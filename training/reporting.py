@@ -1,0 +1,288 @@
+"""What a training run shows: on the console, in its log, and in the report beside the checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from model import GPT
+from system.cli import command_line, duration, plain, printable, progress, shorten
+from system.device import machine, peak_flops, peak_memory
+from system.errors import UserError
+from system.files import atomic_write
+from training.config import TrainerConfig
+from training.examples import before_and_after
+from training.loader import Sequences, Windows
+from training.plots import draw_losses
+from training.state import Callback, Entry, StepRecord, StopReason, TrainingState
+from weights import checkpoint
+from weights.describe import evaluation, facts
+
+SECONDS_BETWEEN_LINES = 30
+MANY_EPOCHS = 10
+"""Passes over a text from which on a model memorizes it."""
+
+
+class Console(Callback):
+    """Prints the model, a progress bar, a line per evaluation, and what the run came to."""
+
+    def __init__(
+        self, log: Log, train_data: Windows | Sequences, metadata: dict[str, Any], first_loss: float | None = None
+    ):
+        """`metadata` is that of the checkpoints; `first_loss` is the loss that random weights should have."""
+        self.log, self.train_data, self.metadata, self.first_loss = log, train_data, metadata, first_loss
+
+    def on_start(self, state: TrainingState) -> None:
+        config, data, model = state.config, self.train_data, state.model
+        if not state.step:
+            print(parameter_table(model))
+        n, n_trained = model.n_parameters(), sum(p.numel() for p in state.trained_parameters)
+        if n_trained < n:
+            print(f"{n_trained:,} of {n:,} parameters train ({n_trained / n:.2%})")
+        n_epochs = config.max_steps / data.batches_per_epoch
+        flops = model.flops_per_token() * data.n_tokens / data.batches_per_epoch
+        print(
+            f"{data.n_tokens:,} training tokens, {data.batches_per_epoch:,.0f} steps of {config.batch_size} sequences "
+            f"an epoch; {config.max_steps:,} steps are {n_epochs:,.1f} epochs, at {flops / 1e12:.3g} TFLOP a step"
+        )
+        if n_epochs > MANY_EPOCHS and isinstance(data, Windows):
+            print(
+                f"warning: in {n_epochs:,.0f} passes over so little text a model memorizes it; the best weights are "
+                "kept, and fewer --max-steps give better ones"
+            )
+        if state.n_micro_batches > 1:
+            print(f"each step adds up the gradients of {state.n_micro_batches} micro-batches")
+        self.peak_flops = (peak_flops(state.processes.device) or 0.0) * state.processes.world_size
+        self.bar = progress(total=config.max_steps, initial=state.step, unit="step")
+        self.start, self.tokens_before = time.perf_counter(), state.tokens
+        self.next_line = self.start + SECONDS_BETWEEN_LINES
+
+    def on_step(self, state: TrainingState, record: StepRecord) -> None:
+        rate = (record.tokens - self.tokens_before) / (time.perf_counter() - self.start)
+        text = f"loss {record.loss:.3f}, {rate:,.0f} tokens/s"
+        if self.peak_flops:
+            text += f", MFU {rate * state.model.flops_per_token() / self.peak_flops:.0%}"
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+        if self.bar.disable and time.perf_counter() >= self.next_line:  # no terminal: plain lines
+            print(f"step {record.step:,} of {state.config.max_steps:,}: {text}", file=sys.stderr)
+            self.next_line += SECONDS_BETWEEN_LINES
+
+    def on_evaluation(self, state: TrainingState, entry: Entry, is_best: bool) -> None:
+        self.bar.clear()
+        text = f"step {state.step:,}: validation loss {entry['val_loss']:.4f}"
+        if "bits_per_byte" in entry:
+            text += f", {entry['bits_per_byte']:.3f} bits per byte"
+        print(text + (" (the best so far)" if is_best and state.config.keep == "best" else ""))
+        if state.step == 0 and self.first_loss and abs(entry["val_loss"] - self.first_loss) > 0.5:
+            print(f"warning: the loss of random weights should be about ln(vocabulary) = {self.first_loss:.2f}")
+        for example in entry.get("examples", []):
+            if example["input"] and not example["expected"]:  # the user's --sample-prompt
+                print(printable(f"  {example['input']!r} → {shorten(example['output'], 300)!r}"))
+
+    def close(self) -> None:
+        self.bar.close()
+
+    def on_end(self, state: TrainingState, reason: StopReason) -> None:
+        config, kind, seconds = state.config, self.metadata["kind"], self.log.seconds
+        print(f"{reason.value} at step {state.step:,}; curves in {config.plot_path()}")
+        print(
+            f"{state.tokens:,} tokens in {duration(seconds)}: {state.tokens / max(seconds, 1e-9):,.0f} tokens/s, peak "
+            f"memory {peak_memory(state.processes.device) / 1e6:,.0f} MB"
+        )
+        kept = kept_evaluation(state)
+        if kept is None:
+            print(f"no evaluation after training began yet, so {config.out} is not written")
+            return
+        figures = ", ".join(f"{name} {value}" for name, value in evaluation(self.metadata, kept).items())
+        print(f"model in {config.out}, of step {kept['step']:,}: {figures}")
+        if kind == "base" and state.step == state.history[-1]["step"] and kept["step"] < 0.7 * state.step:
+            print(
+                f"after step {kept['step']:,} it only memorized: a run with --max-steps {kept['step']} probably gives "
+                "a better model, since the learning rate falls until the last step"
+            )
+        elif kind == "base":
+            per_parameter = state.tokens / state.model.n_parameters()
+            print(f"{per_parameter:.2g} tokens per parameter; compute-optimal are about 20 (Hoffmann et al. 2022)")
+        text = before_and_after(state.history)
+        if kind == "base" and (examples := state.history[-1].get("examples")):
+            text = f"it writes, for example:\n  {shorten(examples[0]['output'], 300)!r}"
+        if text:
+            print(printable(text))
+        if reason is not StopReason.INTERRUPTED and kind != "classifier":
+            chat = "" if kind == "base" else " --chat"
+            print(f"now try: python generate.py --model {shlex.quote(str(config.out))}{chat}")
+
+
+def kept_evaluation(state: TrainingState) -> Entry | None:
+    """Returns the evaluation of the weights in `--out`: the best after step 0, or the last; None if there is none."""
+    later = [entry for entry in state.history if entry["step"]]
+    if state.config.keep == "last":
+        return later[-1] if later else None
+    return min(later, key=lambda entry: entry["val_loss"], default=None)
+
+
+def parameter_table(model: GPT) -> str:
+    """Returns the number of parameters of each part of a model, as a table."""
+    parts = {
+        "LoRA": ("lora_", "role_rows"),
+        "token embedding": ("wte",),
+        "position embedding": ("wpe",),
+        f"attention, {model.config.n_layer} layers": (".attn.",),
+        f"MLP, {model.config.n_layer} layers": (".mlp.",),
+        "LayerNorms": ("ln_",),
+        "head": ("lm_head",),
+    }
+    counts = dict.fromkeys(parts, 0)
+    for name, parameter in model.named_parameters():  # lists a tied head once, as the embedding
+        part = next(part for part, marks in parts.items() if any(mark in name for mark in marks))
+        counts[part] += parameter.numel()
+    counts["in all"] = model.n_parameters()
+    return "\n".join(f"{part:22}{n:>15,}" for part, n in counts.items() if n)
+
+
+class Log(Callback):
+    """Writes the log: one JSON object per line. Each gets the `seconds` since the run began, without interruptions, and
+    `max_steps`. TensorBoard and Weights & Biases get the same numbers."""
+
+    def __init__(self) -> None:
+        self.seconds_before, self.start = 0.0, time.perf_counter()
+        self.sinks: list[Callable[[Entry], None]] = []
+
+    @property
+    def seconds(self) -> float:
+        """Time since the run began, without interruptions."""
+        return self.seconds_before + time.perf_counter() - self.start
+
+    def on_start(self, state: TrainingState) -> None:
+        """Drops what a killed run logged after the current step. Raises UserError for a missing library."""
+        config = state.config
+        if config.tensorboard:
+            self.sinks.append(tensorboard_sink(config))
+        if config.wandb:
+            self.sinks.append(wandb_sink(config))
+        kept = [entry for entry in read_log(config.log_path) if entry["step"] <= state.step] if state.step else []
+        with atomic_write(config.log_path, "w") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in kept)
+        self.seconds_before = max((entry.get("seconds", 0.0) for entry in kept), default=0.0)
+        self.start = time.perf_counter()
+
+    def on_log(self, state: TrainingState, entry: Entry) -> None:
+        line = {**entry, "seconds": round(self.seconds, 3), "max_steps": state.config.max_steps}
+        with open(state.config.log_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        for sink in self.sinks:
+            sink({name: value for name, value in entry.items() if name != "examples"})
+
+    def on_evaluation(self, state: TrainingState, entry: Entry, is_best: bool) -> None:
+        self.on_log(state, entry)
+
+
+def read_log(path: Path) -> list[Entry]:
+    """Returns the entries of a log, none if there is no such file. Skips a last line that a kill cut short."""
+    return list(_entries(path)) if path.is_file() else []
+
+
+def _entries(path: Path) -> Iterator[Entry]:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                entry = json.loads(line)
+                if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+                    yield entry
+
+
+def tensorboard_sink(config: TrainerConfig) -> Callable[[Entry], None]:
+    """Returns a sink that writes event files beside the log. Raises UserError if TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs the package: pip install tensorboard") from None
+    writer = SummaryWriter(f"{config.out.with_suffix('')}_tensorboard")
+
+    def add(entry: Entry) -> None:
+        for name, value in entry.items():
+            if name != "step":
+                writer.add_scalar(name, value, entry["step"])
+        writer.flush()
+
+    return add
+
+
+def wandb_sink(config: TrainerConfig) -> Callable[[Entry], None]:
+    """Returns a sink that sends entries to Weights & Biases. Raises UserError if that fails."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb needs the package: pip install wandb") from None
+    try:
+        run = wandb.init(project="gpt2", name=config.out.stem, config=plain(config))
+    except wandb.Error as error:
+        raise UserError(f"--wandb: {error}") from None
+    return lambda entry: run.log({name: value for name, value in entry.items() if name != "step"}, step=entry["step"])
+
+
+class Report(Callback):
+    """Draws the plot and writes `checkpoints/NAME.md`, a page in Markdown, whenever the run is saved.
+
+    A thread does both, so training does not wait. If one fails, the run goes on.
+    """
+
+    def __init__(self, log: Log, metadata: dict[str, Any]):
+        """`metadata` is that of the checkpoints."""
+        self.log, self.metadata = log, metadata
+        self.writer = ThreadPoolExecutor(1)
+
+    def on_save(self, state: TrainingState) -> None:
+        self.writer.submit(self.write, state.config, self.page(state, None))
+
+    def close(self) -> None:
+        self.writer.shutdown()
+
+    def on_end(self, state: TrainingState, reason: StopReason) -> None:
+        self.write(state.config, self.page(state, reason))
+
+    def write(self, config: TrainerConfig, page: str) -> None:
+        """Draws the plot and writes the page."""
+        try:
+            draw_losses(read_log(config.log_path), config.out.stem, config.plot_path())
+            with atomic_write(config.report_path, "w") as file:
+                file.write(page)
+        except Exception as error:  # a missing font or a full disk must not end a run
+            print(f"warning: no plot or report of {config.out}: {error}")
+
+    def page(self, state: TrainingState, reason: StopReason | None) -> str:
+        """Returns the report. `reason` is why the run ended, if it did."""
+        config, seconds, kept = state.config, self.log.seconds, kept_evaluation(state)
+        plot = Path(os.path.relpath(config.plot_path(), config.report_path.parent)).as_posix()
+        packed = checkpoint.pack(state.model, **self.metadata, step=state.step, tokens=state.tokens)
+        known = facts({**packed, "train_config": plain(config), "history": [kept] if kept else []})
+        known["time"] = f"{duration(seconds)}, {state.tokens / max(seconds, 1e-9):,.0f} tokens/s"
+        known["machine"] = machine(state.processes.device)
+        if state.processes.world_size > 1:
+            known["processes"] = str(state.processes.world_size)
+        rows = "\n".join(f"| {name} | {_cell(text)} |" for name, text in known.items())
+        examples = "\n".join(
+            f"| {entry['step']:,} | {entry['val_loss']:.4f} | {_cell(example['input'])} | {_cell(example['output'])} |"
+            for entry in state.history
+            for example in entry.get("examples", [])[:1]
+        )
+        return (
+            f"# {config.out}\n\n{(reason.value if reason else 'not finished yet').capitalize()}, "
+            f"{time.strftime('%Y-%m-%d %H:%M')}.\n\n    {printable(command_line())}\n\n| | |\n| --- | --- |\n{rows}\n\n"
+            f"![losses over the steps](<{plot}>)\n\n| step | validation loss | input | output |\n"
+            f"| --- | --- | --- | --- |\n{examples}\n"
+        )
+
+
+def _cell(text: object) -> str:
+    """Returns a text for one cell of a table in Markdown."""
+    return shorten(printable(str(text)), 300).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
