@@ -181,7 +181,8 @@ def chat(text_model: TextModel, config: SamplingConfig) -> None:
             return
         try:
             if command.startswith("/"):
-                print_note(obey(conversation, command[1:], argument.strip()))
+                if note := obey(conversation, command[1:], argument.strip()):
+                    print_note(note)
             elif line:
                 answer(conversation, line)
         except UserError as error:
@@ -226,10 +227,10 @@ def obey(conversation: Chat, command: str, argument: str) -> str:
             return ""
         case "save":
             save_conversation(Path(argument), conversation.messages)
-            return f"saved {len(conversation.messages) // 2} exchanges in {argument}"
+            return f"saved {len(conversation.messages)} messages in {argument}"
         case "load":
             conversation.messages[:] = load_conversation(Path(argument))
-            return f"loaded {len(conversation.messages) // 2} exchanges"
+            return f"loaded {len(conversation.messages)} messages"
     raise UserError(f"unknown command /{command}: /help lists the commands")
 
 

@@ -53,9 +53,13 @@ def look_inside(page: Page) -> None:
     page.type_inside(TEXT)
     page.click("Attention")
     save(page, "inside_attention.png")
+    page.driver.set_window_size(1200, 2400)  # an element is cut off at the window's edge
+    page.idle()
     page.all("[data-testid=stVegaLiteChart]")[0].screenshot(str(DOCS / "pictures/attention.png"))
     page.click("Layer by layer")
+    page.driver.set_window_size(1200, 1500)
     save(page, "inside_layers.png")
+    page.driver.execute_script("arguments[0].scrollLeft = 0", page.in_components(".table")[0])
     page.in_components(".table")[0].screenshot(str(DOCS / "pictures/layers.png"))
     page.click("Tokens")
     page.idle()

@@ -76,11 +76,11 @@ def test_the_commands_of_the_chat(toy, tmp_path):
     for command, argument, shown in (
         ("temperature", "", "temperature is 0.8"),
         ("top-k", "none", "top-k is none"),
-        ("save", str(path), f"saved 2 exchanges in {path}"),
+        ("save", str(path), f"saved 4 messages in {path}"),
         ("undo", "", "taken back: How are you?"),
         ("reset", "", "conversation cleared"),
         ("retry", "", "the conversation is empty"),
-        ("load", str(path), "loaded 2 exchanges"),
+        ("load", str(path), "loaded 4 messages"),
         ("retry", "", ""),
     ):
         assert obey(conversation, command, argument) == shown
