@@ -11,6 +11,8 @@ from pathlib import Path
 from browser import Page, free_port, serve_app, wait
 from conftest import REPOSITORY
 
+from generation.text_model import TextModel
+
 DOCS = REPOSITORY / "docs"
 TEXT = "Return a copy of the string with leading and trailing whitespace removed."
 
@@ -48,10 +50,13 @@ def complete(page: Page) -> None:
 
 
 def look_inside(page: Page) -> None:
-    """Looks at a sentence's tokens, at the attention to the token before, and at each layer."""
+    """Looks at a sentence's tokens, at the head that looks most at the token before, and at each layer."""
     page.click("Inside")
     page.type_inside(TEXT)
     page.click("Attention")
+    attention = TextModel.load("checkpoints/demo/pretrained.pt", "cpu").trace(TEXT).attention  # (n_layer, nh, T, T)
+    wait(lambda: page.in_components(".picture"))
+    page.press(page.in_components(".picture")[int(attention.diagonal(-1, 2, 3).mean(dim=-1).argmax())])
     save(page, "inside_attention.png")
     page.driver.set_window_size(1200, 2400)  # an element is cut off at the window's edge
     page.idle()
