@@ -28,9 +28,8 @@ from generation.sample import Sample, Token
 from model import GPT
 from system.device import autocast, choose_device, choose_dtype
 from system.errors import UserError
-from text.readers import unix_line_ends
-from text.templates import Message, encode_prompt
-from text.tokenizer import Tokenizer
+from text.chat import Message, encode_prompt
+from text.tokenizer import Tokenizer, unix_line_ends
 from weights import checkpoint, describe
 from weights.loading import load_checkpoint
 

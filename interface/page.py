@@ -19,7 +19,7 @@ from weights.files import FOLDER, CheckpointFile, checkpoint_files
 
 if TYPE_CHECKING:
     from generation.sample import Sample, Token
-    from text.templates import Message
+    from text.chat import Message
     from text.tokenizer import Tokenizer
 
 NO_MODEL = """There is no model yet. Make one with either of these:

@@ -25,7 +25,7 @@ from generation.text_model import Chat, TextModel
 from system.cli import printable
 from system.errors import UserError
 from system.files import atomic_write, read_json, read_utf8_lines
-from text.templates import Message
+from text.chat import Message
 from text.tokenizer import Tokenizer, legible
 
 COMMANDS = "/help lists the commands; /quit or Ctrl-D ends."

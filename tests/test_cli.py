@@ -162,6 +162,7 @@ def test_flags_of_all_groups_fill_one_flat_config():
 
 
 def test_flags_override_the_preset():
+    assert parse(Config, [], PRESETS) == PRESETS["small"]
     assert parse(Config, ["--preset", "large"], PRESETS) == PRESETS["large"]
     config = parse(Config, ["--learning-rate", "2", "--preset=large", "--no-verbose", "--max-steps", "None"], PRESETS)
     assert config == Config(preset="large", learning_rate=2.0)

@@ -16,9 +16,9 @@ import pytest
 from conftest import ENVIRONMENT, REPOSITORY, command, wait_for_log
 from system.threads import GENERATION, TRAINING, spin_count
 from test_house import SCRIPTS
+from training.distributed import Processes
 
 from system.errors import UserError
-from training.distributed import Processes
 from weights.loading import load_checkpoint
 
 C_LOCALE = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "TERM": "dumb"}

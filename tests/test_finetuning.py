@@ -26,8 +26,7 @@ from generation.config import SamplingConfig
 from generation.text_model import TextModel
 from model import GPT, GPTConfig
 from system.errors import UserError
-from text.labelled import Example, from_hub, read_examples, read_table, split
-from text.readers import Notes
+from text.labelled import Example, read_examples, split
 from training.classifier import Classifier, LabelledTexts
 from training.evaluation import answers_exactly, exact_match_report, mean_loss
 from training.loader import Conversations
@@ -440,9 +439,9 @@ def test_tables_of_every_kind_are_read(tmp_path, kind):
         path.write_text(json.dumps(records))
     else:
         datasets.Dataset.from_list(records).to_parquet(path)
-    notes = Notes()
     columns = ("1", "2") if "numbered" in kind else ("text", "label")
-    assert read_table(path, *columns, notes) == [Example(*row) for row in rows]
+    examples, notes = read_examples(path, "", *columns)
+    assert examples == [Example(*row) for row in rows]
     assert len(notes) == (kind == "numbered.csv")  # its first row stood there twice
 
 
@@ -452,17 +451,16 @@ def test_the_hubs_numbered_classes_get_their_names(tmp_path, monkeypatch):
     rows = {"sms": [f"text {i}\n" for i in range(20)], "label": [i % 2 for i in range(19)] + [-1]}
     (tmp_path / "ucirvine/sms_spam").mkdir(parents=True)
     datasets.Dataset.from_dict(rows, features).to_parquet("ucirvine/sms_spam/train.parquet")
-    notes = Notes()
-    found = from_hub("ucirvine/sms_spam", "sms", "label", notes)
+    found, notes = read_examples(None, "ucirvine/sms_spam", "sms", "label")
     assert found == [Example(f"text {i}", ("ham", "spam")[i % 2]) for i in range(19)]
     assert list(notes.values()) == [(1, "ucirvine/sms_spam, row 20")]
-    assert read_examples(None, "sms-spam", "text", "label") == found
+    assert read_examples(None, "sms-spam", "text", "label") == (found, notes)
 
 
-def test_an_ambiguous_text_is_dropped_under_every_label(tmp_path):
+def test_an_ambiguous_text_is_dropped_under_every_label(tmp_path, capsys):
     write_csv(str(tmp_path / "t.csv"), [("a", "x"), ("b", "y"), ("a", "y"), ("b", "y"), ("a", "x")])
-    notes = Notes()
-    assert read_table(tmp_path / "t.csv", "text", "label", notes) == [Example("b", "y")]
+    examples, notes = read_examples(tmp_path / "t.csv", "", "text", "label")
+    assert examples == [Example("b", "y")] and not capsys.readouterr().out  # the script prints the notes, on rank 0
     assert sum(number for number, _ in notes.values()) == 4
 
 

@@ -3,28 +3,26 @@
 import ast
 import dataclasses
 import importlib.util
-import json
 import re
 import resource
 import shlex
 import signal
 import subprocess
-import sys
 import timeit
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, REPOSITORY, TOY_SHAPE, command, log, run_script, succeed, wait_for_log
+from conftest import ENVIRONMENT, TOY_SHAPE, command, log, run_script, succeed, wait_for_log
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from training.distributed import Processes
 
 import train
 from model import GPT, GPTConfig
 from system.device import multiplies_faster_in_bfloat16
 from system.untrusted import printable
 from training.config import TrainerConfig
-from training.distributed import Processes
 from training.loader import Windows
 from training.optim import Muon, build_optimizers, learning_rate_at, set_learning_rate
 from training.state import TrainingState
@@ -337,35 +335,6 @@ def test_other_loggers_get_the_numbers_or_are_asked_for_in_one_line(toy, name):
         events.Reload()
         logged = {e["step"]: e["val_loss"] for e in log(toy / "checkpoints/tensorboard.jsonl") if "val_loss" in e}
         assert {e.step: e.value for e in events.Scalars("val_loss")} == pytest.approx(logged)
-
-
-@pytest.mark.slow
-def test_the_benchmark_runs_every_row(tmp_path):
-    shape = [
-        "--n-layer",
-        "1",
-        "--n-head",
-        "1",
-        "--n-embd",
-        "16",
-        "--block-size",
-        "32",
-        "--batch-size",
-        "2",
-        "--vocab-size",
-        "256",
-    ]
-    module = [sys.executable, "-m", "benchmarks.training", "--device", "cpu", *shape, "--steps", "1", "--rounds", "1"]
-    stdout = subprocess.run(
-        [*module, "--json", tmp_path / "b.json"], cwd=REPOSITORY, env=ENVIRONMENT, check=True, capture_output=True,
-        encoding="utf-8",
-    ).stdout  # fmt: skip
-    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
-    *exact, bf16 = rows
-    assert [row["name"] for row in exact] == ["plain", "+ fused head and loss", "+ fused AdamW", "+ freed memory kept"]
-    assert len({round(row["loss"], 4) for row in exact}) == 1  # they train the same
-    assert bf16["loss"] == pytest.approx(exact[0]["loss"], abs=0.01)
-    assert all(row["name"] in stdout and row["tokens_per_second"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
