@@ -11,6 +11,9 @@ import pytest
 import torch
 from conftest import TOY_SHAPE, run_script, succeed
 from matplotlib.figure import Figure
+from training.checkpointing import Checkpointer, changed_options, claim_output
+from training.distributed import Processes
+from training.run_report import MARK
 
 import train
 from model import GPT, GPTConfig
@@ -21,12 +24,9 @@ from system.files import atomic_write, naming
 from system.locks import releases_locks
 from text.token_files import read_token_meta
 from text.tokenizer import load_tokenizer, tokenizer_of_data
-from training.checkpointing import Checkpointer, changed_options, claim_output
 from training.config import TrainerConfig
-from training.distributed import Processes
 from training.loader import Epochs, Windows
 from training.plots import save_figure
-from training.run_report import MARK
 from training.state import TrainingState
 from training.trainer import Trainer
 from weights.loading import load_checkpoint
