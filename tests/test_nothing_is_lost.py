@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +11,11 @@ import pytest
 import torch
 from conftest import TOY_SHAPE, run_script, succeed
 from matplotlib.figure import Figure
+from training.checkpointing import Checkpointer, changed_options, claim_output
+from training.distributed import Processes
+from training.run_report import MARK
 
 import train
-from interface.terminal import load_conversation, require_file, save_conversation
 from model import GPT, GPTConfig
 from system.background import Background
 from system.cli import parse, plain
@@ -23,12 +24,9 @@ from system.files import atomic_write, naming
 from system.locks import releases_locks
 from text.token_files import read_token_meta
 from text.tokenizer import load_tokenizer, tokenizer_of_data
-from training.checkpointing import Checkpointer, changed_options, claim_output
 from training.config import TrainerConfig
-from training.distributed import Processes
 from training.loader import Epochs, Windows
 from training.plots import save_figure
-from training.run_report import MARK
 from training.state import TrainingState
 from training.trainer import Trainer
 from weights.loading import load_checkpoint
@@ -232,33 +230,6 @@ def test_weights_that_have_diverged_are_never_saved(toy, tmp_path, learning_rate
     saved = [load_checkpoint(path) for path in tmp_path.rglob("*.pt")]
     assert {state["step"] for state in saved} == {0}  # the first step breaks them
     assert all(tensor.isfinite().all() for state in saved for tensor in state["model"].values())
-
-
-def test_a_conversation_with_lone_surrogates_can_be_loaded_and_saved(tmp_path):
-    turns = [
-        {"role": "user", "content": "a\ud800b", "input": "\udfff", "name": "\udc80"},
-        {"role": "assistant", "content": "\udcffc"},
-    ]
-    (tmp_path / "bad.jsonl").write_text(json.dumps({"messages": turns}))
-    messages = load_conversation(tmp_path / "bad.jsonl")
-    save_conversation(tmp_path / "good.jsonl", messages)
-    assert load_conversation(tmp_path / "good.jsonl") == messages
-    assert [message["content"] for message in messages] == ["a\ufffdb", "\ufffdc"]
-
-
-@pytest.mark.parametrize("name", ["/dev/zero", "/dev/full", ".", "a\0b", ""])
-def test_chat_saves_to_and_loads_from_files_only(name):
-    for command in ("save", "load"):
-        with pytest.raises(UserError, match=f"/{command} needs a file name|is not a file: choose another name"):
-            require_file(command, name)
-
-
-@pytest.mark.parametrize("content", ["[" * 100_000, "1" * 5_000, "\ud800".encode("utf-8", "surrogatepass"), b"\xff"])
-def test_an_odd_file_is_never_replaced_by_a_conversation(tmp_path, content):
-    path = tmp_path / "odd.jsonl"
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    with pytest.raises(UserError, match="not the beginning of this conversation"):
-        save_conversation(path, [])
 
 
 def test_a_full_disk_names_the_file(tmp_path):
