@@ -78,7 +78,7 @@ def commands(page: str) -> list[str]:
     return [re.sub(r"\bNAME\b", "training" if "benchmarks" in line else "demo", line) for line in found]
 
 
-ALL_COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
+ALL_COMMANDS = list(dict.fromkeys(command for page in PAGES[:-1] for command in commands(page)))
 COMMANDS = [command for command in ALL_COMMANDS if NEW_FLAG not in command]
 
 
@@ -140,7 +140,7 @@ def serve(folder: Path, arguments: list[str]) -> tuple[int, str]:
     with subprocess.Popen(line, cwd=folder, env=ENVIRONMENT, stdout=pipe, encoding="utf-8") as process:
         lines = list(itertools.takewhile(lambda line: "URL" not in line, process.stdout))
         is_served = process.poll() is None
-        process.terminate()
+        process.kill()
     return int(not is_served), "".join(lines)
 
 
