@@ -33,7 +33,6 @@ NEW_FLAG = "--parallel-residual"  # of the worked example in docs/how-it-works.m
 
 SMALL = {  # flags for small sizes; they replace those on the page
     "demo.py": "--vocab-size 400 --max-steps 3 --sft-steps 3",
-    "prepare_data.py": "--workers 1",
     "train.py": "--n-layer 2 --n-head 2 --n-embd 32 --block-size 64 --max-steps 3 --batch-size 2 --eval-every 3 "
     "--warmup-steps 1 --eval-tokens 1000 --device cpu",
     "prepare_sft_data.py": "--block-size 64",
@@ -66,7 +65,7 @@ def lines_of(block: str) -> list[str]:
 
 
 def commands(page: str) -> list[str]:
-    """Returns the commands on a page in their order, from blocks for a shell and from code in the text."""
+    """Returns the commands on a page in their order. A benchmark or a preset called NAME becomes one that exists."""
     found = []
     for language, block, inline in re.findall(r"^```(\w*)\n(.*?)^```|`([^`]+)`", TEXT[page], re.M | re.S):
         if language == "bash":
@@ -74,7 +73,6 @@ def commands(page: str) -> list[str]:
             found += [line for line in lines if line.split()[0] in OURS and "llama.cpp" not in line]
         elif re.match(r"(python|make|streamlit|torchrun) [^=]", inline):
             found.append(" ".join(inline.split()))
-    # a benchmark or a preset called NAME becomes one that exists
     return [re.sub(r"\bNAME\b", "training" if "benchmarks" in line else "demo", line) for line in found]
 
 
@@ -192,8 +190,8 @@ def test_the_worked_example_changes_the_model(reader, tmp_path):
     """Applies the example to a copy of the project, and trains the new variant there."""
     left_out = shutil.ignore_patterns(".*", "checkpoints", "plots", "demo", "__pycache__")
     copy = shutil.copytree(REPOSITORY, tmp_path / "project", ignore=left_out)
-    [diff] = blocks("docs/how-it-works.md", "diff")
-    for file, hunks in re.findall(r"^\+\+\+ b/(\S+)\n(.*?)(?=^--- |\Z)", diff, re.M | re.S):
+    hunks_of = re.compile(r"^\+\+\+ b/(\S+)\n(.*?)(?=^--- |\Z)", re.M | re.S)
+    for file, hunks in hunks_of.findall(blocks("docs/how-it-works.md", "diff")[0]):
         text = (copy / file).read_text(encoding="utf-8")
         for hunk in re.split(r"^@@\n", hunks, flags=re.M)[1:]:
             lines = hunk.splitlines(keepends=True)
@@ -220,9 +218,8 @@ def test_the_folder_for_a_space_holds_all_that_the_app_needs():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_of_other_programs_say_whether_they_were_run(page):
-    ours = (*OURS, "source", "mkdir", "cat", "printf")
     for line in (line for block in blocks(page, "bash") for line in lines_of(block)):
-        others = line.split()[0] not in ours or "llama.cpp" in line
+        others = line.split()[0] not in (*OURS, "source", "mkdir", "cat", "printf") or "llama.cpp" in line
         assert not others or re.search("not run here|run on 20", line), line
 
 
