@@ -1,11 +1,13 @@
 """What the tests share: the scripts as real processes, and a toy base model and chat model that they trained."""
 
+from __future__ import annotations
+
 import functools
 import http.server
 import json
 import os
-import resource
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,8 +17,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from model import GPT
 
 REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY))
@@ -28,6 +34,23 @@ TOY_SHAPE = [
     "--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--block-size", "64", "--batch-size", "4",
     "--optimizer", "adamw", "--eval-every", "10", "--save-every", "10", "--warmup-steps", "2", "--device", "cpu",
 ]  # fmt: skip
+
+
+def random_model(**fields: Any) -> GPT:
+    """Returns a random model in evaluation mode whose output has many different tokens; its context is 64 tokens."""
+    import torch
+
+    from model import GPT, GPTConfig
+
+    torch.manual_seed(0)
+    shape = {"block_size": 64, "vocab_size": 320, "n_tokens": 300, "n_layer": 2, "n_head": 2, "n_embd": 48}
+    model = GPT(GPTConfig(**{**shape, **fields})).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    if model.wpe is not None:
+        torch.nn.init.normal_(model.wpe.weight)
+    return model
 
 
 def command(script: str, *arguments: object) -> list[str]:
@@ -152,12 +175,42 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def bounded_memory(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fails a test whose peak of memory grows by the `MEGABYTES` of its module."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    yield
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024  # KiB on Linux
-    assert grown < request.module.MEGABYTES, f"{grown:.0f} MB"
+def here(toy, tmp_path, monkeypatch) -> Path:
+    """A folder of one's own, the current one, with the toy's data in `data` and its model in
+    `checkpoints/pretrained.pt`."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(toy / "data/toy", tmp_path / "data")
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copy(toy / "checkpoints/toy.pt", tmp_path / "checkpoints/pretrained.pt")
+    return tmp_path
+
+
+def pretrain(**options: Any) -> dict[str, Any]:
+    """Pre-trains a toy on `data` in this process; returns what `--out` holds, or {}."""
+    import train
+
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64, "batch_size": 4, "device": "cpu"}
+    steps = {"max_steps": 6, "warmup_steps": 0, "log_every": 1, "eval_every": 3, "save_every": 3, "eval_tokens": 512}
+    config = train.Config(**{**shape, **steps, "learning_rate": 3e-3, "out": Path("checkpoints/a.pt"), **options})
+    train.main(config)
+    return contents(config.out) if config.out.exists() else {}
+
+
+def fine_tune(**options: Any) -> dict[str, Any]:
+    """Fine-tunes `checkpoints/pretrained.pt` on the conversations in `data`; returns what `--out` holds."""
+    import train_sft
+
+    steps = {"max_steps": 6, "batch_size": 16, "warmup_steps": 0, "log_every": 1, "eval_every": 3, "save_every": 3}
+    config = train_sft.Config(**{**steps, "learning_rate": 3e-3, "min_lr": 3e-3, "device": "cpu", **options})
+    train_sft.main(config)
+    return contents(config.out)
+
+
+def contents(path: Path | str) -> dict[str, Any]:
+    """Returns what a checkpoint file holds."""
+    import torch
+
+    return torch.load(path, weights_only=True)
 
 
 @pytest.fixture()
