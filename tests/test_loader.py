@@ -1,4 +1,4 @@
-"""Batches: each window and each sequence of an epoch once, the same for any number of processes, fixed by (seed, step)."""
+"""Batches: each window and sequence of an epoch once, the same for any number of processes, fixed by (seed, step)."""
 
 from __future__ import annotations
 
