@@ -40,7 +40,7 @@ def main(config: Config) -> None:
     """Prints the label and the probability of each text, as the texts come in."""
     from system.files import read_utf8_lines
     from training.classifier import Classifier
-    from weights.listing import newest
+    from weights.describe import newest
 
     classifier = Classifier.load(config.model or newest("classifier"), config.device, config.dtype)
     texts, to_print = tee(config.texts or skip_empty(read_utf8_lines(config.input)))

@@ -56,7 +56,7 @@ def main(config: Config) -> None:
     from text.readers import unix_line_ends
     from text.token_files import read_prepared_tokens
     from training.evaluation import evaluate_hellaswag, evaluate_text, read_hellaswag
-    from weights.listing import newest
+    from weights.describe import newest
 
     name = config.model or newest("language model")
     text_model = TextModel.load(name, config.device, config.dtype, convert_weights=False)

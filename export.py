@@ -17,11 +17,9 @@ class Config:
     """folder to write for transformers; or a checkpoint of this project, if the name ends in .pt"""
     model: Path | None = None
     """checkpoint to export: a language model, an adapter (it is merged with its base model) or a classifier; by default
-    the newest in checkpoints/. The folder NAME.last of a run in slices is one too"""
+    the newest in checkpoints/"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """precision of the weights"""
-    trim_vocab: bool = False
-    """leave out the embedding rows that pad the vocabulary to a multiple of 64"""
     overwrite: bool = False
     """replace an earlier export in --out"""
 
@@ -32,33 +30,28 @@ def main(config: Config) -> None:
 
     from generation.config import SamplingConfig
     from weights import checkpoint as checkpoints
-    from weights import huggingface
-    from weights.listing import newest
+    from weights import describe, huggingface
     from weights.loading import load_checkpoint
 
-    is_file = config.out.suffix == ".pt"
+    out, is_file = config.out, config.out.suffix == ".pt"
     if is_file:
         require(config.dtype == "float32", "a .pt holds float32: leave out --dtype, or name a folder with --out")
-        if config.out.exists() and not config.overwrite:
-            raise UserError(f"{config.out} exists: add --overwrite to replace it")
-        if config.model and config.out.exists() and config.model.exists() and config.out.samefile(config.model):
-            raise UserError(f"the export would replace {config.model}, which it reads: choose another --out")
+        if out.exists() and not config.overwrite:
+            raise UserError(f"{out} exists: add --overwrite to replace it")
     else:
-        huggingface.check_export_folder(config.out, config.overwrite)
-    checkpoint = load_checkpoint(config.model or newest("model"), verify=True, kinds=("base", "sft", "classifier"))
+        huggingface.check_export_folder(out, config.overwrite)
+    name = config.model or describe.newest("model")
+    checkpoint = load_checkpoint(name, verify=True, kinds=("base", "sft", "classifier"))
     if is_file:
-        weights = checkpoints.without_run(checkpoint)
-        checkpoints.save(config.out, checkpoints.trim_vocabulary(weights) if config.trim_vocab else weights)
-        print(f"wrote {config.out}")
+        kept = {key: value for key, value in checkpoint.items() if key not in checkpoints.RESUME_KEYS}
+        checkpoints.save(out, kept)
+        print(f"wrote {out}")
         return
-    sampling = SamplingConfig()
-    generation = {
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k,
-        "max_new_tokens": min(sampling.max_new_tokens, checkpoint["config"].block_size // 2),
-    }
-    huggingface.write_folder(checkpoint, config.out, getattr(torch, config.dtype), config.trim_vocab, generation)
-    print(f"wrote {config.out}: " + ", ".join(sorted(path.name for path in config.out.iterdir())))
+    sampling, card = SamplingConfig(), describe.model_card(checkpoint, out.resolve().name)
+    generation = {"temperature": sampling.temperature, "top_k": sampling.top_k}
+    generation["max_new_tokens"] = min(sampling.max_new_tokens, checkpoint["config"].block_size // 2)
+    huggingface.write_folder(checkpoint, out, getattr(torch, config.dtype), card, **generation)
+    print(f"wrote {out}: " + ", ".join(sorted(path.name for path in out.iterdir())))
 
 
 if __name__ == "__main__":

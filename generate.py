@@ -65,13 +65,13 @@ def main(config: Config) -> None:
     from generation.text_model import TextModel
     from interface import terminal
     from interface.lens_table import lens_table
-    from weights import listing
+    from weights import describe
 
     if config.list:
-        print(listing.table())
+        print(describe.table())
         return
     is_chat = config.chat or config.instruction is not None
-    name = config.model or listing.newest("chat model" if is_chat else "language model")
+    name = config.model or describe.newest("chat model" if is_chat else "language model")
     text_model = TextModel.load(
         name,
         config.device,
@@ -102,7 +102,7 @@ def main(config: Config) -> None:
         if not text_model.template:
             raise UserError(
                 f"{name} only completes text: drop --chat, or fine-tune it: "
-                f"{listing.fine_tuning_command(name, text_model.model.n_parameters())} --data CHATS.jsonl"
+                f"{describe.fine_tuning_command(name, text_model.model.n_parameters())} --data CHATS.jsonl"
             )
         terminal.chat(text_model, config)
     elif config.instruction is not None:

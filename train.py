@@ -139,7 +139,7 @@ def main(config: Config) -> None:
             model = checkpoint.build(start)
         else:
             shape: dict[str, Any] = {field.name: getattr(config, field.name) for field in dataclasses.fields(Shape)}
-            vocabulary = {"vocab_size": tokenizer.padded_vocab_size, "n_tokens": tokenizer.n_tokens}
+            vocabulary: dict[str, Any] = {"vocab_size": tokenizer.padded_vocab_size, "n_tokens": tokenizer.n_tokens}
             model = GPT(GPTConfig(**shape, **vocabulary))
         train_data, val_data = (
             Windows.from_folder(folder, meta, split, model.config, config.batch_size, config.seed)

@@ -31,7 +31,7 @@ from system.errors import UserError
 from text.readers import unix_line_ends
 from text.templates import Message, encode_prompt
 from text.tokenizer import Tokenizer
-from weights import checkpoint
+from weights import checkpoint, describe
 from weights.loading import load_checkpoint
 
 
@@ -93,7 +93,7 @@ class TextModel:
             model,
             checkpoint.tokenizer_of(state),
             state.get("template"),
-            f"{path}: {checkpoint.describe(state)}",
+            f"{path}: {describe.introduction(state)}",
             torch_dtype,
             CompiledDecoder(model) if compile else None,
         )

@@ -13,7 +13,7 @@ from interface.sessions import Answer, Conversation, Session
 from interface.sidebar import CheckpointFile
 from interface.streaming import clip, offer_prompts, show_stream, speed_line
 from interface.token_view import draw_bars, draw_chips
-from weights.listing import fine_tuning_command
+from weights.describe import fine_tuning_command
 
 GENERIC_PROMPTS = ("What can you do?", "What is the capital of France?", "Tell me a story.")
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import streamlit as st
 
 from generation.text_model import TextModel
-from weights import checkpoint
-from weights.describe import loss_name
+from weights.describe import facts, introduction
 from weights.loading import load_checkpoint
 
 
@@ -39,32 +38,10 @@ def load_model(path: str, modified: float) -> LoadedModel:
     Raises UserError if the file cannot be read.
     """
     state = load_checkpoint(path, kinds=("base", "sft", "classifier"))
-    texts = (checkpoint.facts(state), introduction(state), state.get("prompts", []))
+    texts = (facts(state), introduction(state), state.get("prompts", []))
     if state["kind"] == "classifier":
         return LoadedModel(*texts, None)
     text_model = TextModel.from_checkpoint(state, path)
     for parameter in text_model.model.parameters():  # off the file's pages: somebody may overwrite the file
         parameter.data = parameter.data.clone()
     return LoadedModel(*texts, text_model)
-
-
-def introduction(state: checkpoint.Checkpoint) -> str:
-    """Returns one sentence about a checkpoint: its kind and size, and if known its data and its loss."""
-    tasks = {"base": "completes text", "sft": "answers questions", "classifier": "classifies text"}
-    text = f"A GPT-2 with {rounded(sum(t.numel() for t in state['model'].values()))} parameters that "
-    text += tasks[state["kind"]]
-    options = state.get("train_config", {})
-    if data := options.get("input") or options.get("data") or options.get("dataset"):
-        text += f", trained on {data}"
-    loss = (state.get("history") or [{}])[-1].get("val_loss")
-    if loss is not None:
-        text += f", with a {loss_name(state)} of {loss:.2f}"
-    return text + "."
-
-
-def rounded(n: int) -> str:
-    """Returns a large number as text, such as "1.2 million"."""
-    for size, name in ((1e9, "billion"), (1e6, "million")):
-        if n >= size:
-            return f"{n / size:.3g} {name}"
-    return f"{n:,}"

@@ -178,13 +178,11 @@ def limit_spinning(microseconds: int = TRAINING) -> None:
 def progress(items: Iterable[Item] | None = None, **options: Any) -> tqdm[Item]:
     """Returns tqdm's progress bar on standard error: over the items, or for `total` units to `update` by hand.
 
-    On a terminal the bar goes when it ends. A log file gets a line every 30 seconds.
+    The bar goes when it ends, and is disabled if standard error is no terminal.
     """
     from tqdm import tqdm
 
-    is_terminal = sys.stderr.isatty()
-    interval = 0.5 if is_terminal else 30.0
-    return tqdm(items, mininterval=interval, delay=interval, leave=False, dynamic_ncols=True, **options)
+    return tqdm(items, mininterval=0.5, delay=0.5, leave=False, dynamic_ncols=True, disable=None, **options)
 
 
 def duration(seconds: float) -> str:

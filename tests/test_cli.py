@@ -133,7 +133,7 @@ MISTYPED = {  # script: pairs of a flag that a user may type, and the right one
     "generate": "temp temperature, max-tokens max-new-tokens, topk top-k, samples num-samples, checkpoint model, "
     "tokens max-new-tokens, no-chats no-chat, penalty repetition-penalty",
     "evaluate": "batchsize batch-size, texts text, checkpoint model",
-    "export": "output out, ckpt model, trim trim-vocab, force overwrite",
+    "export": "output out, ckpt model, force overwrite",
     "classify": "file input, checkpoint model",
     "prepare_data": "vocab vocab-size, vocabsize vocab-size, output out",
     "prepare_sft_data": "context block-size, blocksize block-size, force overwrite",

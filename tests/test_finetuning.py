@@ -34,7 +34,7 @@ from training.loader import Conversations
 from training.plots import draw_confusion_matrix, most_confused
 from training.recall import is_recalled, recall_report
 from weights import checkpoint
-from weights.listing import table
+from weights.describe import table
 from weights.loading import load_checkpoint
 from weights.lora import add_adapter, restore_adapter
 

@@ -1,4 +1,4 @@
-"""The models in `checkpoints/`: the newest that a script can use, and their list."""
+"""The models in `checkpoints/`: the newest that a script can use, their list, and how each is described."""
 
 import os
 import shutil
@@ -13,63 +13,47 @@ import evaluate
 import export
 import generate
 from system.errors import UserError
-from weights.listing import newest, table
+from weights import describe
+from weights.describe import newest, table
+from weights.loading import load_file
+
+SAMPLES = REPOSITORY / "tests/samples"
+OLDEST_FIRST = ("base.pt", "lora.pt", "sft.pt", "classifier.pt", "snapshots/base_step_9.pt", "bad.pt", "base.last.pt")
 
 
 @pytest.fixture
-def here(toy, tmp_path, monkeypatch) -> Path:
-    """A folder with a base model, a newer chat model, a newer adapter, and files that are no models."""
+def here(tmp_path, monkeypatch) -> Path:
+    """A folder with a model of each kind, and files that are no models."""
     checkpoints = tmp_path / "checkpoints"
     (checkpoints / "snapshots").mkdir(parents=True)
-    for name in ("toy.pt", "sft.pt", "toy.last.pt"):
-        shutil.copy(toy / "checkpoints" / name, checkpoints)
-    shutil.copy(REPOSITORY / "tests/samples/lora.pt", checkpoints)
-    shutil.copy(checkpoints / "toy.pt", checkpoints / "snapshots/toy_step_9.pt")
-    (checkpoints / "bad.pt").write_bytes(b"hello")
-    for i, name in enumerate(("toy.pt", "lora.pt", "sft.pt", "snapshots/toy_step_9.pt", "bad.pt", "toy.last.pt")):
+    for i, name in enumerate(OLDEST_FIRST):
+        sample = SAMPLES / ("base.pt" if name.startswith("snapshots") else name)
+        (checkpoints / name).write_bytes(b"hello" if name == "bad.pt" else sample.read_bytes())
         os.utime(checkpoints / name, (1e9 + i, 1e9 + i))
+    shutil.copy(SAMPLES / "base.pt", tmp_path)  # the base model of the adapter
     monkeypatch.chdir(tmp_path)
     return checkpoints
 
 
-def make_newest(path: Path) -> None:
-    os.utime(path, (2e9, 2e9))
-
-
-def add_classifier(here: Path) -> None:
-    good = torch.load(here / "toy.pt", weights_only=True)
-    config = {**good["config"], "n_classes": 2, "tie_weights": False}
-    weights = good["model"] | {"lm_head.weight": torch.zeros(2, config["n_embd"])}
-    options = {"input": None, "dataset": "sms-spam", "model": "checkpoints/toy.pt"}
-    classifier = {"kind": "classifier", "labels": ["a", "b"], "config": config, "model": weights}
-    torch.save({**good, **classifier, "train_config": options}, here / "spam.pt")
-    make_newest(here / "spam.pt")
-
-
 def test_the_newest_usable_model_is_chosen_and_named(here, capsys):
     assert newest("language model") == newest("chat model") == "checkpoints/sft.pt"
-    assert capsys.readouterr().err == (
-        "model: checkpoints/sft.pt, the newest language model in checkpoints/\n"
-        "model: checkpoints/sft.pt, the newest chat model in checkpoints/\n"
-    )
-    make_newest(here / "toy.pt")
-    assert newest("language model") == "checkpoints/toy.pt" and newest("chat model") == "checkpoints/sft.pt"
+    assert newest("model") == newest("classifier") == "checkpoints/classifier.pt"
+    named = "model: checkpoints/sft.pt, the newest language model in checkpoints/\n"
+    assert capsys.readouterr().err.startswith(named)
+    os.utime(here / "base.pt", (2e9, 2e9))
+    assert newest("language model") == "checkpoints/base.pt" and newest("chat model") == "checkpoints/sft.pt"
     (here / "sft.pt").unlink()
     assert newest("chat model") == "checkpoints/lora.pt"
-    add_classifier(here)
-    assert newest("model") == newest("classifier") == "checkpoints/spam.pt"
-    assert newest("language model") == "checkpoints/toy.pt"
 
 
 def test_every_script_that_uses_a_model_takes_the_newest(here, capsys):
-    add_classifier(here)
     (here.parent / "a.txt").write_text("some text")
     for script, config, name in (
         (generate, generate.Config(prompt="x", max_new_tokens=1), "sft.pt"),
         (generate, generate.Config(instruction="x", max_new_tokens=1), "sft.pt"),
         (evaluate, evaluate.Config(text=Path("a.txt")), "sft.pt"),
-        (classify, classify.Config(texts=("x",)), "spam.pt"),
-        (export, export.Config(out=Path("out")), "spam.pt"),
+        (classify, classify.Config(texts=("x",)), "classifier.pt"),
+        (export, export.Config(out=Path("out")), "classifier.pt"),
     ):
         script.main(config)
         printed = capsys.readouterr()
@@ -77,50 +61,51 @@ def test_every_script_that_uses_a_model_takes_the_newest(here, capsys):
 
 
 def test_without_a_usable_model_one_line_says_what_there_is_and_how_to_get_one(here):
-    (here / "sft.pt").unlink()
-    (here / "lora.pt").unlink()
+    for name in ("sft.pt", "lora.pt", "classifier.pt"):
+        (here / name).unlink()
     with pytest.raises(UserError) as error:
         generate.main(generate.Config(chat=True))
     assert str(error.value) == (
-        "no chat model in checkpoints/, only checkpoints/bad.pt (damaged), checkpoints/toy.pt (base): "
-        "make one with python train_sft.py --preset demo --model checkpoints/toy.pt --out checkpoints/toy-chat.pt, or "
-        "name one with --model"
+        "no chat model in checkpoints/, only checkpoints/bad.pt (damaged), checkpoints/base.pt (base): "
+        "make one with python train_sft.py --preset demo --model checkpoints/base.pt --out checkpoints/base-chat.pt, "
+        "or name one with --model"
     )
     shutil.rmtree(here)
     with pytest.raises(UserError, match="^no language model in checkpoints/: make one with make demo, or python train"):
         newest("language model")
-    assert (
-        table() == "no model in checkpoints/: make one with make demo, or python train.py --preset demo --data TEXT.txt"
-    )
+    assert table().startswith("no model in checkpoints/: make one with make demo, or python train.py")
 
 
 def test_the_list_has_an_aligned_line_for_every_file(here, capsys):
-    add_classifier(here)
     generate.main(generate.Config(list=True))
     heading, *lines = capsys.readouterr().out.splitlines()
-    names = ["spam", "bad", "snapshots/toy_step_9", "sft", "lora", "toy"]
-    assert [line.split()[0] for line in lines] == [f"checkpoints/{name}.pt" for name in names]
-    assert "not a checkpoint of this project, or damaged" in lines[1]
-    cells = {line.split()[0]: line for line in lines if "damaged" not in line}
-    for name, kind, data, parent in (
-        ("toy", "base", "data/toy", "-"),
-        ("sft", "chat", "data/toy", "checkpoints/toy.pt"),
-        ("spam", "classifier", "sms-spam", "checkpoints/toy.pt"),
+    assert [line.split()[0] for line in lines] == [f"checkpoints/{name}" for name in reversed(OLDEST_FIRST[:-1])]
+    assert "not a checkpoint of this project, or damaged" in lines[0]
+    for line, kind, parent in (
+        (lines[3], "chat", "base.pt"),
+        (lines[4], "chat (LoRA)", "base.pt"),
+        (lines[5], "base", "-"),
     ):
-        line = cells[f"checkpoints/{name}.pt"]
-        for title, value in (("kind", kind), ("data", data), ("made from", parent)):
+        for title, value in (("kind", kind), ("data", "data"), ("made from", parent)):
             assert line[heading.index(title) :].startswith(value), (title, line)
     loss = torch.load(here / "sft.pt", weights_only=True)["history"][-1]["val_loss"]
-    assert f" {loss:.4f}  data/toy" in cells["checkpoints/sft.pt"]
+    assert f" {loss:.4f}  data" in lines[3]
 
 
-def test_a_name_with_line_breaks_or_control_characters_stays_on_its_line(here, capsys):
-    good = torch.load(here / "toy.pt", weights_only=True)
-    torch.save({**good, "train_config": {"data": "a\nb", "model": "c\u2028d\x1b[2J"}}, here / "odd.pt")
-    odd = (here / "odd.pt").rename(here / "new\nline\x1b[2J.pt")
-    make_newest(odd)
-    assert newest("model") == f"checkpoints/{odd.name}"
-    assert capsys.readouterr().err == "model: checkpoints/new line\\x1b[2J.pt, the newest model in checkpoints/\n"
-    _, first, *others = table().splitlines()
-    assert first.startswith("checkpoints/new line\\x1b[2J.pt  ") and "  a b  " in first
-    assert first.endswith("  c d\\x1b[2J") and all(line.startswith("checkpoints/") for line in others)
+def test_a_model_is_described_by_its_facts():
+    state = load_file(SAMPLES / "base.pt")
+    facts = describe.facts(state)
+    loss = state["history"][-1]["val_loss"]
+    assert facts["parameters"] == f"{sum(tensor.numel() for tensor in state['model'].values()):,}"
+    assert facts["validation loss"] == f"{loss:.4f}" and facts["perplexity"] == "320.85"
+    assert facts["shape"] == "1 layers, 1 heads, 8 wide" and facts["training tokens"] == "256"
+    n = facts["parameters"]
+    expected = (
+        f"A GPT-2 with {n} parameters that completes text, trained on data, with a validation loss of {loss:.2f}."
+    )
+    assert describe.introduction(state) == expected
+    classifier = describe.facts(load_file(SAMPLES / "classifier.pt"))
+    assert classifier["labels"] == "a, b" and classifier["test accuracy"] == "0.5000" and "perplexity" not in classifier
+    chats = {**load_file(SAMPLES / "sft.pt"), "is_held_out": False}
+    assert "validation loss" not in describe.facts(chats)
+    assert "with a loss on its training conversations of" in describe.introduction(chats)

@@ -6,7 +6,6 @@ import math
 import shutil
 import statistics
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,20 +27,6 @@ _SECONDS = 20.0
 """After this time, no further step is measured."""
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What the steps of a run take."""
-
-    n_steps: int
-    """steps that were measured, after those that compile or allocate memory"""
-    seconds: float
-    """of one step, with the whole batch"""
-    evaluation_seconds: float
-    """of one evaluation"""
-    peak_memory: int
-    """bytes, with the whole batch"""
-
-
 def print_plan(trainer: Trainer, kind: str) -> None:
     """Measures steps of a run that has not begun; prints its time, memory, disk space and what would not fit.
 
@@ -49,26 +34,26 @@ def print_plan(trainer: Trainer, kind: str) -> None:
     """
     state, config, data = trainer.state, trainer.config, trainer.train_data
     n_rows, memory = rows_to_measure(trainer)
-    measured = measure(trainer, n_rows, memory)
+    n_measured, seconds = measure_steps(trainer, n_rows)
     if state.processes.rank > 0:
         return
     n, tokens_per_step = state.model.n_parameters(), data.n_tokens / data.batches_per_epoch
     tokens, epochs = tokens_per_step * config.max_steps, config.max_steps / data.batches_per_epoch
+    memory, limit = max(memory, peak_memory(state.processes.device)), total_memory(state.processes.device)
     n_evaluations = 1 + math.ceil(config.max_steps / config.eval_every)
-    evaluations = measured.evaluation_seconds * n_evaluations
+    share = min(1.0, config.eval_tokens / max(1, trainer.val_data.n_tokens))
+    evaluations = n_evaluations * max(1.0, share * trainer.val_data.batches_per_epoch) * seconds / 3  # forward alone
     part = "" if n_rows >= config.batch_size else f" with {n_rows} of {config.batch_size} sequences"
     split = f", in {state.n_micro_batches} micro-batches" if state.n_micro_batches > 1 else ""
     compiled = ", compiled" if state.is_compiled else ""
     precision = f"{str(state.dtype).removeprefix('torch.')} on {state.processes.device.type}"
     memorizes = ", in which a model memorizes it" if epochs > MANY_EPOCHS and isinstance(data, Windows) else ""
-    (best, last), free, limit = file_sizes(trainer, kind), free_space(config.out), total_memory(state.processes.device)
+    (best, last), free = file_sizes(trainer, kind), free_space(config.out)
     n_snapshots = config.max_steps // config.snapshot_every if config.snapshot_every else 0
     disk = best + last + max(best, last) + n_snapshots * best  # a new file is whole before it replaces the old one
     problems = []
-    if measured.peak_memory > limit:
-        problems.append(
-            f"the memory: {size(measured.peak_memory)} of {size(limit)}; try {config.memory_savers}smaller model"
-        )
+    if memory > limit:
+        problems.append(f"the memory: {size(memory)} of {size(limit)}; try {config.memory_savers}smaller model")
     if disk > free:
         problems.append(f"the disk space: {size(disk)}, and {size(free)} are free; try another disk with --out")
     rows = {
@@ -76,11 +61,11 @@ def print_plan(trainer: Trainer, kind: str) -> None:
         "data": f"{data.n_tokens:,} training tokens; {config.max_steps:,} steps are {epochs:,.2f} epochs{memorizes}",
         "tokens": f"{tokens:,.0f}, {tokens / n:.2g} per parameter; compute-optimal are about {COMPUTE_OPTIMAL} "
         f"(Hoffmann et al. 2022), after {COMPUTE_OPTIMAL * n / tokens_per_step:,.0f} steps",
-        "speed": f"{measured.seconds:.3g} s a step, {tokens_per_step / measured.seconds:,.0f} tokens/s: "
-        f"{measured.n_steps} steps measured{part}, {precision}{compiled}{split}",
-        "time": f"{duration(measured.seconds * config.max_steps + evaluations)} to the end, {duration(evaluations)} "
+        "speed": f"{seconds:.3g} s a step, {tokens_per_step / seconds:,.0f} tokens/s: "
+        f"{n_measured} steps measured{part}, {precision}{compiled}{split}",
+        "time": f"{duration(seconds * config.max_steps + evaluations)} to the end, {duration(evaluations)} "
         f"of it for {n_evaluations:,} evaluations",
-        "memory": f"{size(measured.peak_memory)} at the peak, of {size(limit)}",
+        "memory": f"{size(memory)} at the peak, of {size(limit)}",
         "disk": f"{size(best)} for {config.out}, {size(last)} for {config.last_path} (for --resume)"
         + (f", {size(best)} for each of {n_snapshots:,} snapshots" if n_snapshots else "")
         + f"; {size(free)} are free",
@@ -119,27 +104,20 @@ def rows_to_measure(trainer: Trainer) -> tuple[int, int]:
         n = n_next
 
 
-def measure(trainer: Trainer, n_rows: int, memory: int) -> Measured:
-    """Takes steps with the first `n_rows` sequences of each batch, and evaluates a few windows.
-
-    `memory` is what to expect of the whole batch, if only a part is measured.
-    """
+def measure_steps(trainer: Trainer, n_rows: int) -> tuple[int, float]:
+    """Takes steps with the first `n_rows` sequences of each batch; returns how many were timed, after those that
+    compile or allocate memory, and the median seconds of a step with the whole batch."""
     state, config = trainer.state, trainer.config
     scale = max(1.0, config.batch_size / n_rows)
-
-    def load(step: int) -> StepBatch:
-        if scale == 1:
-            return trainer.load_batch(step)
-        rows = trainer.train_data.batch(step)[:n_rows]
-        batches = micro_batches(rows, 1, max_length=state.model.config.block_size)
-        return StepBatch(batches, sum(row.total_weight for row in rows), sum(row.tokens.numel() for row in rows))
-
-    n_warmup, seconds = 3 if state.is_compiled else 1, []
-    begin = time.perf_counter()
+    n_warmup, seconds, begin = 3 if state.is_compiled else 1, list[float](), time.perf_counter()
     for step in range(_MAX_STEPS):
+        batch = trainer.load_batch(step)
+        if scale > 1:
+            rows = trainer.train_data.batch(step)[:n_rows]
+            batches = micro_batches(rows, 1, max_length=state.model.config.block_size)
+            batch = StepBatch(batches, sum(row.total_weight for row in rows), 0)
         if step == n_warmup:
             begin = time.perf_counter()
-        batch = load(step)
         start = time.perf_counter()
         trainer.forward_backward(batch.micro_batches, batch.total_weight).item()  # waits for the device
         between = time.perf_counter()
@@ -148,19 +126,7 @@ def measure(trainer: Trainer, n_rows: int, memory: int) -> Measured:
         is_over = time.perf_counter() - begin > _SECONDS and len(seconds) >= _MIN_STEPS + n_warmup
         if state.processes.any(is_over):
             break
-    step_seconds, val_data = statistics.median(seconds[n_warmup:]), trainer.val_data
-    share = min(1.0, config.eval_tokens / max(1, val_data.n_tokens))
-    n_batches = max(1.0, share * val_data.batches_per_epoch)
-    batch_seconds = step_seconds / 3  # the forward pass alone
-    if scale == 1:
-        for _ in range(2):  # the first one compiles
-            start = time.perf_counter()
-            trainer.validation_loss(n_batches=state.n_micro_batches)
-            batch_seconds = time.perf_counter() - start
-    peak = peak_memory(state.processes.device)
-    return Measured(
-        len(seconds) - n_warmup, step_seconds, batch_seconds * n_batches, peak if scale == 1 else max(memory, peak)
-    )
+    return len(seconds) - n_warmup, statistics.median(seconds[n_warmup:])
 
 
 def forward_backward(trainer: Trainer, rows: list[Batch]) -> None:

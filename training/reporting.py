@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,13 +19,14 @@ from system.device import machine, peak_flops, peak_memory
 from system.errors import UserError
 from system.files import atomic_write
 from training.config import TrainerConfig
-from training.evaluation import perplexity
 from training.examples import before_and_after
 from training.loader import Sequences, Windows
 from training.plots import draw_losses
 from training.state import Callback, Entry, StepRecord, StopReason, TrainingState
-from weights.describe import loss_name
+from weights import checkpoint
+from weights.describe import evaluation, facts
 
+SECONDS_BETWEEN_LINES = 30
 MANY_EPOCHS = 10
 """Passes over a text from which on a model memorizes it."""
 
@@ -61,6 +63,7 @@ class Console(Callback):
         self.peak_flops = (peak_flops(state.processes.device) or 0.0) * state.processes.world_size
         self.bar = progress(total=config.max_steps, initial=state.step, unit="step")
         self.start, self.tokens_before = time.perf_counter(), state.tokens
+        self.next_line = self.start + SECONDS_BETWEEN_LINES
 
     def on_step(self, state: TrainingState, record: StepRecord) -> None:
         rate = (record.tokens - self.tokens_before) / (time.perf_counter() - self.start)
@@ -69,6 +72,9 @@ class Console(Callback):
             text += f", MFU {rate * state.model.flops_per_token() / self.peak_flops:.0%}"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
+        if self.bar.disable and time.perf_counter() >= self.next_line:  # no terminal: plain lines
+            print(f"step {record.step:,} of {state.config.max_steps:,}: {text}", file=sys.stderr)
+            self.next_line += SECONDS_BETWEEN_LINES
 
     def on_evaluation(self, state: TrainingState, entry: Entry, is_best: bool) -> None:
         self.bar.clear()
@@ -96,7 +102,8 @@ class Console(Callback):
         if kept is None:
             print(f"no evaluation after training began yet, so {config.out} is not written")
             return
-        print(f"model in {config.out}: {describe_evaluation(kept, self.metadata)}")
+        figures = ", ".join(f"{name} {value}" for name, value in evaluation(self.metadata, kept).items())
+        print(f"model in {config.out}, of step {kept['step']:,}: {figures}")
         if kind == "base" and state.step == state.history[-1]["step"] and kept["step"] < 0.7 * state.step:
             print(
                 f"after step {kept['step']:,} it only memorized: a run with --max-steps {kept['step']} probably gives "
@@ -121,14 +128,6 @@ def kept_evaluation(state: TrainingState) -> Entry | None:
     if state.config.keep == "last":
         return later[-1] if later else None
     return min(later, key=lambda entry: entry["val_loss"], default=None)
-
-
-def describe_evaluation(entry: Entry, metadata: dict[str, Any]) -> str:
-    """Returns the loss of an evaluation in words; `metadata` is that of the checkpoints."""
-    text = f"{loss_name(metadata)} {entry['val_loss']:.4f} at step {entry['step']:,}"
-    if metadata["kind"] != "classifier":
-        text += f", perplexity {perplexity(entry['val_loss']):,.2f}"
-    return text + (f", {entry['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in entry else "")
 
 
 def parameter_table(model: GPT) -> str:
@@ -237,9 +236,9 @@ class Report(Callback):
     A thread does both, so training does not wait. If one fails, the run goes on.
     """
 
-    def __init__(self, log: Log, train_data: Windows | Sequences, metadata: dict[str, Any]):
+    def __init__(self, log: Log, metadata: dict[str, Any]):
         """`metadata` is that of the checkpoints."""
-        self.log, self.train_data, self.metadata = log, train_data, metadata
+        self.log, self.metadata = log, metadata
         self.writer = ThreadPoolExecutor(1)
 
     def on_save(self, state: TrainingState) -> None:
@@ -262,22 +261,15 @@ class Report(Callback):
 
     def page(self, state: TrainingState, reason: StopReason | None) -> str:
         """Returns the report. `reason` is why the run ended, if it did."""
-        config, model, data = state.config, state.model, self.train_data
-        options, seconds, kept = plain(config), self.log.seconds, kept_evaluation(state)
+        config, seconds, kept = state.config, self.log.seconds, kept_evaluation(state)
         plot = Path(os.path.relpath(config.plot_path(), config.report_path.parent)).as_posix()
-        facts = {
-            "started from": options.get("model") or options["init_from"],
-            "data": f"{options.get('data') or options.get('input')}: {data.n_tokens:,} training tokens",
-            "model": f"{model.config.n_layer} layers, {model.config.n_head} heads, {model.config.n_embd} wide, context "
-            f"of {model.config.block_size:,} tokens; {model.n_parameters():,} parameters",
-            "training": f"{state.step:,} of {config.max_steps:,} steps, {state.tokens:,} tokens, "
-            + str(state.dtype).removeprefix("torch."),
-            "evaluation": describe_evaluation(kept, self.metadata) if kept else "none yet",
-            "time": f"{duration(seconds)}, {state.tokens / max(seconds, 1e-9):,.0f} tokens/s",
-            "machine": machine(state.processes.device)
-            + (f"; {state.processes.world_size} processes" if state.processes.world_size > 1 else ""),
-        }
-        rows = "\n".join(f"| {name} | {_cell(text)} |" for name, text in facts.items())
+        packed = checkpoint.pack(state.model, **self.metadata, step=state.step, tokens=state.tokens)
+        known = facts({**packed, "train_config": plain(config), "history": [kept] if kept else []})
+        known["time"] = f"{duration(seconds)}, {state.tokens / max(seconds, 1e-9):,.0f} tokens/s"
+        known["machine"] = machine(state.processes.device)
+        if state.processes.world_size > 1:
+            known["processes"] = str(state.processes.world_size)
+        rows = "\n".join(f"| {name} | {_cell(text)} |" for name, text in known.items())
         examples = "\n".join(
             f"| {entry['step']:,} | {entry['val_loss']:.4f} | {_cell(example['input'])} | {_cell(example['output'])} |"
             for entry in state.history

@@ -72,7 +72,7 @@ def train(
         Console(log, train_data, metadata, first_loss),
         log,
         Checkpointer(metadata),
-        Report(log, train_data, metadata),
+        Report(log, metadata),
     ]
     return trainer.run(callbacks)
 

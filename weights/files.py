@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +19,6 @@ class CheckpointFile:
 
 def checkpoint_files() -> list[CheckpointFile]:
     """Returns the checkpoints under `checkpoints/`, the newest first, without the files that only `--resume` reads."""
-    files = []
-    for path in FOLDER.rglob("*.pt"):
-        with contextlib.suppress(OSError):  # a file that is deleted meanwhile
-            if not path.name.endswith(".last.pt") and path.is_file():
-                files.append(CheckpointFile(path, path.stat().st_mtime))
+    paths = [path for path in FOLDER.rglob("*.pt") if not path.name.endswith(".last.pt") and path.is_file()]
+    files = [CheckpointFile(path, path.stat().st_mtime) for path in paths]
     return sorted(files, key=lambda file: (-file.modified, file.path))

@@ -5,22 +5,19 @@ import dataclasses
 import functools
 import json
 import re
-import textwrap
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model import GPTConfig
-from system.errors import UserError
-from system.files import atomic_folder
-from system.untrusted import brief, is_file_name, read_json
+from gpt_config import GPTConfig
+from system.cli import shorten
+from system.errors import UserError, is_out_of_memory
+from system.files import atomic_folder, read_json
 from text import tokenizer as tokenizers
 from text.templates import jinja_template
-from weights.checkpoint import Checkpoint, from_state_dict, grow_vocabulary, tokenizer_of, trim_vocabulary
-from weights.model_card import model_card
+from weights.checkpoint import Checkpoint, checked, grow_vocabulary, tokenizer_of
 
 HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")} | {
     "distilgpt2": "distilbert/distilgpt2"
@@ -31,40 +28,18 @@ CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_
 """Matrices that `transformers` stores as (in, out), in its class Conv1D; ours are (out, in)."""
 
 FILES_READ = [
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "model.safetensors",
-    "model-*.safetensors",
-    "model.safetensors.index.json",
+    *("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    *("model.safetensors", "model-*.safetensors"),
 ]
-
 FILES_WRITTEN = {
-    "README.md",
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
+    *("README.md", "config.json", "generation_config.json"),
+    *("model.safetensors", "tokenizer.json", "tokenizer_config.json"),
 }
-
 EXPORTED_FIELDS = {
-    "block_size",
-    "vocab_size",
-    "n_tokens",
-    "n_layer",
-    "n_head",
-    "n_embd",
-    "dropout",
-    "bias",
-    "tie_weights",
-    "n_classes",
+    *("block_size", "vocab_size", "n_tokens", "n_layer", "n_head", "n_embd"),
+    *("dropout", "bias", "tie_weights", "n_classes"),
 }
 """Fields of GPTConfig that the GPT-2 of `transformers` can express with any value."""
-
-_MAX_HEADER_BYTES = 2**22
-"""Longest header of a safetensors file. It takes about 100 bytes per tensor, and GPT-2 XL has 580."""
 
 
 # ---- reading
@@ -91,31 +66,17 @@ def _snapshot(name: str) -> Path:
     try:
         return Path(snapshot_download(HUB_NAMES.get(name, name), allow_patterns=FILES_READ))
     except Exception as error:  # the client of the Hub raises many types
-        problem = textwrap.shorten(str(error), 200, placeholder=" …")
         raise UserError(
-            f"cannot get {name} from the Hugging Face Hub, nor is it in the cache ({type(error).__name__}: {problem}); "
-            "without a network, name a local folder or checkpoint"
+            f"cannot get {name} from the Hugging Face Hub, nor is it in the cache ({type(error).__name__}: "
+            f"{shorten(str(error), 200)}); without a network, name a local folder or checkpoint"
         ) from None
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Returns the safetensors files of a folder in order. Raises UserError if there is none, or one is missing."""
-    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
-    if index.exists():
-        try:
-            names = sorted(set(read_json(index)["weight_map"].values())) or names
-            if not all(is_file_name(name) and name.endswith(".safetensors") for name in names):
-                raise ValueError
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{index} is damaged: download the model again") from None
-    files = [folder / name for name in names]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{file} is missing: only weights in safetensors are read, never pickled ones")
-        with open(file, "rb") as opened:
-            n_header_bytes = int.from_bytes(opened.read(8), "little")
-        if n_header_bytes > _MAX_HEADER_BYTES:  # the library reads longer ones, into 20 times their size of memory
-            raise UserError(f"{file} is damaged: its header has {n_header_bytes:,} bytes; download the model again")
+    """Returns the safetensors files of a folder, in the order of their names. Raises UserError if there is none."""
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}/model.safetensors is missing: only weights in safetensors are read, never pickles")
     return files
 
 
@@ -132,28 +93,30 @@ def read_folder(folder: Path) -> Checkpoint:
         _require_gpt2(hf_config, folder)
         weights: dict[str, Tensor] = {}
         for file in weight_files(folder):
-            weights |= load_file(file)
+            weights |= {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
         if "score.weight" in weights:
             raise UserError(f"{folder} holds a classifier: only language models are read from such a folder")
-        weights = _with_our_names(weights)
-        (vocab_size, n_embd), (block_size, _) = weights["wte.weight"].shape, weights["wpe.weight"].shape
-        tokenizer = _read_tokenizer(folder, vocab_size)
+        weights = {name: tensor.mT if name.endswith(CONV1D) else tensor for name, tensor in weights.items()}
+        vocab_size, n_embd = weights["wte.weight"].shape
+        tokenizer, template = _read_tokenizer(folder, vocab_size), _read_template(folder)
         config = GPTConfig(
-            block_size=hf_config.get("n_positions", block_size),
-            vocab_size=hf_config.get("vocab_size", vocab_size),
+            block_size=len(weights["wpe.weight"]),
+            vocab_size=vocab_size,
             n_tokens=min(vocab_size, tokenizer.n_tokens),
             n_layer=hf_config["n_layer"],
             n_head=hf_config["n_head"],
-            n_embd=hf_config.get("n_embd", n_embd),
+            n_embd=n_embd,
             tie_weights=hf_config.get("tie_word_embeddings", True),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        problem = " ".join(str(error)[:200].split())
+        metadata = {"kind": "sft" if template else "base", "tokenizer": tokenizer.spec, "template": template}
+        return checked({**metadata, "model": weights, "config": config}, folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(
-            f"cannot read a GPT-2 from {folder} ({type(error).__name__}: {problem}): download or export the model again"
+            f"cannot read a GPT-2 from {folder} ({type(error).__name__}: {shorten(str(error), 200)}): "
+            "download or export the model again"
         ) from None
-    template = _read_template(folder)
-    return from_state_dict(weights, config, tokenizer, folder, kind="sft" if template else "base", template=template)
 
 
 def _require_gpt2(hf_config: dict[str, Any], folder: Path) -> None:
@@ -168,13 +131,8 @@ def _require_gpt2(hf_config: dict[str, Any], folder: Path) -> None:
     }
     for name, values in accepted.items():
         if hf_config.get(name) not in values:
-            found = brief(hf_config.get(name))
+            found = shorten(repr(hf_config.get(name)), 100)
             raise UserError(f"{folder} is not a GPT-2 like OpenAI's: its {name} is {found}; choose another model")
-
-
-def _with_our_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    ours = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
-    return {name: tensor.mT if name.endswith(CONV1D) and tensor.dim() == 2 else tensor for name, tensor in ours.items()}
 
 
 def _read_tokenizer(folder: Path, vocab_size: int) -> tokenizers.Tokenizer:
@@ -196,10 +154,9 @@ def _read_template(folder: Path) -> str | None:
     `transformers` saves the template to a file of its own; our export writes it into tokenizer_config.json.
     """
     chat_template = None
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        tokenizer_config = read_json(folder / "tokenizer_config.json")
-        chat_template = tokenizer_config.get("chat_template")
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(FileNotFoundError):
+        chat_template = read_json(folder / "tokenizer_config.json").get("chat_template")
+    with contextlib.suppress(FileNotFoundError):
         chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     return next((name for name in ("chat", "alpaca") if chat_template == jinja_template(name)), None)
 
@@ -213,44 +170,44 @@ def check_export_folder(folder: Path, overwrite: bool) -> None:
         return
     if not folder.is_dir():
         raise UserError(f"--out {folder} is a file: name a folder")
-    names = {path.name for path in folder.iterdir()} - {".prepare-config.json"}  # a killed export leaves this behind
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".config.json.")}  # of a killed export
     if names and not overwrite:
         raise UserError(f"{folder} is not empty: choose another --out, or add --overwrite to replace an earlier export")
-    if names - FILES_WRITTEN or (names and not _is_export(folder)):
+    if names and not {"README.md", "model.safetensors"} <= names <= FILES_WRITTEN:
         raise UserError(f"{folder} holds more than an export: choose another --out")
 
 
-def _is_export(folder: Path) -> bool:
-    """Whether a folder holds a GPT-2's config, or the mark of an export that was killed while it replaced another."""
-    try:
-        config = read_json(folder / "config.json")
-        return "incomplete" in config or config["model_type"] == "gpt2"
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
 def write_folder(
-    checkpoint: Checkpoint,
-    folder: Path,
-    dtype: torch.dtype = torch.float32,
-    trim_vocab: bool = False,
-    generation: Mapping[str, object] | None = None,
+    checkpoint: Checkpoint, folder: Path, dtype: torch.dtype = torch.float32, card: str = "", **generation: object
 ) -> None:
     """Writes a checkpoint (base, sft or classifier) as a folder that `transformers` loads, whole or not at all.
 
-    `trim_vocab` leaves out the embedding rows that pad the vocabulary. `generation` holds further settings for
-    generation_config.json. Files of an earlier export that the new one does not have are removed. Raises UserError if
-    `transformers` cannot express the model, or the disk is full.
+    `card` is the text of README.md. `generation` holds further settings for generation_config.json. Files of an earlier
+    export that the new one does not have are removed. Raises UserError if `transformers` cannot express the model, or
+    the disk is full.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    _require_expressible(checkpoint["config"])
+    for name, value in inexpressible_fields(checkpoint["config"]).items():
+        raise UserError(
+            f"cannot export the model: the GPT-2 of transformers has no setting for {name}={value!r}; "
+            "use the checkpoint with this project's own scripts, or train one with --no-rotary --no-qk-norm "
+            "--no-squared-relu"
+        )
     if checkpoint["kind"] == "classifier":
         checkpoint = grow_vocabulary(checkpoint)  # <|user|> becomes its padding token
-    if trim_vocab:
-        checkpoint = trim_vocabulary(checkpoint)
-    texts = _text_files(checkpoint, folder.resolve().name, dtype, generation or {})
+    tokenizer, is_classifier = tokenizer_of(checkpoint), checkpoint["kind"] == "classifier"
+    settings = {"config.json": _model_config(checkpoint, tokenizer, dtype)}
+    settings["tokenizer_config.json"] = _tokenizer_config(checkpoint, tokenizer)
+    if not is_classifier:
+        settings["generation_config.json"] = {
+            **_generation_config(checkpoint["config"], tokenizer),
+            **(generation or {}),
+        }
+    texts = {file: json.dumps(values, indent=2) + "\n" for file, values in settings.items()}
+    texts["tokenizer.json"] = tokenizers.to_json(tokenizer, checkpoint["config"].n_tokens, ends_texts=is_classifier)
+    texts["README.md"] = card
     try:
         with atomic_folder(folder, "config.json") as temporary:
             weights = temporary / "model.safetensors"
@@ -266,37 +223,8 @@ def write_folder(
 
 def inexpressible_fields(config: GPTConfig) -> dict[str, object]:
     """Returns the fields, with their values, that make a model one that `transformers` has no architecture for."""
-    values = {field.name: (getattr(config, field.name), field.default) for field in dataclasses.fields(config)}
-    return {
-        name: value for name, (value, default) in values.items() if name not in EXPORTED_FIELDS and value != default
-    }
-
-
-def _require_expressible(config: GPTConfig) -> None:
-    for name, value in inexpressible_fields(config).items():
-        raise UserError(
-            f"cannot export the model: the GPT-2 of transformers has no setting for {name}={value!r}; "
-            "use the checkpoint with this project's own scripts, or train one with --no-rotary --no-qk-norm "
-            "--no-squared-relu"
-        )
-
-
-def _text_files(
-    checkpoint: Checkpoint, name: str, dtype: torch.dtype, generation: Mapping[str, object]
-) -> dict[str, str]:
-    """Returns the names and the contents of all files of an export but the weights; `name` is the model's."""
-    config, tokenizer = checkpoint["config"], tokenizer_of(checkpoint)
-    is_classifier = checkpoint["kind"] == "classifier"
-    values = {
-        "config.json": _model_config(checkpoint, tokenizer, dtype),
-        "tokenizer_config.json": _tokenizer_config(checkpoint, tokenizer),
-    }
-    if not is_classifier:
-        values["generation_config.json"] = {**_generation_config(config, tokenizer), **generation}
-    texts = {file: json.dumps(value, indent=2) + "\n" for file, value in values.items()}
-    texts["tokenizer.json"] = tokenizers.to_json(tokenizer, config.n_tokens, ends_texts=is_classifier)
-    texts["README.md"] = model_card(checkpoint, name)
-    return texts
+    defaults = {field.name: field.default for field in dataclasses.fields(config) if field.name not in EXPORTED_FIELDS}
+    return {name: getattr(config, name) for name, default in defaults.items() if getattr(config, name) != default}
 
 
 def _with_hf_names(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -323,54 +251,44 @@ def _model_config(checkpoint: Checkpoint, tokenizer: tokenizers.Tokenizer, dtype
         "n_layer": config.n_layer,
         "n_head": config.n_head,
         "n_embd": config.n_embd,
-        "n_inner": None,
         "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,
-        "initializer_range": 0.02,
-        "attn_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "resid_pdrop": config.dropout,
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
         "tie_word_embeddings": bool(labels) or config.tie_weights,
         "bos_token_id": tokenizer.end_of_text,
         "eos_token_id": tokenizer.end_of_text,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     if labels:
-        hf_config |= {
-            "pad_token_id": tokenizer.user,
-            "problem_type": "single_label_classification",
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: i for i, label in enumerate(labels)},
-        }
+        hf_config["pad_token_id"] = tokenizer.user
+        hf_config["problem_type"] = "single_label_classification"
+        hf_config["id2label"] = dict(enumerate(labels))
+        hf_config["label2id"] = {label: i for i, label in enumerate(labels)}
     return hf_config
 
 
 def _generation_config(config: GPTConfig, tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
     """Returns settings for sampling: each control token ends a text, and padding ids are never sampled."""
-    settings: dict[str, Any] = {
+    padding = list(range(config.n_tokens, config.vocab_size))
+    return {
         "bos_token_id": tokenizer.end_of_text,
         "eos_token_id": list(range(tokenizer.end_of_text, config.n_tokens)),
         "pad_token_id": tokenizer.end_of_text,
         "do_sample": True,
+        **({"suppress_tokens": padding} if padding else {}),
     }
-    if config.vocab_size > config.n_tokens:
-        settings["suppress_tokens"] = list(range(config.n_tokens, config.vocab_size))
-    return settings
 
 
 def _tokenizer_config(checkpoint: Checkpoint, tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
-    config, end_of_text = checkpoint["config"], tokenizers.END_OF_TEXT
-    role_tokens = [tokenizers.USER, tokenizers.ASSISTANT]
-    n_role_tokens = max(0, config.n_tokens - tokenizer.user)
-    settings = {
+    config, end_of_text, template = checkpoint["config"], tokenizers.END_OF_TEXT, checkpoint.get("template")
+    n_roles = max(0, config.n_tokens - tokenizer.user)
+    return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.block_size,
         "clean_up_tokenization_spaces": False,
         "bos_token": end_of_text,
         "eos_token": end_of_text,
         "pad_token": tokenizers.USER if checkpoint["kind"] == "classifier" else end_of_text,
-        "additional_special_tokens": role_tokens[:n_role_tokens],
+        "additional_special_tokens": [tokenizers.USER, tokenizers.ASSISTANT][:n_roles],
+        **({"chat_template": jinja_template(template)} if template else {}),
     }
-    if checkpoint.get("template"):
-        settings["chat_template"] = jinja_template(checkpoint["template"])
-    return settings

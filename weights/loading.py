@@ -12,18 +12,22 @@ from weights.checkpoint import Checkpoint, from_contents, grow_vocabulary, read_
 def load_checkpoint(name: str | Path, verify: bool = False, kinds: tuple[str, ...] = ("base", "sft")) -> Checkpoint:
     """Loads the model that the user names onto the CPU; tensors are mapped from their file where possible.
 
-    `name` is our `.pt` file, nanoGPT's `ckpt.pt`, a folder in the format of
-    Hugging Face, or a model of the Hugging Face Hub, such as "gpt2". `verify` compares the checksums of a file first.
-    `kinds` are the kinds that the caller accepts; an adapter, of the kind "lora", is merged with its base model unless
-    the caller accepts "lora". Raises UserError if the model is missing, damaged, foreign, of another kind, or from a
-    newer version of this project.
+    `name` is our `.pt` file, nanoGPT's `ckpt.pt`, a folder in the format of Hugging Face, or a model of the Hub, such
+    as "gpt2". `verify` compares the checksums of a `.pt` file first. `kinds` are those that the caller accepts; an
+    adapter, of the kind "lora", is merged with its base model unless the caller accepts "lora". Raises UserError if the
+    model is missing, damaged, foreign, of another kind, or from a newer version of this project.
     """
     path = Path(name)
-    checkpoint = load_file(path, verify) if path.is_file() else _load_folder(path, verify)
+    checkpoint = load_file(path, verify) if path.is_file() else _load_folder(path)
     if checkpoint["kind"] == "lora" and "lora" not in kinds:
         checkpoint = lora.merge_into_base(checkpoint, load_base(checkpoint, path), path)
-    _require_kind(checkpoint["kind"], path, kinds)
-    return checkpoint
+    if checkpoint["kind"] in kinds:
+        return checkpoint
+    if checkpoint["kind"] == "classifier":
+        raise UserError(f"{path} is a classifier: ask it with classify.py")
+    if kinds == ("classifier",):
+        raise UserError(f"{path} is a language model, not a classifier: train one with train_classifier.py")
+    raise UserError(f"{path} is of the kind {checkpoint['kind']!r}: choose one of the kind {' or '.join(kinds)}")
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
@@ -47,28 +51,15 @@ def load_base(adapter: Checkpoint, path: str | Path) -> Checkpoint:
 
 
 def load_file(path: Path, verify: bool = False) -> Checkpoint:
-    """Loads a `.pt` file, ours or nanoGPT's, of any kind; an adapter stays apart from its base model.
-
-    Raises UserError as `load_checkpoint` does.
-    """
+    """Loads a `.pt` file, ours or nanoGPT's, of any kind; an adapter stays apart from its base model."""
     contents = read_contents(path, verify)
-    if nanogpt.is_nanogpt(contents):
-        return nanogpt.from_nanogpt(contents, path)
-    return from_contents(contents, path)
+    return nanogpt.from_nanogpt(contents, path) if nanogpt.is_nanogpt(contents) else from_contents(contents, path)
 
 
-def _load_folder(path: Path, verify: bool) -> Checkpoint:
+def _load_folder(path: Path) -> Checkpoint:
+    if (path / "slices.json").exists():
+        raise UserError(f"{path} is a checkpoint in slices, which version 0.2 was the last to read: use that version")
     folder = huggingface.find_folder(path)
     if folder is None:
         raise UserError(f"no checkpoint {path}: train one with train.py, or choose one that generate.py --list shows")
     return huggingface.read_folder(folder)
-
-
-def _require_kind(kind: str, path: Path, kinds: tuple[str, ...]) -> None:
-    if kind in kinds:
-        return
-    if kind == "classifier":
-        raise UserError(f"{path} is a classifier: ask it with classify.py")
-    if kinds == ("classifier",):
-        raise UserError(f"{path} is a language model, not a classifier: train one with train_classifier.py")
-    raise UserError(f"{path} is of the kind {kind!r}, wanted {' or '.join(kinds)}")

@@ -6,10 +6,8 @@ tokens, which no base model has seen. Its float32 tensors are `NAME.lora_A` (ran
 sum of its base model.
 """
 
-import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,7 +19,7 @@ from torch.nn.utils import parametrize
 from model import GPT
 from system.errors import UserError
 from weights import huggingface
-from weights.checkpoint import Checkpoint, tokenizer_of
+from weights.checkpoint import Checkpoint, pack, require_fit, tokenizer_of
 
 
 class LoRALinear(nn.Module):
@@ -74,28 +72,8 @@ def restore_adapter(model: GPT, adapter: Checkpoint, path: str | Path) -> None:
 
     Raises UserError if they do not fit.
     """
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    try:
-        if adapter["model"].keys() != trained:
-            raise RuntimeError
-        model.load_state_dict(adapter["model"], strict=False)
-    except RuntimeError:
-        raise UserError(f"{path} is damaged: its adapter does not fit its base model") from None
-
-
-def merge(
-    weights: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: float, first_role: int
-) -> dict[str, Tensor]:
-    """Returns the weights of a model without an adapter that computes the same as `weights` with `adapter`.
-
-    `scale` is alpha/rank, `first_role` the id of `<|user|>`.
-    """
-    merged = {**weights, "wte.weight": weights["wte.weight"].clone()}
-    merged["wte.weight"][first_role : first_role + 2] = adapter["role_rows"]
-    for name in [name.removesuffix("lora_A") for name in adapter if name.endswith("lora_A")]:
-        A, B, W = adapter[name + "lora_A"], adapter[name + "lora_B"], weights[name + "weight"]
-        merged[name + "weight"] = torch.addmm(W, B, A, alpha=scale)  # (out, in)
-    return merged
+    require_fit(adapter["model"], pack(model, kind="lora")["model"], path)
+    model.load_state_dict(adapter["model"], strict=False)
 
 
 def merge_into_base(adapter: Checkpoint, base: Checkpoint, path: str | Path) -> Checkpoint:
@@ -103,12 +81,22 @@ def merge_into_base(adapter: Checkpoint, base: Checkpoint, path: str | Path) -> 
 
     Raises UserError if the two do not fit.
     """
-    if dataclasses.replace(adapter["config"], dropout=0.0) != dataclasses.replace(base["config"], dropout=0.0):
-        raise UserError(f"{path} is damaged: its adapter does not fit its base model")
-    scale = adapter["lora"]["alpha"] / adapter["lora"]["rank"]
-    weights = merge(base["model"], adapter["model"], scale, tokenizer_of(adapter).user)
+    rank, first_role, weights = adapter["lora"]["rank"], tokenizer_of(adapter).user, {**base["model"]}
+    layers = {name.removesuffix("weight"): W for name, W in weights.items() if name.startswith("h.") and W.dim() == 2}
+    expected = {"role_rows": weights["wte.weight"][:2]}
+    for name, W in layers.items():
+        expected[name + "lora_A"], expected[name + "lora_B"] = (
+            torch.empty(rank, W.size(1)),
+            torch.empty(W.size(0), rank),
+        )
+    require_fit(adapter["model"], expected, path)
+    weights["wte.weight"] = weights["wte.weight"].clone()
+    weights["wte.weight"][first_role : first_role + 2] = adapter["model"]["role_rows"]
+    for name, W in layers.items():
+        A, B = adapter["model"][name + "lora_A"], adapter["model"][name + "lora_B"]
+        weights[name + "weight"] = torch.addmm(W, B, A, alpha=adapter["lora"]["alpha"] / rank)  # (out, in)
     metadata = {name: value for name, value in adapter.items() if name != "lora"}
-    return {**metadata, "kind": "sft", "model": weights}
+    return {**metadata, "kind": "sft", "config": base["config"], "model": weights}
 
 
 def find_base(adapter: Checkpoint, path: str | Path) -> Path:
@@ -117,13 +105,9 @@ def find_base(adapter: Checkpoint, path: str | Path) -> Path:
     Raises UserError if the base model is missing, or if its SHA-256 sum is not that in the adapter.
     """
     base, sha256 = Path(adapter["lora"]["base"]), adapter["lora"]["base_sha256"]
-    try:
-        candidates = [file for file in (base, Path(path).parent / base.name) if file.is_file()]
-    except OSError:  # the name is too long for the file system
-        candidates = []
-    else:
-        if not candidates and huggingface.find_folder(base):
-            candidates = [base]
+    candidates = [file for file in (base, Path(path).parent / base.name) if file.is_file()]
+    if not candidates and huggingface.find_folder(base):
+        candidates = [base]
     for candidate in candidates:
         if sha256_of(candidate) == sha256:
             return candidate

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from model import GPTConfig
+from gpt_config import GPTConfig
 from system.errors import UserError
-from system.untrusted import is_integer
 from text import tokenizer as tokenizers
-from weights.checkpoint import Checkpoint, from_state_dict
+from weights.checkpoint import Checkpoint, checked
 
 
 def is_nanogpt(contents: dict[str, Any]) -> bool:
@@ -21,22 +20,21 @@ def from_nanogpt(contents: dict[str, Any], path: str | Path) -> Checkpoint:
     nanoGPT trains with the exact GELU, our model computes GPT-2's tanh approximation: activations differ by less than
     5e-4. Raises UserError if the vocabulary is not GPT-2's, or the contents are incomplete.
     """
+    tokenizer = tokenizers.gpt2()
     try:
-        args = contents["model_args"]
+        args, n_tokens = contents["model_args"], tokenizer.end_of_text + 1
+        if args["vocab_size"] < n_tokens:
+            raise UserError(
+                f"{path} has a vocabulary of {args['vocab_size']:,} tokens, but the file holds no tokenizer: "
+                "only models with GPT-2's 50,257 tokens can be read"
+            )
+        names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
+        config = GPTConfig(**{name: args[name] for name in names}, n_tokens=n_tokens)
         weights = {
             name.removeprefix("_orig_mod.").removeprefix("transformer."): tensor
             for name, tensor in contents["model"].items()
         }
-        tokenizer, vocab_size = tokenizers.gpt2(), args["vocab_size"]
-        if is_integer(vocab_size) and vocab_size <= tokenizer.end_of_text:
-            raise UserError(
-                f"{path} has a vocabulary of {vocab_size:,} tokens, but the file holds no tokenizer: "
-                "only models with GPT-2's 50,257 tokens can be read"
-            )
-        names = ("block_size", "n_layer", "n_head", "n_embd", "bias")
-        config = GPTConfig(
-            **{name: args[name] for name in names}, vocab_size=vocab_size, n_tokens=tokenizer.end_of_text + 1
-        )
-        return from_state_dict(weights, config, tokenizer, path, step=contents.get("iter_num", 0))
+        metadata = {"kind": "base", "tokenizer": tokenizer.spec, "template": None, "step": contents.get("iter_num", 0)}
+        return checked({**metadata, "model": weights, "config": config}, path)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is not a checkpoint of nanoGPT, or damaged ({type(error).__name__})") from None
