@@ -71,13 +71,9 @@ def test_two_runs_never_write_one_output(here, run):
 
 def test_a_lock_ends_with_its_process_however_it_ends(tmp_path):
     path = tmp_path / "a.pt"
-    hold = (
-        f"from system.files import locked\nwith locked({str(path)!r} and __import__('pathlib').Path({str(path)!r})):\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", hold + " print('held', flush=True)\n import time; time.sleep(60)"],
-        cwd=REPOSITORY, stdout=subprocess.PIPE,
-    )  # fmt: skip
+    program = "import pathlib, sys, time\nfrom system.files import locked\nwith locked(pathlib.Path(sys.argv[1])):\n"
+    program += " print('held', flush=True)\n time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", program, path], cwd=REPOSITORY, stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"held\n" and is_locked(path)
     process.kill()
     process.wait()
