@@ -63,7 +63,7 @@ def main(config: Config) -> None:
     """Runs the steps and prints their results."""
     from generation.text_model import TextModel
     from text.token_files import read_sft_meta
-    from training.recall import recall_report
+    from training.evaluation import exact_match_report
     from weights.loading import load_checkpoint
 
     start, out = time.perf_counter(), ["--out", DATA, "--overwrite"]
@@ -97,9 +97,9 @@ def main(config: Config) -> None:
 
     title("6. It answers")
     text_model = TextModel.load("checkpoints/demo/sft.pt")
-    print("Questions that it was taught:", recall_report(text_model, DATA, "train"))
+    print("Questions that it was taught:", exact_match_report(text_model, DATA, "train"))
     if read_sft_meta(DATA).get("is_held_out", True):
-        print("Questions in words that it has never seen:", recall_report(text_model, DATA, "val"))
+        print("Questions in words that it has never seen:", exact_match_report(text_model, DATA, "val"))
     print("The answers are memory, not knowledge: it recognizes a question and repeats the answer it was taught.")
 
     title(f"Done in {duration(time.perf_counter() - start)}. Now try")

@@ -53,8 +53,8 @@ def main(config: Config) -> None:
 
     from generation.text_model import TextModel
     from system.files import read_utf8
-    from text.readers import unix_line_ends
     from text.token_files import read_prepared_tokens
+    from text.tokenizer import unix_line_ends
     from training.evaluation import evaluate_hellaswag, evaluate_text, read_hellaswag
     from weights.describe import newest
 

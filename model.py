@@ -26,16 +26,11 @@ ChunkLoss = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor, Tenso
 
 
 class AttentionCache(Protocol):
-    """Keys and values of one layer for earlier positions, kept while a text is generated.
-
-    `generation/decoding.py` implements it.
-    """
+    """The keys and values of one layer at earlier positions: see `generation/decoding.py`."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Adds the keys k and values v of T new positions (B, nh, T, hs).
-
-        Returns the attention of their queries q to all positions up to their own, (B, nh, T, hs).
-        """
+        """Stores the keys k and values v of T new positions (B, nh, T, hs), and returns the attention (B, nh, T, hs) of
+        their queries q to all positions up to their own."""
         ...
 
 
@@ -214,8 +209,9 @@ class GPT(nn.Module):
             return self.lm_head(self.hidden(tokens))
         network, loss_function = self.compiled or (self.hidden, chunk_loss)
         x, y = network(tokens).flatten(0, 1), targets.flatten()  # (B * T, C), (B * T,)
-        if x.device.type == "cpu" and not (is_counted := y != IGNORE_INDEX).all():
-            x, y = x[is_counted], y[is_counted]  # not on GPUs, where the number of rows would make the host wait
+        is_counted = y != IGNORE_INDEX
+        if x.device.type == "cpu" and not is_counted.all():
+            x, y = x[is_counted], y[is_counted]  # on a GPU, the host would wait to learn the number of rows
         if self.config.n_classes:  # a few logits need no chunks
             return F.cross_entropy(self.lm_head(x).float(), y, class_weights, reduction="sum")
         return linear_cross_entropy(x, self.lm_head.weight, y, loss_function=loss_function)
@@ -264,11 +260,10 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Returns `F.cross_entropy(hidden @ weight.T, targets, reduction="sum")`, a float32 scalar in nats.
 
-    hidden (N, C), weight (V, C), int64 targets (N,), some perhaps `IGNORE_INDEX`. All logits at once would be the
-    largest tensor of a training step.
-    Here they exist for `chunk_size` positions at a time, and each chunk forms its gradient in the same pass, so the
-    product with the head is computed once. `loss_function` is `chunk_loss` or its compiled version, which gets whole
-    chunks only, so that it never recompiles: ignored rows pad the last one.
+    hidden (N, C), weight (V, C), int64 targets (N,), where `IGNORE_INDEX` does not count. All logits at once would be
+    the largest tensor of a training step. Here they exist for `chunk_size` positions at a time. Each chunk forms its
+    gradient in the same pass, so the product with the head is computed once. `loss_function` is `chunk_loss` or its
+    compiled version. The compiled one gets whole chunks only, so that it never recompiles: ignored rows pad the last.
     """
     hidden, chunk_size = hidden.to(compute_dtype(hidden)), chunk_size or default_chunk_size(hidden)
     is_training = torch.is_grad_enabled()  # asked here, since it is off inside an autograd function
@@ -310,7 +305,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 padding = (0, 0, 0, chunk_size - n)
                 x, y = F.pad(x, padding), F.pad(y, padding, value=IGNORE_INDEX)
             is_counted = y != IGNORE_INDEX  # (n, 1)
-            x, y = x * is_counted, y.clamp(min=0)  # rows of zeros add nothing to the gradient of the head
+            x, y = x * is_counted, y.clamp(min=0)  # ignored rows become 0 and add nothing to the head's gradient
             losses, grad_logits, grad_at_target = loss_function(x, head, y, hidden_needs_grad or weight_needs_grad)
             loss += (losses * is_counted).sum()
             if hidden_needs_grad or weight_needs_grad:

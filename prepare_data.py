@@ -3,16 +3,12 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
 from system.cli import run, without_secrets
 from system.errors import require, require_at_least
-from text.registry import TEXTS, listed
-
-if TYPE_CHECKING:
-    from text.tokenizer import Tokenizer
+from text.sources import TEXTS
 
 
 @dataclass(frozen=True)
@@ -48,8 +44,8 @@ class Config:
     max_tokens: int | None = None
     """stop after this many tokens, training and validation together"""
     shard_tokens: int | None = None
-    """write files of this many tokens (train_000001.bin and so on); default: 100 million for fineweb-edu, and for
-    climbmix, otherwise one file per split"""
+    """write shards of this many tokens (train_000001.bin and so on), and keep complete ones if the run is interrupted;
+    default: 100 million for fineweb-edu and climbmix, otherwise one file per split"""
     workers: int | None = None
     """number of tokenizing threads, by default one per core; it does not change the output"""
     seed: int = 1337
@@ -61,7 +57,7 @@ class Config:
         on_hub = not self.input and "/" in self.dataset
         require(
             on_hub or self.dataset in TEXTS,
-            f"no data set {self.dataset!r}: choose {listed(TEXTS)}, or name one of the Hub as org/name",
+            f"no data set {self.dataset!r}: choose {', '.join(TEXTS)}, or name one of the Hub as org/name",
         )
         require(
             on_hub or (self.config, self.split, self.revision) == (None, "train", None),
@@ -74,50 +70,38 @@ class Config:
         )
         require(not (self.vocab_size and self.tokenizer), "--vocab-size and --tokenizer exclude each other")
         require_at_least(1, self, "max_tokens", "shard_tokens", "workers")
-        require(self.workers is None or self.workers <= 1024, "--workers must be at most 1024")
 
 
-def main(config: Config, tokenizer: "Tokenizer | None" = None, in_brief: bool = False) -> None:
-    """Prepares one corpus, and prints what its token files hold, `in_brief` on one line. A `tokenizer` takes the place
-    of the one that the config names."""
-    from system.files import require_no_files
-    from text.corpora import open_corpus
-    from text.preparation import train_tokenizer, write_corpus
-    from text.token_files import count_tokens, report, summary
+def main(config: Config) -> None:
+    """Prepares one corpus, and prints what its token files hold."""
+    from text.corpus import open_corpus
+    from text.prepare import prepare
+    from text.token_files import count_tokens, report
     from text.tokenizer import gpt2
 
     if config.inspect:
         print(report(*count_tokens(config.inspect), config.inspect))
         return
-    written = ["train*.bin", "val*.bin", "meta.json"]
+    tokenizer = config.vocab_size or gpt2()
     if config.tokenizer:
         from weights.loading import load_tokenizer  # imports torch: a second
 
         tokenizer = load_tokenizer(config.tokenizer)
-    if config.vocab_size or tokenizer:
-        written.append("tokenizer.json")
     corpus = open_corpus(config.dataset, config.input, config.text_column, config.config, config.split, config.revision)
-    source = list(map(without_secrets, config.input)) or config.dataset
-    vocabulary = tokenizer or config.vocab_size or gpt2()
-    require_no_files(config.out, written, config.overwrite)
-    if isinstance(vocabulary, int):
-        vocabulary = train_tokenizer(corpus.pieces(config.val_fraction, config.seed), vocabulary)
-    tokenizer = vocabulary
-    counts = write_corpus(
+    counts, tokenizer = prepare(
         corpus,
         tokenizer,
         config.out,
-        source=source,
+        source=[without_secrets(name) for name in config.input] or config.dataset,
         val_fraction=config.val_fraction,
         seed=config.seed,
         workers=config.workers,
         shard_tokens=config.shard_tokens,
         max_tokens=config.max_tokens,
+        overwrite=config.overwrite,
     )
-    print(summary(counts, tokenizer) if in_brief else report(counts, tokenizer, config.out))
-    for line in corpus.notes.lines():
-        print(line)
-    print(f"wrote {config.out}, tokenizer {tokenizer.name}")
+    print(report(counts, tokenizer, config.out))
+    print(*corpus.notes.lines(), f"wrote {config.out}, tokenizer {tokenizer.name}", sep="\n")
 
 
 if __name__ == "__main__":

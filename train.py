@@ -4,22 +4,18 @@ import dataclasses
 import math
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
-import prepare_data
 from gpt_config import Shape
 from system.cli import run
 from system.errors import require
-from text.registry import TEXTS, small
-from text.remote import with_plain_path
 from training.config import TrainerConfig
 
 if TYPE_CHECKING:
-    from text.tokenizer import Tokenizer
+    pass
 
 
 @dataclass(frozen=True)
@@ -110,11 +106,11 @@ def main(config: Config) -> None:
 
     from model import GPT, GPTConfig
     from text.token_files import read_token_meta
-    from text.tokenizer import require_same_tokenizer, tokenizer_of_data
+    from text.tokenizer import gpt2, require_same_tokenizer, tokenizer_of_data
     from training.examples import continuations
     from training.loader import Windows
     from training.parallel import Processes
-    from training.prepared import prepare_first
+    from training.prepared import prepared_text
     from training.run import train
     from training.saving import claim_output
     from weights import checkpoint
@@ -125,8 +121,8 @@ def main(config: Config) -> None:
         start = resumed
         if not resumed and config.init_from != "scratch":
             start = checkpoint.grow_vocabulary(load_checkpoint(config.init_from))
-        prepare_it = partial(prepare, config, checkpoint.tokenizer_of(start) if start else None)
-        folder = prepare_first(config.data, small(TEXTS), "meta.json", config, processes.world_size, prepare_it)
+        own_tokenizer = checkpoint.tokenizer_of(start) if start else config.vocab_size or gpt2()
+        folder = prepared_text(config.data, config, own_tokenizer, processes)
         config = dataclasses.replace(config, data=str(folder))
         meta = read_token_meta(folder)
         tokenizer = tokenizer_of_data(folder, meta)
@@ -166,15 +162,6 @@ def main(config: Config) -> None:
             examine=continuations(tokenizer, None, config.sample_prompt),
             has_random_weights=start is None,
         )
-
-
-def prepare(config: Config, tokenizer: "Tokenizer | None", folder: Path, overwrite: bool) -> None:
-    """Prepares the text that `--data` names, with the tokenizer of the model to start from, or without it a new one."""
-    name = with_plain_path(str(config.data))
-    options: dict[str, Any] = {"dataset": name} if name in small(TEXTS) else {"input": (name,)}
-    vocab_size = None if tokenizer else config.vocab_size
-    to_prepare = prepare_data.Config(**options, vocab_size=vocab_size, out=folder, overwrite=overwrite)
-    prepare_data.main(to_prepare, tokenizer, in_brief=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder
 
 from system.cli import run
 from system.errors import UserError, require, require_at_least
-from text.registry import LABELLED, listed
+from text.sources import LABELLED
 from training.config import TrainerConfig
 
 
@@ -56,7 +56,7 @@ class Config(TrainerConfig):
         super().__post_init__()
         require(
             self.input is not None or self.dataset in LABELLED or "/" in self.dataset,
-            f"no data set {self.dataset!r}: --input FILE, {listed(LABELLED)}, or one of the Hub's as org/name",
+            f"no data set {self.dataset!r}: --input FILE, {', '.join(LABELLED)}, or one of the Hub's as org/name",
         )
         require_at_least(1, self, "epochs")
         require(0 <= self.dropout < 1, "--dropout must be at least 0 and below 1")
@@ -99,11 +99,12 @@ def main(config: Config) -> None:
     with claim_output(config, processes, "classifier", inputs=inputs) as resumed:
         start = resumed or load_checkpoint(config.model)
         tokenizer = checkpoint.tokenizer_of(start)
-        examples = read_examples(config.input, config.dataset, config.text_column, config.label_column)
+        examples, notes = read_examples(config.input, config.dataset, config.text_column, config.label_column)
         parts = split(examples, config.val_fraction, config.test_fraction, config.seed)
         labels = sorted({example.label for example in parts["train"]})
         if resumed and resumed["labels"] != labels:
             raise UserError(f"{config.out} was trained on other labels: {', '.join(resumed['labels'])}")
+        processes.print("\n".join(notes.lines()))
         for name, part in parts.items():
             processes.print(f"{name}: {len(part):,} texts, {counts(part)}")
 

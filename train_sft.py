@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
-import prepare_sft_data
 from system.cli import run
 from system.errors import require, require_at_least
-from text.registry import CONVERSATIONS, small
 from training.config import TrainerConfig
 
 if TYPE_CHECKING:
-    from text.tokenizer import Tokenizer
+    pass
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ def main(config: Config) -> None:
     from training.examples import answers, continuations
     from training.loader import Conversations
     from training.parallel import Processes
-    from training.prepared import prepare_first
+    from training.prepared import prepared_conversations
     from training.run import train
     from training.saving import claim_output
     from weights import checkpoint, lora
@@ -108,9 +106,7 @@ def main(config: Config) -> None:
         else:
             start = checkpoint.grow_vocabulary(load_checkpoint(config.model))
         tokenizer = checkpoint.tokenizer_of(start)
-        prepare_it = partial(prepare, config, start, tokenizer)
-        names = small(CONVERSATIONS)
-        folder = prepare_first(config.data, names, "sft_meta.json", config, processes.world_size, prepare_it)
+        folder = prepared_conversations(config.data, config, start, processes)
         config = dataclasses.replace(config, data=folder)
         meta = read_sft_meta(folder)
         remedy = f"prepare the conversations with its tokenizer: prepare_sft_data.py --tokenizer {config.model}"
@@ -137,14 +133,6 @@ def main(config: Config) -> None:
         if config.sample_prompt:
             examine = continuations(tokenizer, meta["template"], config.sample_prompt)
         train(model, train_data, val_data, config, processes, metadata, resumed=resumed, examine=examine)
-
-
-def prepare(config: Config, start: dict[str, Any], tokenizer: "Tokenizer", folder: Path, overwrite: bool) -> None:
-    """Prepares the conversations that `--data` names for the checkpoint `start`."""
-    name = str(config.data)
-    options: dict[str, Any] = {"dataset": name} if name in small(CONVERSATIONS) else {"input": config.data}
-    options |= {"template": start.get("template") or "chat", "block_size": start["config"].block_size}
-    prepare_sft_data.main(prepare_sft_data.Config(**options, out=folder, overwrite=overwrite), tokenizer)
 
 
 def with_steps(config: Config, n: int) -> tuple[Config, str]:

@@ -50,8 +50,8 @@ def fastest_product(x: Tensor, weights: list[Tensor]) -> Product:
     """Returns the fastest of `PRODUCTS` on this machine for x (rows, in) and weights (out, in) of one shape.
 
     Measures once for each shape and dtype; for GPT-2 small this takes as long as 15 tokens. All weights are read in
-    turn, so that they come from memory and not from a cache, as they do in generation. Another product than the usual
-    one must be at least a tenth faster.
+    turn, so that they come from memory and not from a cache, as they do in generation. A product replaces the usual one
+    only if it is at least a tenth faster.
     """
     rows = (len(x) - 1).bit_length()  # 1, 2, 3 to 4, 5 to 8, … rows
     key = (*weights[0].shape, len(weights), rows, x.dtype, torch.get_num_threads())

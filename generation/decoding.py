@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import GPT, GPTConfig
-from system.device import to_host
+from system.device import copy_to_host, queued_work
 
 Step = tuple[Tensor, Tensor, int]
-"""New ids, int64 (N,); the model's logits (N, n_tokens) before temperature and the like; how many tokens it saw."""
+"""New ids, int64 (N,); the model's logits (N, n_tokens) before penalty and temperature; the number of tokens that the
+model saw."""
 
 
 @torch.inference_mode()
@@ -36,9 +37,9 @@ def generate(
 ) -> Iterator[Step]:
     """Continues int64 tokens (B, T ≥ 1), each row `num_samples` times, so N = B * num_samples rows.
 
-    Yields a step for each new token; `sample` chooses the ids. Text longer than the context slides the window: the
-    newer half of the context is read again, and decoding continues behind it. `use_cache=False` recomputes all
-    positions for every token; tests compare with it. `compiled` decodes single tokens with a compiled function.
+    Yields a step for each new token; `sample` chooses the ids. When the context is full, the window slides: the model
+    reads the newer half of the context again, and decoding continues behind it. `use_cache=False` recomputes all
+    positions for every token. `compiled` decodes single tokens with a compiled function.
     """
     block_size = model.config.block_size
     window = new = tokens[:, -block_size:]
@@ -73,20 +74,21 @@ def one_step_ahead(steps: Iterator[Step]) -> Iterator[Step]:
     The GPU need not wait for the host: each step takes its token from the GPU's memory. If the caller stops early, one
     step is wasted.
     """
-    unread: list[tuple[Callable[[], list[float]], Tensor, int]] = []
-    for ids, logits, n_context in steps:
-        unread.append((to_host(ids), logits, n_context))
-        if len(unread) == 2:
-            yield _read(*unread.pop(0))
-    yield from (_read(*step) for step in unread)
-
-
-def _read(read_ids: Callable[[], list[float]], logits: Tensor, n_context: int) -> Step:
-    return torch.tensor(read_ids(), dtype=torch.int64), logits, n_context
+    copied = ((copy_to_host(ids), queued_work(ids.device), logits, n) for ids, logits, n in steps)
+    step = next(copied, None)
+    while step:
+        next_step = next(copied, None)  # queues it on the GPU
+        ids, wait_for_copy, logits, n_context = step
+        wait_for_copy()
+        yield ids, logits, n_context
+        step = next_step
 
 
 def prefill(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
-    """Reads int64 tokens (B, T) behind what the cache holds; returns the logits (B, n_tokens) of the next token."""
+    """Reads int64 tokens (B, T) into an empty cache, or one token (B, 1) behind those in the cache.
+
+    Returns the logits (B, n_tokens) of the next token.
+    """
     positions = torch.arange(cache.length, cache.length + tokens.size(1), device=tokens.device)
     return next_token_logits(model, model.hidden(tokens, positions, cache.layers))
 
@@ -121,14 +123,11 @@ class LayerCache:
         self.values[:, :, past : self.length] = v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Stores k and v (B, nh, T, hs) behind the past, and attends to both; see `model.AttentionCache`."""
-        past, T = self.length, q.size(2)
+        """Implements `model.AttentionCache` for one new position, or for any number if the cache is empty."""
+        is_empty = self.length == 0
         self.append(k, v)
         k, v = self.keys[:, :, : self.length], self.values[:, :, : self.length]  # (B, nh, past + T, hs)
-        mask = None  # a single query sees every key
-        if past and T > 1:
-            mask = torch.ones(T, self.length, dtype=torch.bool, device=q.device).tril(past)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=past == 0)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_empty)  # a single query sees every key
 
 
 @dataclass(frozen=True)
@@ -142,9 +141,9 @@ class CacheSlot:
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Stores k and v (B, nh, 1, hs) at the position, and attends to all positions up to it.
 
-        Written with sums, from which the compiler makes kernels that read each key and each value once, in their own
-        precision, and add in float32. `F.scaled_dot_product_attention` has fused kernels for many queries only, and
-        computes with float32 copies of half-precision keys and values without them.
+        The compiler makes kernels of these sums that read each key and each value once, in their own precision, and add
+        in float32. `F.scaled_dot_product_attention` has fused kernels for many queries only. Without them, it copies
+        half-precision keys and values to float32.
         """
         keys = self.layer.keys.index_copy_(2, self.position, k)  # (B, nh, positions, hs)
         values = self.layer.values.index_copy_(2, self.position, v)

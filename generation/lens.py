@@ -23,8 +23,8 @@ class Trace:
     tokens: Tensor
     """int64 (T,)"""
     attention: Tensor
-    """(n_layer, nh, T, T): how much the position of a row looks at that of a column; rows sum to 1, and columns to the
-    right of the diagonal are 0"""
+    """(n_layer, nh, T, T): the weight that each position (row) gives to each position (column); rows sum to 1, and
+    weights right of the diagonal are 0"""
     residual: Tensor
     """(n_layer + 1, T, C): the residual stream as it enters the first layer, and after each layer"""
 

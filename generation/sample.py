@@ -42,9 +42,12 @@ class Sample:
         self._pending = ""  # characters that may be the beginning of a stop text
 
     def add(self, token: Token) -> None:
-        """Adds the next token; any control token ends the text."""
+        """Adds the next token. Any control token ends the text, and a finished text stays as it is."""
+        self.piece = ""
+        if self.is_finished:
+            return
         if token.id >= self.tokenizer.end_of_text:
-            self.finish_reason, self.is_finished, self.piece = "end", True, ""
+            self.finish_reason, self.is_finished = "end", True
             return
         self.tokens.append(token)
         text = self._pending + self._decoder.decode(self.tokenizer.decode_bytes([token.id]))
@@ -59,7 +62,7 @@ class Sample:
         self._append(text)
 
     def finish(self) -> None:
-        """Adds what was held back."""
+        """Adds what was held back: the beginning of a stop text that did not come, or of a character."""
         rest = "" if self.finish_reason == "stop" else self._pending + self._decoder.decode(b"", final=True)
         self._append(rest)
         self._pending, self.is_finished = "", True

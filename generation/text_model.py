@@ -28,9 +28,8 @@ from generation.sample import Sample, Token
 from model import GPT
 from system.device import autocast, choose_device, choose_dtype
 from system.errors import UserError
-from text.readers import unix_line_ends
-from text.templates import Message, encode_prompt
-from text.tokenizer import Tokenizer
+from text.chat import Message, encode_prompt
+from text.tokenizer import Tokenizer, unix_line_ends
 from weights import checkpoint, describe
 from weights.loading import load_checkpoint
 
@@ -77,8 +76,7 @@ class TextModel:
 
         `quantize="int8"` stores the weights in 8 bits: on the CPU about twice as fast, and a little less exact.
         `convert_weights=False` keeps the weights in float32 and computes under autocast, as training does. `compile`
-        compiles the decoding of one token. Raises UserError if the device does not exist, or int8 is asked for on
-        another device.
+        compiles the decoding of one token. Raises UserError if there is no such device, or for int8 on a GPU.
         """
         torch_device = choose_device(device)
         torch_dtype = choose_dtype(dtype, torch_device)
@@ -148,22 +146,17 @@ class TextModel:
         )
         if self.device.type == "cuda":  # on other devices this would only delay the first token
             steps = one_step_ahead(steps)
-        while not all(sample.is_finished for sample in samples):
+        for i in range(config.max_new_tokens):
             with self._autocast():  # for one step at a time: between two steps the caller computes
-                step = next(steps, None)
-            if step is None:
-                break
-            new_ids, logits, n_context = step  # (n,), (n, n_tokens)
-            if not samples[0].tokens and not logits.isfinite().all():
+                new_ids, logits, n_context = next(steps)  # (n,), (n, n_tokens)
+            if i == 0 and not logits.isfinite().all():
                 raise UserError("the logits are not finite: the weights are damaged, or need --dtype float32")
-            for sample, token in zip(
-                samples, self._tokens(new_ids, logits, top_logprobs, [n_context] * n), strict=True
-            ):
-                if sample.is_finished:
-                    sample.piece = ""
-                else:
-                    sample.add(token)
+            tokens = self._tokens(new_ids, logits, top_logprobs, [n_context] * n)
+            for sample, token in zip(samples, tokens, strict=True):
+                sample.add(token)
             yield samples
+            if all(sample.is_finished for sample in samples):
+                break
         for sample in samples:
             sample.finish()
         yield samples
@@ -176,9 +169,9 @@ class TextModel:
     def samples(
         self, ids: list[int], config: SamplingConfig, n: int, top_logprobs: int | None = None, strip: bool = False
     ) -> Iterator[Sample]:
-        """Yields `n` finished samples, as `stream` makes them, in batches whose memory is bounded.
+        """Yields `n` finished samples, as `stream` makes them, in batches that fit into memory.
 
-        With a seed, each batch draws from another one, so the batch size is the same in each run on a device.
+        Each batch has a seed of its own. The batch size depends on the device alone, so a seed repeats all samples.
         """
         batch_size = self._samples_that_fit(len(ids), config, top_logprobs)
         for start in range(0, n, batch_size):
@@ -188,7 +181,7 @@ class TextModel:
             yield from batch
 
     def _samples_that_fit(self, n_prompt: int, config: SamplingConfig, top_logprobs: int | None) -> int:
-        """Returns how many samples fit as one batch into half of what the weights leave of a GPU, or into 1 GiB."""
+        """Returns the largest batch that fits into half of the memory beside a GPU's weights, elsewhere into 1 GiB."""
         shape, weight = self.model.config, self.model.wte.weight
         positions = min(shape.block_size, n_prompt + config.max_new_tokens)
         cache = 2 * shape.n_layer * shape.n_embd * positions * weight.element_size()

@@ -16,7 +16,7 @@ from interface.sidebar import CheckpointFile
 
 if TYPE_CHECKING:  # these imports take time
     from generation.text_model import Token
-    from text.templates import Message
+    from text.chat import Message
 
 MAX_SESSIONS = 50
 MAX_SIZE = 500_000

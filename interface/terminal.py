@@ -21,10 +21,10 @@ from generation.text_model import Chat, Sample, TextModel
 from system.cli import printable
 from system.errors import UserError
 from system.files import atomic_write, read_json, read_utf8, read_utf8_lines
+from text.chat import Message
 from text.conversations import read_file
-from text.readers import Notes, unix_line_ends
-from text.templates import Message
-from text.tokenizer import Tokenizer
+from text.sources import Notes
+from text.tokenizer import Tokenizer, unix_line_ends
 
 HELP = """/reset        clear the conversation
 /undo         take back the last exchange

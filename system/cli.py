@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import itertools
 import os
 import re
 import shlex
@@ -82,7 +83,7 @@ def parse(config_class: type[Config], arguments: list[str], presets: Mapping[str
 
 def _preset_name(arguments: list[str], presets: Mapping[str, Any]) -> str:
     name = next(iter(presets))
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in itertools.pairwise([*arguments, ""]):
         if argument == "--preset":
             name = following
         elif argument.startswith("--preset="):

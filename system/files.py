@@ -84,20 +84,25 @@ def _lock(path: Path) -> FileLock:
 
 
 @contextlib.contextmanager
-def atomic_folder(folder: str | Path, last: str) -> Iterator[Path]:
+def atomic_folder(folder: str | Path, last: str, settings: object = None) -> Iterator[Path]:
     """Yields a temporary folder inside `folder`; at the end moves its files into `folder`, the file named `last` last.
 
     `last` is the meta file that lists the others under `files`. A kill leaves either all old files or all new files.
     Only a kill while the files are being moved leaves a mixture, without a meta file. Old files that the new meta file
-    does not list are removed. Raises UserError if another process is writing the same files.
+    does not list are removed. With `settings`, a JSON value, an interrupted run leaves its temporary folder, and the
+    next run with equal settings gets it. Raises UserError if another process is writing the same files.
     """
     folder = Path(folder)
     temporary = folder / f".{last}.tmp"
+    same = temporary / "settings.json"
     with locked(folder / last):
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
-        temporary.mkdir(parents=True)
+        if settings is None or not same.exists() or read_json(same) != settings:
+            shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+            temporary.mkdir(parents=True)
+            write_json(same, settings)
         try:
             yield temporary
+            same.unlink()
             outdated = _listed_files(folder / last)
             (folder / last).unlink(missing_ok=True)
             for path in sorted(temporary.iterdir(), key=lambda path: (path.name == last, path.name)):
@@ -105,15 +110,16 @@ def atomic_folder(folder: str | Path, last: str) -> Iterator[Path]:
             for name in outdated - _listed_files(folder / last):
                 (folder / name).unlink(missing_ok=True)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if settings is None or not same.exists():
+                shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _listed_files(meta: Path) -> set[str]:
     """Returns the token files and the tokenizer that a meta file lists, or nothing if it cannot be read."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {
-            name for name in read_json(meta)["files"] if name == Path(name).name and name.endswith((".bin", ".json"))
-        }
+        files = read_json(meta)["files"]  # by split; up to version 0.2 a list
+        names = files if isinstance(files, list) else [name for group in files.values() for name in group]
+        return {name for name in names if name == Path(name).name and name.endswith((".bin", ".json"))}
     return set()
 
 

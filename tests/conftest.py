@@ -230,6 +230,21 @@ def serve() -> Iterator[Callable[[type[http.server.BaseHTTPRequestHandler]], str
         server.server_close()
 
 
+@pytest.fixture()
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, list[dict]], None]:
+    """A function that writes rows as Parquet where `load_dataset("org/name")` finds them, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def add(path: str, rows: list[dict]) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / path)
+
+    return add
+
+
 def hub_environment(address: str, cache: Path) -> dict[str, str]:
     """Returns the environment of a process that finds the Hugging Face Hub at an address and caches in a folder."""
     return {

@@ -12,7 +12,7 @@ from browser import CHROMIUM, DRIVER, Page, serve_app, wait
 
 from model import GPT, GPTConfig
 from text.conversations import read_file
-from text.readers import Notes
+from text.sources import Notes
 from weights import checkpoint
 
 pytestmark = pytest.mark.skipif(

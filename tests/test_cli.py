@@ -78,7 +78,7 @@ def test_flags_fill_one_flat_config_and_override_the_preset():
     assert parse(Config, arguments) == Config(
         texts=("a", "b"), stop=("x", "y"), max_steps=3, mode="slow", verbose=True, accumulate=2, data=Path("d")
     )
-    assert parse(Config, []) == Config()
+    assert parse(Config, []) == Config() and parse(Config, [], PRESETS) == PRESETS["small"]
     assert parse(Config, ["--preset", "large"], PRESETS) == PRESETS["large"]
     changed = parse(Config, ["--learning-rate", "2", "--preset=large", "--no-verbose", "--max-steps", "None"], PRESETS)
     assert changed == Config(preset="large", learning_rate=2.0)

@@ -1,51 +1,38 @@
-"""Corpora, splits, files and meta files; the loader's batches."""
+"""Python's documentation, lessons, and the files on the disk: which split they belong to, what is damaged."""
 
 import json
-import os
 import re
-import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, run_script
 
+from gpt_config import GPTConfig
 from system.errors import UserError
 from system.files import atomic_folder, atomic_write, read_utf8, read_utf8_lines
 from text import lessons, pydocs
 from text.conversations import read_file
-from text.corpora import Texts, draw_held_out, hold_out
-from text.readers import Notes
-from text.token_files import read_tokens, require_ids_below
-from training.loader import Batch, Conversations, Prefetcher, Windows, micro_batches, stack
-
-
-@pytest.fixture(scope="module")
-def entries():
-    return list(pydocs.entries())
+from text.sources import Notes
+from text.token_files import files_by_split, read_meta, read_token_meta, read_tokens, require_ids_below
+from training.loader import Windows
 
 
 @pytest.mark.slow
-def test_pydocs_is_a_corpus_of_unique_public_names_and_texts(entries):
+def test_pydocs_is_a_corpus_of_unique_public_names_and_texts():
+    entries = list(pydocs.entries())
     assert sum(len(entry.docstring) for entry in entries) > 1_500_000
     assert len({entry.docstring for entry in entries}) == len(entries)
     names = {entry.name for entry in entries}
-    assert {
-        "os.path.join",
-        "json.JSONDecoder",
-        "collections.abc.Mapping.get",
-        "unittest.TestCase.assertEqual",
-        "str.split",
-    } <= names
+    public = "os.path.join json.JSONDecoder collections.abc.Mapping.get unittest.TestCase.assertEqual str.split"
+    assert set(public.split()) <= names
     assert not any(name.startswith(("posixpath", "ntpath", "_", "test.")) for name in names)
 
 
 def test_pydocs_entries_have_one_answer_each():
     pairs = [(entry.name, answer) for entry, answer in pydocs.answers(builtins_only=True)]
-    assert len(pairs) > 300 and len(dict(pairs)) == len(pairs)
     answers = dict(pairs)
+    assert len(pairs) > 300 and len(answers) == len(pairs)
     assert answers["len"] == "Return the number of items in a container."
     assert answers["KeyError"] == "Mapping key not found."
     assert all(re.fullmatch(r"[A-Z].* .*\.", answer) and "\n" not in answer for answer in answers.values())
@@ -85,8 +72,8 @@ def test_bundled_conversations_are_in_order(all_lessons):
         {"role": "user", "content": "What is the capital of France?"},
         {"role": "assistant", "content": "The capital of France is Paris."},
     ]
-    wordings = [as_heard(wording) for lesson in bundled for wording in lesson.taught + lesson.held_out]
-    assert max(Counter(wordings).values()) == 1  # none asks for two answers
+    paraphrases = [as_heard(question) for lesson in bundled for question in lesson.taught + lesson.held_out]
+    assert max(Counter(paraphrases).values()) == 1  # none asks for two answers
     assert min(len(lesson.taught) for lesson in bundled) >= 4 and {len(lesson.held_out) for lesson in bundled} == {2}
 
 
@@ -95,54 +82,38 @@ def test_each_builtin_is_asked_for_by_its_name_in_many_words(all_lessons):
     of_builtins = {names[lesson.taught[0]]: lesson for lesson in all_lessons if lesson.taught[0] in names}
     assert of_builtins.keys() == set(names.values())
     for name, lesson in of_builtins.items():
-        assert all(name in wording for wording in lesson.taught + lesson.held_out)
-        assert len({as_heard(wording) for wording in lesson.taught}) >= 30 and len(lesson.held_out) == 2
+        assert all(name in question for question in lesson.taught + lesson.held_out)
+        assert len({as_heard(question) for question in lesson.taught}) >= 30 and len(lesson.held_out) == 2
     assert "Explain len." in of_builtins["len"].taught
 
 
 def test_each_beginning_of_the_lessons_has_small_talk_and_functions(all_lessons):
-    first = [lesson.taught[0] for lesson in all_lessons[:73]]  # a tenth: what the demo teaches on a slow machine
-    assert {"What is the capital of France?", "What is a built-in?", "Hello", "Hi", "Thanks!", "How are you?"} <= set(
-        first
-    )
-    assert {"What is abs?", "What is len?"} <= set(first)
+    first = {lesson.taught[0] for lesson in all_lessons[:73]}  # a tenth: what the demo teaches on a slow machine
+    assert {"What is the capital of France?", "What is a built-in?", "Hello", "Thanks!", "How are you?"} <= first
+    assert {"What is abs?", "What is len?"} <= first
 
 
-def test_no_held_out_wording_is_trained_on(all_lessons):
+def test_no_held_out_paraphrase_is_trained_on(all_lessons):
     split = list(lessons.conversations(all_lessons, seed=1))
     taught = {as_heard(m["content"]) for name, messages in split if name == "train" for m in messages[::2]}
     asked = [as_heard(messages[0]["content"]) for name, messages in split if name == "val"]
-    assert asked == [as_heard(wording) for lesson in all_lessons for wording in lesson.held_out]
+    assert asked == [as_heard(question) for lesson in all_lessons for question in lesson.held_out]
     assert not taught & set(asked)
 
 
-def test_lessons_come_in_many_wordings_alone_and_joined(all_lessons):
+def test_lessons_come_in_many_paraphrases_alone_and_joined(all_lessons):
     train = [messages for name, messages in lessons.conversations(all_lessons, seed=1) if name == "train"]
-    wordings = {
-        m["content"]
+    questions = {
+        messages[i]["content"]
         for messages in train
-        for m, a in zip(messages[::2], messages[1::2], strict=True)
-        if a["content"] == "Return the number of items in a container."
+        for i in range(0, len(messages), 2)
+        if messages[i + 1]["content"] == "Return the number of items in a container."
     }
-    assert (
-        len(wordings) >= 15 and any(w.islower() for w in wordings) and not all(w.endswith(("?", ".")) for w in wordings)
-    )
+    assert len(questions) >= 15 and any(question.islower() for question in questions)
+    assert not all(question.endswith(("?", ".")) for question in questions)
     assert all(m["role"] == ("user", "assistant")[i % 2] for messages in train for i, m in enumerate(messages))
     assert {2, 4, 6} <= {len(messages) for messages in train}
     assert next(lessons.conversations(all_lessons, seed=1)) != next(lessons.conversations(all_lessons, seed=2))
-
-
-def test_whole_documents_are_held_out():
-    documents = [f"document {i}" for i in range(1000)]
-
-    def held_out(seed):
-        return [(name, text) for name, text, _ in hold_out(Texts(documents), 0.05, seed)]
-
-    split = held_out(seed=1)
-    assert [text for _, text in split] == documents
-    assert Counter(name for name, _ in split) == {"train": 950, "val": 50}
-    assert split == held_out(seed=1) != held_out(seed=2)
-    assert all(any(name == "val" for name, _ in draw_held_out(range(20), 0.01, seed)) for seed in range(50))
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
@@ -157,141 +128,102 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_later_write_removes_what_a_killed_write_left_behind(tmp_path):
-    for name, age in ((".file.1.tmp", 7200), (".file.2.tmp", 60)):
-        (tmp_path / name).write_text("half")
-        os.utime(tmp_path / name, (time.time() - age,) * 2)
-    with atomic_write(tmp_path / "file", "w") as file:
-        file.write("new")
-    assert {path.name for path in tmp_path.iterdir()} == {"file", ".file.2.tmp"}
-
-
 def test_only_utf_8_is_read(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("naïve\r\n日本\n".encode())
     assert read_utf8(path) == "naïve\r\n日本\n" and list(read_utf8_lines(path)) == ["naïve", "日本"]
     path.write_bytes(b"one\ntwo\ncaf\xe9\n")
-    with pytest.raises(UserError, match=r"a\.txt is not UTF-8"):
-        read_utf8(path)
-    with pytest.raises(UserError, match=r"a\.txt, line 3 is not UTF-8"):
-        list(read_utf8_lines(path))
-    for unreadable in (tmp_path / "none.txt", tmp_path):
-        with pytest.raises(UserError, match=f"cannot read {unreadable}: "):
-            read_utf8(unreadable)
+    for read in (read_utf8, lambda path: list(read_utf8_lines(path))):
+        with pytest.raises(UserError, match=r"a\.txt.* is not UTF-8"):
+            read(path)
+        with pytest.raises(UserError, match=f"cannot read {tmp_path}: "):
+            read(tmp_path)
 
 
-def write_tokens(path: Path, tokens) -> Path:
-    np.asarray(tokens, dtype="<u2").tofile(path)
-    return path
-
-
-def test_windows_are_a_pure_function_of_seed_and_step_and_stay_inside_files(tmp_path):
-    paths = [
-        write_tokens(tmp_path / "a.bin", range(100)),
-        write_tokens(tmp_path / "b.bin", range(1000, 1040)),
-        write_tokens(tmp_path / "short.bin", range(5)),
-    ]
-    data = Windows(paths, block_size=16, batch_size=8, seed=3)
-    seen = set()
-    for step in range(60):
-        batch = stack(data.batch(step))
-        assert torch.equal(batch.tokens + 1, batch.targets)  # no window crosses from one file to the next
-        seen |= set(batch.targets.flatten().tolist())
-    assert seen == set(range(1, 100)) | set(range(1001, 1040))
-    again = Windows(paths, block_size=16, batch_size=8, seed=3)
-    assert torch.equal(stack(again.batch(41)).tokens, stack(data.batch(41)).tokens)
-    assert not torch.equal(stack(data.batch(41)).tokens, stack(data.batch(42)).tokens)
-    assert not torch.equal(stack(Windows(paths, 16, 8, seed=4).batch(41)).tokens, stack(data.batch(41)).tokens)
-
-
-def test_every_split_of_a_batch_is_the_same_batch(tmp_path):
-    data = Windows([write_tokens(tmp_path / "a.bin", range(500))], block_size=8, batch_size=12, seed=0)
-    rows = data.batch(5)
-    whole = {tuple(row) for row in stack(rows).tokens.tolist()}
-    for n, world_size in ((1, 1), (4, 1), (2, 3), (5, 2), (1, 16)):
-        parts = [micro for rank in range(world_size) for micro in micro_batches(rows, n, rank, world_size)]
-        assert sum(micro.total_weight for micro in parts) == 12 * 8
-        assert {tuple(row) for micro in parts if micro.total_weight for row in micro.tokens.tolist()} == whole
-
-
-def test_evaluation_scores_every_token_once(tmp_path):
-    data = Windows([write_tokens(tmp_path / "a.bin", range(101))], block_size=16, batch_size=1, seed=0)
-    assert [t for batch in data.in_order() for t in batch.targets.flatten().tolist()] == list(range(1, 101))
-    assert sum(batch.targets.numel() for batch in data.in_order(max_tokens=48)) <= 48
+def write_ids(path, ids, header=()):
+    path.write_bytes(np.array(header, "<i4").tobytes() + np.asarray(ids, "<u2").tobytes())
 
 
 def test_llm_c_shards_are_read(tmp_path):
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = 20240520, 1, 7
-    (tmp_path / "s.bin").write_bytes(header.tobytes() + np.arange(7, dtype="<u2").tobytes())
-    assert read_tokens(tmp_path / "s.bin").tolist() == list(range(7))
-    (tmp_path / "s.bin").write_bytes(header.tobytes() + np.arange(6, dtype="<u2").tobytes())
+    path, header = tmp_path / "s.bin", [20240520, 1, 7] + [0] * 253
+    write_ids(path, range(7), header)
+    assert read_tokens(path).tolist() == list(range(7))
+    llama, future = [20240801, 7, *header[2:]], [20240520, 2, *header[2:]]
+    for ids, header_, complaint in (
+        (range(6), header, "damaged"),
+        (range(14), llama, "another kind"),
+        (range(14), future, "another kind"),
+    ):
+        write_ids(path, ids, header_)
+        with pytest.raises(UserError, match=complaint):
+            read_tokens(path)
+    path.write_bytes(b"odd")
     with pytest.raises(UserError, match="damaged"):
-        read_tokens(tmp_path / "s.bin")
-    for magic, version in ((20240801, 7), (20240520, 2)):  # Llama's 32-bit tokens, a future version
-        header[:2] = magic, version
-        (tmp_path / "s.bin").write_bytes(header.tobytes() + bytes(28))
-        with pytest.raises(UserError, match="another kind"):
-            read_tokens(tmp_path / "s.bin")
-    (tmp_path / "s.bin").write_bytes(b"odd")
-    with pytest.raises(UserError, match="damaged"):
-        read_tokens(tmp_path / "s.bin")
+        read_tokens(path)
 
 
-def test_ids_outside_a_vocabulary_are_named_with_their_place(monkeypatch):
-    monkeypatch.setattr("text.token_files._SLICE", 4)
+def test_splits_come_from_exact_names():
+    names = "val.bin train.bin medieval_train.bin constrained_val.bin sft_train.bin train_val.bin training.bin x.bin"
+    assert files_by_split(names.split()) == {"train": ["train.bin"], "val": ["val.bin"]}
+    names = "train_000002.bin train_000001.bin fineweb_val_000000.bin my_val_train_000003.bin train_00000.bin.tmp"
+    assert files_by_split(names.split()) == {
+        "train": ["my_val_train_000003.bin", "train_000001.bin", "train_000002.bin"],
+        "val": ["fineweb_val_000000.bin"],
+    }
+    names = "train_00000_shuffled.ds train_00000_shuffled.ds.index val_00000_unshuffled.ds"
+    assert files_by_split(names.split()) == {"train": ["train_00000_shuffled.ds"], "val": ["val_00000_unshuffled.ds"]}
+
+
+def test_no_file_is_in_the_wrong_split(tmp_path):
+    for name, i in {"medieval_train": 1, "train": 2, "val": 3, "constrained_val": 4}.items():
+        write_ids(tmp_path / f"{name}.bin", [i] * 50)
+    meta, shape = (
+        read_token_meta(tmp_path),
+        GPTConfig(block_size=8, n_layer=1, n_head=1, n_embd=8, vocab_size=64, n_tokens=64),
+    )
+    for split, i in {"train": 2, "val": 3}.items():
+        data = Windows.from_folder(tmp_path, meta, split, shape, 1, 0)
+        assert {int(id_) for shard in data.shards for id_ in shard} == {i}
+    (tmp_path / "val.bin").unlink()
+    with pytest.raises(UserError, match=r"meta\.json is missing"):
+        read_token_meta(tmp_path)
+
+
+def test_meta_files_of_the_released_format_are_read():
+    folder = REPOSITORY / "tests/samples/data"
+    assert isinstance(json.loads((folder / "meta.json").read_text())["files"], list)
+    assert read_token_meta(folder)["files"] == {"train": ["train.bin"], "val": ["val.bin"]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", '{"tokenizer": 1, "splits": {}}', '{"tokenizer": "gpt2", "splits": 3}', '{"tokenizer": "gpt2"}'],
+)
+def test_a_damaged_meta_file_is_one_line(tmp_path, content):
+    (tmp_path / "meta.json").write_text(content)
+    with pytest.raises(UserError, match=r"meta\.json is damaged: run prepare_data\.py again"):
+        read_meta(tmp_path / "meta.json", "prepare_data.py")
+
+
+@pytest.mark.parametrize("files", [None, 3, ["train.bin"], {"train": ["train.bin"], "val": []}])
+def test_a_meta_file_without_both_splits_is_one_line(tmp_path, files):
+    (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": "gpt2", "splits": {}, "files": files}))
+    result = run_script(tmp_path, "prepare_data.py", "--inspect", ".")
+    assert result.returncode == 1 and "meta.json is damaged (files): run" in result.stderr.splitlines()[-1]
+
+
+def test_ids_outside_a_vocabulary_are_named_with_their_place():
     ids = np.array([1, 2, 3, 4, 5, 6, 9, 7, 8], dtype=np.uint16)
     require_ids_below(ids, 10, "a.bin", "do something")
     require_ids_below(ids[:0], 1, "a.bin", "do something")
-    for offset, place in ((0, "6"), (1000, "1,006")):
-        message = rf"a\.bin holds the id 9 \(token {place}\), .* vocabulary of 9 does not have: do something"
-        with pytest.raises(UserError, match=message):
-            require_ids_below(ids, 9, "a.bin", "do something", offset)
-
-
-def test_an_epoch_visits_every_conversation_once_grouped_by_length(toy):
-    data = Conversations(toy / "data/toy", "train", block_size=64, batch_size=8, seed=0)
-    starts = lambda epoch: Counter(  # noqa: E731
-        tuple(row.tokens[0].tolist())
-        for k in range(data.batches_per_epoch)
-        for row in data.batch(epoch * data.batches_per_epoch + k)
-    )
-    every = Counter(tuple(row.tokens[0].tolist()) for row in data.in_order())
-    assert starts(0) == starts(1) == every and sum(every.values()) == len(data)
-    assert [b.tokens.tolist() for b in data.batch(0)] != [b.tokens.tolist() for b in data.batch(data.batches_per_epoch)]
-
-
-def test_only_the_assistants_tokens_count(toy):
-    data = Conversations(toy / "data/toy", "train", block_size=64, batch_size=8, seed=0)
-    from text import tokenizer
-
-    bpe = tokenizer.load_tokenizer(toy / "data/toy/tokenizer.json")
-    batch = stack(data.batch(0))
-    assert batch.tokens.size(1) % 64 == 0
-    counted = bpe.decode(batch.targets.flatten()[batch.counted].tolist())
-    texts = [bpe.decode(row.tokens[0].tolist()) for row in data.batch(0)]
-    answers = [
-        part.split("<|endoftext|>")[0] + "<|endoftext|>" for text in texts for part in text.split("<|assistant|>")[1:]
-    ]
-    assert counted == "".join(answers)
-
-
-def test_stacking_pads_behind_and_counts_the_same():
-    rows = [Batch(torch.full((1, n), n), torch.full((1, n), n + 1), None) for n in (3, 70)]
-    batch = stack(rows, max_length=100)
-    assert batch.tokens.shape == (2, 100) and batch.total_weight == 73
-    assert batch.targets.flatten()[batch.counted].tolist() == [4] * 3 + [71] * 70
-
-
-def test_the_prefetcher_gives_what_was_asked_for():
-    with Prefetcher(lambda step: step * 10, 3) as batches:
-        assert [batches.get(step) for step in (3, 4, 9, 10)] == [30, 40, 90, 100]
+    with pytest.raises(UserError, match=r"a\.bin holds the id 9 \(token 6\), .* of 9 does not have: do something"):
+        require_ids_below(ids, 9, "a.bin", "do something")
 
 
 def test_meta_json_describes_the_token_files(toy):
     meta = json.loads((toy / "data/toy/meta.json").read_text())
     for split in ("train", "val"):
         assert len(read_tokens(toy / f"data/toy/{split}.bin")) == meta["splits"][split]["tokens"] > 0
-    assert meta["files"] == ["train.bin", "val.bin", "tokenizer.json"]
+    assert meta["files"] == {"train": ["train.bin"], "val": ["val.bin"], "tokenizer": ["tokenizer.json"]}
     text = sum(len(path.read_bytes()) for path in (toy / "text").iterdir())
     assert sum(split["bytes"] for split in meta["splits"].values()) == text

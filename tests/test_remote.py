@@ -1,11 +1,11 @@
-"""Text at URLs: a web server that misbehaves, the protocol of the Hub, and the memory file system of `fsspec`."""
+"""Text at URLs: a web server, the protocol of the Hub, and the memory file system of `fsspec`."""
 
+import base64
 import gzip
+import http.server
 import json
-import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -13,22 +13,39 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ENVIRONMENT, REPOSITORY, command, hub_environment, run_script
-from file_server import FileHandler, Site
+from conftest import ENVIRONMENT, command, hub_environment, run_script
 from hub_server import HubHandler
 
-import prepare_data
 import train
 from system.cli import without_secrets
 from system.errors import UserError
-from text import remote
-from text.conversations import read_file
-from text.corpora import Files, find_files
-from text.labelled import read_table
-from text.readers import Notes
-from training.prepared import prepare_first
+from text.corpus import open_corpus
+from text.sources import find_files
+from text.token_files import read_tokens
+from text.tokenizer import gpt2
+from training.prepared import prepared_text
 
 TEXTS = [f"Document {i}: naïve 日本 🙂 " + "word " * (i % 40) for i in range(60)]
+NAMES = ["a.txt", "b.txt.gz", "c.jsonl", "d.jsonl.zst", "e.parquet", "f.json", "g.csv"]
+
+
+class FileHandler(http.server.SimpleHTTPRequestHandler):
+    """Answers with files and lists of folders; asks for the name ann and the password s3cret below /private."""
+
+    requests: list[str] = []
+
+    def do_GET(self):
+        self.requests.append(self.path)
+        login = f"Basic {base64.b64encode(b'ann:s3cret').decode()}"
+        if self.path.startswith("/private") and self.headers.get("Authorization") != login:
+            self.send_error(403)
+        else:
+            (super().do_GET if self.command == "GET" else super().do_HEAD)()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
 
 
 @pytest.fixture()
@@ -43,25 +60,22 @@ def folder(tmp_path: Path) -> Path:
     with pa.CompressedOutputStream(str(root / "d.jsonl.zst"), "zstd") as file:
         file.write(lines.encode())
     pq.write_table(pa.table({"text": TEXTS}), root / "e.parquet", row_group_size=7)
-    (root / "e.parquet.gz").write_bytes(gzip.compress((root / "e.parquet").read_bytes()))
     (root / "f.json").write_text(json.dumps([{"text": text} for text in TEXTS]))
     (root / "g.csv").write_text("text\n" + "".join(f'"{text}"\n' for text in TEXTS), encoding="utf-8")
-    (root / "deep/er/h.md").write_text("a deep one")
+    (root / "deep/er/h.md").write_text("a deep one, with no <a href='a.txt'>links</a>")
     (root / "deep/i.bin").write_bytes(b"\0\1\2")
     return root
 
 
 @pytest.fixture()
-def site(folder, serve, monkeypatch) -> Iterator[tuple[Site, str]]:
-    """A server of the folder, and its address; tries follow each other at once."""
+def address(folder, serve, monkeypatch) -> str:
+    """The address of a web server of the folder."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(remote, "WAITS", (0.01, 0.01, 0.01))
-    site = Site(folder)
-    return site, serve(partial(FileHandler, site))
+    return serve(partial(FileHandler, directory=str(folder)))
 
 
 @pytest.fixture()
-def memory(folder) -> Iterator[str]:
+def memory(folder):
     """The URL of the same files in the memory of `fsspec`."""
     store = fsspec.filesystem("memory")
     store.put(str(folder), "/www", recursive=True)
@@ -69,205 +83,109 @@ def memory(folder) -> Iterator[str]:
     store.rm("/www", recursive=True)
 
 
-def documents(*inputs: object) -> list[str]:
-    """Returns the documents of files, folders, globs or URLs."""
-    corpus = Files(map(str, inputs))
-    texts = ["".join(document) for document in corpus]
-    assert corpus.total is None or corpus.position == corpus.total
-    return texts
-
-
-NAMES = ["a.txt", "b.txt.gz", "c.jsonl", "d.jsonl.zst", "e.parquet", "e.parquet.gz", "f.json", "g.csv"]
+def documents(name: object) -> list[str]:
+    return ["".join(document) for _, document in open_corpus("", [str(name)]).documents()]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_file_has_the_same_text_everywhere(folder, site, memory, name):
+def test_a_file_has_the_same_text_everywhere(folder, address, memory, name):
     expected = documents(folder / name)
     assert "".join(expected).count("日本") == len(TEXTS)
-    server, address = site
-    assert documents(f"{memory}/{name}") == documents(f"{address}/{name}") == expected
-    server.has_ranges = server.tells_size = False
-    assert documents(f"{address}/{name}") == expected
+    assert documents(f"{memory}/{name}") == documents(f"{address}/{name}?download=1") == expected
 
 
-def test_globs_and_folders_name_the_same_files_everywhere(folder, site, memory):
-    _, address = site
-    for pattern, n in {"*.jsonl*": 2, "[ab].txt*": 2, "**/*.md": 1, "deep/": 1, "": 9}.items():
-        expected = [path.relative_to(folder).as_posix() for path in find_files([f"{folder}/{pattern}"])]
+def test_globs_and_folders_name_the_same_files_everywhere(folder, address, memory):
+    for pattern, n in {"*.jsonl*": 2, "[ab].txt*": 2, "**/*.md": 1, "deep/": 1, "": 8}.items():
+        expected = [Path(path).relative_to(folder).as_posix() for path in find_files([f"{folder}/{pattern}"])]
         assert len(expected) == n
         for base in (address, memory):
-            urls = [str(file) for file in find_files([f"{base}/{pattern}"])]
+            urls = find_files([f"{base}/{pattern}"])
             assert [url.partition("www/")[2] or url.removeprefix(f"{address}/") for url in urls] == expected
-    assert [str(file) for file in find_files([f"{address}/a.txt", f"{address}/*.txt"])] == [f"{address}/a.txt"]
-    with pytest.raises(UserError, match=r"no text in .*\*\.tex: .* its server must list it"):
+    assert find_files([f"{address}/a.txt", f"{address}/*.txt"]) == [f"{address}/a.txt"]
+    with pytest.raises(UserError, match=r"no text in .*\*\.tex: name files"):
         find_files([f"{address}/*.tex"])
 
 
-@pytest.mark.parametrize("has_ranges", [True, False])
-@pytest.mark.parametrize("tells_size", [True, False])
-@pytest.mark.parametrize("name", ["a.txt", "d.jsonl.zst", "e.parquet"])
-def test_a_broken_connection_loses_no_text(folder, site, capsys, name, has_ranges, tells_size):
-    server, address = site
-    server.has_ranges, server.tells_size = has_ranges, tells_size
-    corpus = Files([f"{address}/{name}"])
-    server.breaks_after = [100, 90, 80]
-    assert ["".join(document) for document in corpus] == documents(folder / name)
-    assert not server.breaks_after and "trying again" in capsys.readouterr().err
-
-
-def test_a_broken_connection_is_resumed_at_the_byte_reached(folder, site):
-    """Less what had arrived and was not read yet, which is dropped: up to 350 kB were seen on a busy machine."""
-    server, address = site
-    (folder / "long.txt").write_text("many words " * 300_000)
-    corpus = Files([f"{address}/long.txt"])
-    server.breaks_after, server.requests, buffer = [1_000_000] * 2, [], 2**19
-    assert "".join(*corpus) == "many words " * 300_000
-    starts = [int(request.partition("bytes=")[2].rstrip("-") or 0) for request in server.requests]
-    assert len(starts) == 3 and 1_000_000 - buffer <= starts[1] <= 1_000_000
-    assert starts[1] + 1_000_000 - buffer <= starts[2] <= starts[1] + 1_000_000
-    assert server.bytes_sent <= 3_300_000 + 2 * buffer
-
-
-def test_tries_end_in_one_line_and_each_waits_longer(site, capsys):
-    server, address = site
-    server.statuses = [503] * 20
-    with pytest.raises(UserError, match=r"cannot read http.*/a.txt: HTTP status 503; tried 4 times"):
-        documents(f"{address}/a.txt")
-    assert capsys.readouterr().err.count("trying again in") == 3
-    server.statuses = [503] * 3  # asks with HEAD and GET
-    assert len(documents(f"{address}/a.txt")) == 1
-    server.breaks_after = [10] + [0] * 20
-    with pytest.raises(UserError, match="tried 4 times"):
-        documents(f"{address}/a.txt")
-
-
 @pytest.mark.parametrize(
-    ("status", "reason"), [(404, "no such file"), (403, "403 .check your credentials"), (410, "410")]
+    ("url", "reason"),
+    [
+        ("ADDRESS/none.txt", "404"),
+        ("ADDRESS/private/a.txt", "403"),
+        ("http://127.0.0.1:9/a.txt", "Connect"),
+        ("s3://bucket/*.txt", "s3fs"),
+        ("gs://bucket/a.txt", "gcsfs"),
+        ("warp://host/a.txt", "Protocol not known"),
+    ],
 )
-def test_what_no_new_try_mends_is_said_at_once(site, capsys, status, reason):
-    server, address = site
-    server.statuses = [status] * 20
-    with pytest.raises(UserError, match=rf"cannot read http\S*/a.txt: .*{reason}"):
-        documents(f"{address}/a.txt")
-    assert len(server.statuses) == 18 and not capsys.readouterr().err
+def test_what_cannot_be_read_is_one_line(address, monkeypatch, url, reason):
+    for package in ("s3fs", "gcsfs"):
+        monkeypatch.setitem(sys.modules, package, None)  # Python then finds no such module
+    with pytest.raises(UserError, match=rf"cannot read \S+: .*{reason}") as error:
+        documents(url.replace("ADDRESS", address).replace("://", "://ann:secret@", 1))
+    assert "secret" not in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_silent_server_counts_as_broken(folder, site, monkeypatch):
-    monkeypatch.setattr(remote, "SILENT_SECONDS", 0.3)
-    server, address = site
-    server.pauses = [1.5]
-    assert documents(f"{address}/a.txt") == documents(folder / "a.txt")
-    assert len(server.requests) == 3 and "bytes=" in server.requests[-1]
-
-
-def test_a_file_that_changes_between_two_tries_is_refused(site):
-    server, address = site
-    corpus = Files([f"{address}/a.txt"])
-    server.breaks_after = [500]
-    raw = corpus.paths[0].open()
-    assert raw.read(400)
-    server.version = "2"
-    with pytest.raises(UserError, match="changed while it was read"):
-        raw.read()
-
-
-def test_of_parquet_only_the_column_of_text_is_fetched(folder, site):
-    noise = random.Random(1).randbytes(3_000_000)
-    rows = {"text": TEXTS, "image": [noise[i * 50_000 : (i + 1) * 50_000] for i in range(60)]}
-    pq.write_table(pa.table(rows), folder / "wide.parquet", row_group_size=20)
-    server, address = site
-    assert documents(f"{address}/wide.parquet") == TEXTS
-    assert server.bytes_sent < 0.05 * (folder / "wide.parquet").stat().st_size
-    server.has_ranges = False
-    assert documents(f"{address}/wide.parquet") == TEXTS
-
-
-def test_a_file_larger_than_the_buffers_streams_in_constant_memory(folder, serve):
-    with open(folder / "large.txt", "wb") as file:
-        file.truncate(120_000_000)
-    code = (
-        "import sys, resource; sys.path.insert(0, sys.argv[1]); from text.corpora import find_files\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
-        "def read(url):\n"
-        "    [file] = find_files([url]); n = 0\n"
-        "    with file.open() as stream:\n"
-        "        while data := stream.read(2**20): n += len(data)\n"
-        "    return n\n"
-        "read(sys.argv[2] + '/a.txt'); before = peak(); print(read(sys.argv[2] + '/large.txt'), peak() - before)"
-    )
-    arguments = [sys.executable, "-c", code, str(REPOSITORY), serve(partial(FileHandler, Site(folder)))]
-    result = subprocess.run(arguments, env={**ENVIRONMENT, "no_proxy": "127.0.0.1"}, capture_output=True, text=True)
-    n_bytes, megabytes = map(int, result.stdout.split())
-    assert n_bytes == 120_000_000 and megabytes < 40, result.stderr
-
-
-def test_the_token_files_are_those_of_local_files(folder, memory, tmp_path):
-    for name, source in {"local": str(folder / "*.jsonl"), "remote": f"{memory}/*.jsonl"}.items():
-        prepare_data.main(prepare_data.Config(input=(source,), out=tmp_path / name))
-    for name in ("train.bin", "val.bin"):
-        assert (tmp_path / "local" / name).read_bytes() == (tmp_path / "remote" / name).read_bytes()
+def run_on_hub(serve, tmp_path: Path, *arguments: str) -> dict:
+    """Runs `prepare_data.py` with a Hub whose files are in `hub`; returns the content of meta.json."""
+    environment = hub_environment(serve(partial(HubHandler, tmp_path / "hub")), tmp_path / "cache")
+    result = subprocess.run(
+        command("prepare_data.py", *arguments, "--out", "data"),
+        cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert not list(tmp_path.glob("cache/**/*.parquet"))  # streamed, not stored
+    return json.loads((tmp_path / "data/meta.json").read_text())
 
 
 def test_files_of_the_hub_are_read_by_url(folder, serve, tmp_path):
     (tmp_path / "hub/org/name").mkdir(parents=True)
     (tmp_path / "hub/org/name/main").symlink_to(folder)
-    environment = hub_environment(serve(partial(HubHandler, tmp_path / "hub")), tmp_path / "cache")
     url = "hf://datasets/org/name/*.parquet"
-    result = subprocess.run(
-        command("prepare_data.py", "--input", url, "--out", "data"),
-        cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    meta = json.loads((tmp_path / "data/meta.json").read_text())
+    meta = run_on_hub(serve, tmp_path, "--input", url)
     assert meta["source"] == [url] and sum(split["documents"] for split in meta["splits"].values()) == len(TEXTS)
-    assert not list(tmp_path.glob("cache/**/*.parquet"))  # streamed, not stored
 
 
-@pytest.mark.parametrize(("url", "package"), [("s3://bucket/*.txt", "s3fs"), ("gs://bucket/a.txt", "gcsfs")])
-def test_a_missing_package_is_named(monkeypatch, url, package):
-    monkeypatch.setitem(sys.modules, package, None)  # Python then finds no such module
-    with pytest.raises(UserError, match=rf"needs a package that is missing .*: pip install {package}$"):
-        find_files([url])
+def test_a_script_data_set_is_read_from_the_hubs_parquet_files(serve, tmp_path):
+    root = tmp_path / "hub/org/name"
+    (root / "main").mkdir(parents=True)
+    (root / "main/name.py").write_text("raise SystemExit('never run')")
+    for k in range(2):
+        path = root / f"refs/convert/parquet/plain_text/train/000{k}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"text": TEXTS[k::2]}), path)
+    run_on_hub(serve, tmp_path, "--dataset", "org/name")
+    text = "".join(gpt2().decode(read_tokens(tmp_path / f"data/{split}.bin").tolist()) for split in ("train", "val"))
+    assert sorted(text.split("<|endoftext|>")[:-1]) == sorted(TEXTS)
 
 
-def test_an_unknown_scheme_is_one_line():
-    with pytest.raises(UserError, match="cannot read warp://host/a.txt: Protocol not known"):
-        find_files(["warp://ann:secret@host/a.txt"])
-
-
-TRAIN = (
-    "train.py --n-layer 1 --n-head 1 --n-embd 16 --block-size 32 --batch-size 2 --warmup-steps 1 --device cpu "
-    "--max-steps 2 --vocab-size 300 --eval-tokens 64 --out new.pt --data"
-)
+TINY = "--n-layer 1 --n-head 1 --n-embd 16 --block-size 32 --batch-size 2 --warmup-steps 1 --device cpu --max-steps 2"
 
 
 @pytest.mark.parametrize(
     ("script", "written"),
     [
         ("prepare_data.py --out data/b.txt --input", "data/b.txt/meta.json"),
-        pytest.param(TRAIN, "new.pt", marks=pytest.mark.slow),
+        pytest.param(f"train.py {TINY} --vocab-size 300 --out new.pt --data", "new.pt", marks=pytest.mark.slow),
     ],
 )
-def test_no_secret_of_a_url_is_printed_or_written(folder, serve, tmp_path, monkeypatch, script, written):
+def test_no_secret_of_a_url_is_printed_or_written(folder, address, tmp_path, monkeypatch, script, written):
     monkeypatch.setitem(ENVIRONMENT, "no_proxy", "127.0.0.1")
-    server = Site(folder, login="ann:s3cret")
-    address = serve(partial(FileHandler, server))
-    url = f"{address.replace('://', '://ann:s3cret@')}/b.txt.gz?token=t0ken"
+    (folder / "private").mkdir()
+    (folder / "b.txt.gz").rename(folder / "private/b.txt.gz")
+    url = f"{address.replace('://', '://ann:s3cret@')}/private/b.txt.gz?token=t0ken"
     result = run_script(tmp_path, script, url)
     assert result.returncode == 0 and (tmp_path / written).exists(), result.stderr
-    assert "GET /b.txt.gz?token=t0ken" in server.requests
-    meta, shown = json.loads((tmp_path / "data/b.txt/meta.json").read_text()), f"{address}/b.txt.gz?…"
+    assert "/private/b.txt.gz?token=t0ken" in FileHandler.requests
+    meta, shown = json.loads((tmp_path / "data/b.txt/meta.json").read_text()), f"{address}/private/b.txt.gz?…"
     assert meta["source"] == [shown] and shown in meta["command"]
-    server.statuses = [403] * 100
-    refused = run_script(tmp_path, "prepare_data.py --out refused --input", url)
-    assert refused.returncode == 1 and refused.stderr.splitlines()[-1].startswith(f"error: cannot read {shown}: HTTP")
+    refused = run_script(tmp_path, "prepare_data.py --out refused --input", url.replace("s3cret", "wr0ng"))
+    assert refused.returncode == 1 and refused.stderr.splitlines()[-1].startswith(f"error: cannot read {shown}: 403")
     files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and folder not in path.parents]
-    for secret in ("s3cret", "t0ken", "ann:"):
+    for secret in ("s3cret", "wr0ng", "t0ken", "ann:"):
         assert not any(secret in said.stdout + said.stderr for said in (result, refused))
         assert len(files) >= 3 and not any(secret.encode() in content for content in files)
     monkeypatch.chdir(tmp_path)  # a resumed run needs neither the text nor the secrets
-    resumed = train.Config(data=shown, resume=True)
-    assert prepare_first(shown, (), "meta.json", resumed, 1, lambda *_: pytest.fail("prepared")) == Path("data/b.txt")
+    assert prepared_text(shown, train.Config(resume=True), gpt2(), 1) == Path("data/b.txt")
 
 
 @pytest.mark.parametrize(
@@ -290,22 +208,24 @@ def test_secrets_are_cut_out_of_any_text(text, expected):
 @pytest.mark.parametrize("url", ["https://host/texts/", "s3://bucket/*.txt", "https://host"])
 def test_a_training_script_takes_the_url_of_one_file(url):
     with pytest.raises(UserError, match=r"takes the URL of one file, not .*prepare_data\.py"):
-        prepare_first(url, (), "meta.json", train.Config(data=url), 1, lambda *_: pytest.fail("prepared"))
+        prepared_text(url, train.Config(), gpt2(), 1)
 
 
-READERS: list[Callable[[Path], object]] = [
-    lambda path: list(read_file(path, Notes())),
-    lambda path: read_table(path, "text", "label", Notes()),
-]
-
-
-@pytest.mark.parametrize("read", READERS)
-def test_chats_and_labelled_tables_are_read_from_paths_only(read):
-    with pytest.raises(UserError, match=r"^https:/host/a\.jsonl is a URL, which only prepare_data\.py and train\.py"):
-        read(Path("https://ann:secret@host/a.jsonl"))
-
-
-def test_a_url_of_chats_is_one_line(tmp_path):
-    result = run_script(tmp_path, "prepare_sft_data.py", "--input", "https://ann:secret@host/a.jsonl", "--out", "new")
-    assert result.returncode == 1 and "download the file" in result.stderr.splitlines()[-1]
-    assert "secret" not in result.stderr and not list(tmp_path.glob("new/*"))
+def test_a_training_script_prepares_a_file_once_and_never_over_other_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("book.txt", "book.md"):
+        Path(name).write_text("Some text. " * 100)
+    folder = prepared_text("./book.txt", train.Config(), 280, 1)
+    assert folder == Path("data/book") and "to train on" in capsys.readouterr().out
+    assert (
+        prepared_text("book.txt", train.Config(), 280, 1)
+        == folder
+        == prepared_text(str(folder), train.Config(), 280, 2)
+    )
+    with pytest.raises(UserError, match="which holds other data: rename book.md"):
+        prepared_text("book.md", train.Config(overwrite=True), 280, 1)
+    with pytest.raises(UserError, match="several processes cannot prepare book.txt"):
+        prepared_text("book.txt", train.Config(), 280, 2)
+    capsys.readouterr()
+    plan = prepared_text("book.md", train.Config(plan=True), 280, 1)
+    assert (plan / "train.bin").exists() and tmp_path not in plan.parents and not capsys.readouterr().out

@@ -12,7 +12,7 @@ from generation.config import SamplingConfig
 from generation.text_model import Chat, TextModel
 from interface.terminal import complete_lines, load_conversation, obey, save_conversation, set_option
 from system.errors import UserError
-from text.templates import Message
+from text.chat import Message
 
 MESSAGES: list[Message] = [
     {"role": "user", "content": "Hello"},

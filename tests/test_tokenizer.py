@@ -11,9 +11,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from system.errors import UserError
 from text import tokenizer as tokenizers
-from text.conversations import check_messages, usable
-from text.readers import Notes
-from text.templates import encode_conversation, encode_prompt, encode_turn
+from text.chat import encode_conversation, encode_prompt, encode_turn
 
 SAMPLES = [
     "Hello, world!",
@@ -180,50 +178,6 @@ def test_long_prompts_lose_their_oldest_exchanges_then_the_turns_beginning(gpt2)
         and long[-1] == gpt2.assistant
         and "end<|endoftext|>" in gpt2.decode(long)
     )
-
-
-def turn(role: str, content: str | None = "x") -> dict:
-    return {"role": role, "content": content}
-
-
-def test_conversations_are_brought_into_one_form():
-    notes = Notes()
-    assert check_messages([turn("system", "Be kind."), turn("user"), turn("assistant")], "f", notes) == [
-        turn("user", "Be kind.\n\nx"),
-        turn("assistant"),
-    ]
-    assert not notes
-    two = [turn("user"), turn("assistant")]
-    assert check_messages([*two, turn("user")], "f", notes) == two and len(notes) == 1
-    for bad in ("text", [turn("user"), "text"], [{"role": "user"}], [turn("user", 1)]):
-        with pytest.raises(UserError, match="f: expected messages"):
-            check_messages(bad, "f", notes)
-
-
-def test_unusable_conversations_are_dropped_and_counted_by_reason():
-    bad = {
-        "without an answer": [[], [turn("user")], [turn("user"), turn("user")]],
-        "do not take turns": [
-            [turn("assistant"), turn("user")],
-            [turn("user"), turn("user"), turn("assistant")],
-            [turn("user"), turn("assistant"), turn("system"), turn("assistant")],
-        ],
-        "a role like 'tool'": [[turn("user"), turn("tool"), turn("assistant")]],
-        "an empty turn": [[turn("user"), turn("assistant", " ")], [turn("user", None), turn("assistant")]],
-    }
-    rows = [{"messages": messages} for group in bad.values() for messages in group]
-    rows[2:2] = [{"instruction": "Say hello.", "output": "Hello."}, {"instruction": "Say nothing.", "output": ""}]
-    notes = Notes()
-    kept = list(usable(((f"row {i}", row) for i, row in enumerate(rows)), notes))
-    assert [[message["content"] for message in messages] for messages in kept] == [["Say hello.", "Hello."]]
-    counts = {reason: next(count for what, count in notes.items() if reason in what) for reason in bad}
-    assert counts == {
-        "without an answer": (3, "row 0"),
-        "do not take turns": (3, "row 5"),
-        "a role like 'tool'": (1, "row 8"),
-        "an empty turn": (3, "row 3"),
-    }
-    assert sum(number for number, _ in notes.values()) + len(kept) == len(rows)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Conversations for fine-tuning: the Hub, files of chats or instructions, Python's own documentation."""
+"""Conversations for fine-tuning: from the Hub, files of chats or instructions, and Python's own documentation."""
 
 from __future__ import annotations
 
@@ -11,22 +11,25 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 
+import numpy as np
+
+from system.cli import command_line, progress, shorten, without_secrets
 from system.errors import UserError
-from system.untrusted import brief
+from system.files import atomic_folder, atomic_write, require_no_files, write_json
 from text import lessons
-from text.corpora import draw_held_out
-from text.readers import Notes, Row, hub_rows, load_hub, opened, records
-from text.registry import CONVERSATIONS, listed
-from text.templates import Message
+from text.chat import Message, encode_conversation
+from text.sources import CONVERSATIONS, Notes, Row, draw_held_out, hub_rows, load_hub, read_rows
+from text.token_files import SPLITS
+from text.tokenizer import Tokenizer
 
 Conversation = list[Message]
+Pairs = Iterable[tuple[str, Conversation]]
+"""conversations with their splits, "train" or "val" """
 
 QUESTIONS, ANSWERS = ("instruction", "prompt", "question"), ("output", "response", "answer", "completion")
 """Columns of a table in which each row is one question and its answer."""
 COLUMNS = ["messages", *QUESTIONS, "input", *ANSWERS]
-VAL_FRACTION, FEW = 0.05, 100
-"""The share to hold out by default. Of fewer than FEW conversations none is: the user wants each of them to be learnt.
-"""
+VAL_FRACTION, FEW = 0.05, 100  # of fewer than FEW conversations none is held out: the user wants each to be learnt
 _INSTEAD = "--dataset pydocs-qa and --input FILE work"
 _REPEATED = "conversations that repeat another one were dropped"
 
@@ -35,42 +38,125 @@ class Unusable(Exception):
     """A conversation that cannot be trained on. The message, in the plural, says which conversations were dropped."""
 
 
+def prepare_conversations(
+    dataset: str,
+    file: str | None,
+    tokenizer: Tokenizer,
+    out: Path,
+    *,
+    template: str = "chat",
+    block_size: int = 1024,
+    max_conversations: int | None = None,
+    val_fraction: float | None = None,
+    seed: int = 1337,
+    overwrite: bool = False,
+) -> list[str]:
+    """Writes tokens, loss masks and offsets of the conversations in a file, or without it of a data set, into `out`.
+
+    Returns lines that say what was written. The files appear together at the end. Raises UserError if there are old
+    files and no `overwrite`, or if a split gets no conversation.
+    """
+    require_no_files(out, ["sft_*.bin", "sft_meta.json"], overwrite)
+    notes = Notes()
+    joins = template == "chat"
+    pairs, is_held_out = open_conversations(dataset, file, max_conversations, val_fraction, seed, notes, joins)
+    with atomic_folder(out, last="sft_meta.json") as folder:
+        counts = _write(pairs, is_held_out, tokenizer, folder, template, block_size, notes)
+        meta = {
+            "files": {split: [f"sft_{split}{kind}.bin" for kind in ("", "_mask", "_index")] for split in SPLITS},
+            "tokenizer": tokenizer.name,
+            "template": template,
+            "block_size": block_size,
+            "is_held_out": is_held_out,
+            "splits": counts,
+            "source": without_secrets(file or dataset),
+            "notes": notes.lines(),
+            "command": command_line(),
+            "format_version": 1,
+        }
+        write_json(folder / "sft_meta.json", meta)
+    lines = [
+        f"{split}: {n['conversations']:,} conversations, {n['tokens']:,} tokens, "
+        f"{n['counted']:,} of them in the assistant's answers"
+        for split, n in counts.items()
+    ]
+    if not is_held_out:
+        lines.append(
+            "all conversations are trained on, and the validation loss is theirs "
+            "(prepare_sft_data.py --val-fraction holds some out)"
+        )
+        if n_joined := counts["train"]["conversations"] - counts["val"]["conversations"]:
+            lines.append(f"{n_joined:,} more join two or three of them: chats go on after the first answer")
+    return [*lines, *notes.lines(), f"wrote {out}, tokenizer {tokenizer.name}, template {template}"]
+
+
+def _write(
+    pairs: Pairs, is_held_out: bool, tokenizer: Tokenizer, folder: Path, template: str, block_size: int, notes: Notes
+) -> dict[str, dict[str, int]]:
+    """Writes conversations; returns counts by split. A long conversation loses its oldest exchanges."""
+    rows: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {split: [] for split in SPLITS}
+    for i, (split, messages) in enumerate(progress(pairs, unit="conversation"), 1):
+        ids, mask = encode_conversation(messages, tokenizer, template)
+        if len(ids) > block_size:
+            ids, mask = encode_conversation(messages, tokenizer, template, block_size)
+            outcome = "lost their oldest turns" if ids else "were dropped, since one exchange alone is too long"
+            if is_held_out or split == "val":  # otherwise the training data repeats it
+                notes.add(f"conversations longer than {block_size:,} tokens {outcome}", f"conversation {i:,}")
+        if ids:
+            rows[split].append((np.array(ids, "<u2"), np.array(mask, "u1")))
+    if not rows["train"]:
+        raise UserError(f"there is no conversation to train on{notes.in_brackets()}")
+    if not rows["val"]:
+        raise UserError(
+            "no conversation is left to validate with: use more conversations, a larger --val-fraction or a larger "
+            f"--block-size{notes.in_brackets()}"
+        )
+    counts = {}
+    for split in SPLITS:
+        tokens, masks = (np.concatenate(arrays) for arrays in zip(*rows[split], strict=True))
+        offsets = np.cumsum([0, *(len(ids) for ids, _ in rows[split])], dtype="<u8")
+        for kind, content in (("", tokens), ("_mask", masks), ("_index", offsets)):
+            with atomic_write(folder / f"sft_{split}{kind}.bin") as file:
+                file.write(content.tobytes())
+        counts[split] = {"conversations": len(rows[split]), "tokens": len(tokens), "counted": int(masks.sum())}
+    return counts
+
+
 def open_conversations(
     dataset: str,
-    path: Path | None,
+    file: str | None,
     max_conversations: int | None,
     val_fraction: float | None,
     seed: int,
     notes: Notes,
-    *,
-    are_chats: bool = True,
-) -> Iterable[tuple[str, Conversation]]:
-    """Returns the conversations of a file, or without `path` those of a data set, with their splits ("train", "val").
+    joins: bool = True,
+) -> tuple[Pairs, bool]:
+    """Returns the conversations of a file, or without it those of a data set, and whether some are held out.
 
-    With a `val_fraction` of 0, and without one if there are fewer than FEW conversations, each has the split "both". If
-    they are few chats, those with one exchange are also `joined`. `notes` counts what is left out. Raises UserError if
-    there are fewer than two conversations.
+    With a `val_fraction` of 0, and without one if there are fewer than FEW, all are in both splits. If they are few and
+    `joins` is set, those with one exchange are also `joined` for training. Raises UserError if only one is usable.
     """
     named = CONVERSATIONS.get(dataset)
-    if path is None and dataset == "oasst1":
-        share = val_fraction or VAL_FRACTION
-        return _first(load_oasst1(share, seed, notes), max_conversations, share)
-    if path is None and named and named.split == "wordings":
+    if not file and dataset == "oasst1":
+        return load_oasst1(max_conversations, notes), True
+    if not file and named and not named.hub:
         found_lessons = lessons.lessons(builtins_only=dataset == "builtins-qa")
-        return lessons.conversations(list(islice(found_lessons, max_conversations)), seed)
-    usable = read_file(path, notes) if path else from_hub(named.hub if named else dataset, notes)
-    conversations = list(islice(usable, max_conversations))
+        return lessons.conversations(list(islice(found_lessons, max_conversations)), seed), True
+    if file:
+        rows = read_rows(file, COLUMNS)
+    else:
+        name = named.hub if named else dataset
+        rows = hub_rows(name, load_hub(name, _INSTEAD, split="train"))
+    conversations = list(islice(usable(rows, notes), max_conversations))
     if len(conversations) < 2:
-        raise UserError(f"{path or dataset} holds fewer than two usable conversations: add more{notes.in_brackets()}")
+        raise UserError(f"{file or dataset} holds fewer than two usable conversations: add more{notes.in_brackets()}")
     if val_fraction is None:
         val_fraction = VAL_FRACTION if len(conversations) >= FEW else 0
-    if val_fraction == 0:
-        found = [("both", conversation) for conversation in conversations]
-        short = [conversation for conversation in conversations if len(conversation) <= 2]
-        if are_chats and len(conversations) < FEW and len(short) > 1:
-            found += [("joined", several) for several in joined(short, seed)]
-        return found
-    return draw_held_out(conversations, max(val_fraction, 1 / len(conversations)), seed)
+    if val_fraction > 0:
+        return draw_held_out(conversations, max(val_fraction, 1 / len(conversations)), seed), True
+    short = [conversation for conversation in conversations if len(conversation) <= 2]
+    longer = list(joined(short, seed)) if joins and len(conversations) < FEW and len(short) > 1 else []
+    return [*(("val", c) for c in conversations), *(("train", c) for c in [*conversations, *longer])], False
 
 
 def joined(conversations: list[Conversation], seed: int) -> Iterator[Conversation]:
@@ -84,42 +170,16 @@ def joined(conversations: list[Conversation], seed: int) -> Iterator[Conversatio
         yield from (list(chain(*shuffled[i : i + n])) for i in range(0, len(shuffled), n))
 
 
-def _first(
-    conversations: Iterable[tuple[str, Conversation]], n: int | None, val_fraction: float
-) -> Iterator[tuple[str, Conversation]]:
-    """Yields at most `n` conversations, `val_fraction` of them, but at least one, from the split "val"."""
-    n_val = None if n is None else max(1, round(n * val_fraction))
-    left = {"train": n if n is None or n_val is None else n - n_val, "val": n_val}
-    for split, conversation in conversations:
-        room = left[split]
-        if room is None or room > 0:
-            left[split] = None if room is None else room - 1
-            yield split, conversation
-
-
-def read_file(path: Path, notes: Notes) -> Iterator[Conversation]:
-    """Yields the conversations of a .json (a list), .jsonl (one object per line), .csv, .tsv or .parquet file, perhaps
-    compressed.
-
-    Conversations that cannot be trained on are dropped; `notes` counts them. Raises UserError, naming the place, for
-    anything that is not a conversation.
-    """
-    with opened(path) as (_, stream):
-        yield from usable(records(path, stream, COLUMNS), notes)
-
-
-def from_hub(name: str, notes: Notes) -> Iterator[Conversation]:
-    """Yields the conversations in the split "train" of a data set of the Hub, as `read_file` does."""
-    rows, _ = load_hub(name, _INSTEAD, split="train")
-    yield from usable(hub_rows(name, rows), notes)
+def read_file(file: str | Path, notes: Notes) -> Iterator[Conversation]:
+    """Yields the `usable` conversations of a .json, .jsonl, .csv, .tsv or .parquet file, perhaps compressed."""
+    return usable(read_rows(str(file), COLUMNS), notes)
 
 
 def usable(rows: Iterable[Row], notes: Notes) -> Iterator[Conversation]:
     """Yields the conversations that can be trained on, from rows with their places; `notes` counts the others.
 
-    A row has `messages`, as OpenAI and the Hub write them, or one of QUESTIONS and one of ANSWERS, and perhaps
-    `input`, as Alpaca's `instruction`, `input` and `output`. A conversation that repeats another one is dropped: it
-    might be in both splits. Raises UserError, naming the place, for any other row.
+    A row has `messages`, as OpenAI and the Hub write them, or one of QUESTIONS, perhaps `input`, and one of ANSWERS. A
+    conversation that repeats another one is dropped: it might be in both splits. Raises UserError for any other row.
     """
     seen: set[bytes] = set()
     for where, row in rows:
@@ -137,51 +197,42 @@ def _messages_of(row: object, where: str) -> object:
     columns = row if isinstance(row, dict) else {}
     if "messages" in columns:
         return columns["messages"]
-    question = next((name for name in QUESTIONS if name in columns), None)
-    answer = next((name for name in ANSWERS if name in columns), None)
-    if question and answer:
-        turn = {"role": "user", "content": columns[question], "input": columns.get("input") or ""}
-        return [turn, {"role": "assistant", "content": columns[answer]}]
-    found = ", ".join(map(str, columns))[:100] if columns else f"a {type(row).__name__}"
+    questions, answers = ([name for name in names if name in columns] for names in (QUESTIONS, ANSWERS))
+    if questions and answers:
+        turn = {"role": "user", "content": columns[questions[0]], "input": columns.get("input") or ""}
+        return [turn, {"role": "assistant", "content": columns[answers[0]]}]
     raise UserError(
-        f"{where}: expected an object or a row with `messages`, or with a question (a column {listed(QUESTIONS)}) and "
-        f"its answer ({listed(ANSWERS)}), not {found}"
+        f"{where}: expected an object or a row with `messages`, or with a question (column {', '.join(QUESTIONS)}) and "
+        f"its answer ({', '.join(ANSWERS)}), not {shorten(', '.join(map(str, columns)), 100) or type(row).__name__}"
     )
 
 
 def _is_new(conversation: Conversation, seen: set[bytes]) -> bool:
     """Whether a conversation is not among those that were `seen`; adds its hash to them."""
-    key = hashlib.sha256(json.dumps(conversation, sort_keys=True).encode()).digest()
-    is_new = key not in seen
+    key, n = hashlib.sha256(json.dumps(conversation, sort_keys=True).encode()).digest(), len(seen)
     seen.add(key)
-    return is_new
+    return len(seen) > n
 
 
-def load_oasst1(val_fraction: float, seed: int, notes: Notes) -> Iterator[tuple[str, Conversation]]:
-    """Yields OpenAssistant's English conversations with the Hub's own split; if it has none, split by message tree."""
-    name = CONVERSATIONS["oasst1"].hub
-    rows, _ = load_hub(name, _INSTEAD)
-    trees = oasst1_trees(hub_rows(name, rows["train"]), notes)
-    split_trees: Iterator[tuple[str, list[Conversation]]]
-    if "validation" in rows:
-        val_trees = oasst1_trees(hub_rows(name, rows["validation"]), notes)
-        split_trees = chain((("train", tree) for tree in trees), (("val", tree) for tree in val_trees))
-    else:
-        split_trees = draw_held_out(trees, val_fraction, seed)
+def load_oasst1(max_conversations: int | None, notes: Notes) -> Pairs:
+    """Yields OpenAssistant's English conversations (Köpf et al. 2023) with the Hub's own split."""
+    name, n_train, n_val = CONVERSATIONS["oasst1"].hub, None, None
+    if max_conversations:
+        n_val = max(1, round(max_conversations * VAL_FRACTION))
+        n_train = max_conversations - n_val
+    rows = load_hub(name, _INSTEAD)
     seen: set[bytes] = set()
-    for split, tree in split_trees:
-        for conversation in tree:
-            if _is_new(conversation, seen):
-                yield split, conversation
-            else:
-                notes.add(_REPEATED, name)
+    for split, rows_of_split, n in (("train", rows["train"], n_train), ("val", rows["validation"], n_val)):
+        conversations = oasst1_conversations(hub_rows(name, rows_of_split), notes)
+        new = (conversation for conversation in conversations if _is_new(conversation, seen))
+        yield from ((split, conversation) for conversation in islice(new, n))
 
 
-def oasst1_trees(rows: Iterable[Row], notes: Notes) -> Iterator[list[Conversation]]:
-    """Yields for each message tree of OpenAssistant its conversations: from the question down the top-ranked replies.
+def oasst1_conversations(rows: Iterable[Row], notes: Notes) -> Iterator[Conversation]:
+    """Yields the conversations in OpenAssistant's message trees: from each question down the top-ranked replies.
 
-    English messages are kept, unless they were deleted or half of the reviewers labelled them as spam (Köpf et al.
-    2023). `notes` counts what is left out.
+    English messages are kept, unless they were deleted or half of the reviewers labelled them as spam. `notes` counts
+    what is left out.
     """
     children: dict[str | None, list[Row]] = defaultdict(list)
     for where, row in rows:
@@ -192,58 +243,58 @@ def oasst1_trees(rows: Iterable[Row], notes: Notes) -> Iterator[list[Conversatio
             notes.add("messages that were deleted or marked as spam were left out", where)
         else:
             children[row["parent_id"]].append((where, row))
-    for where, root in children[None]:
-        paths = _oasst1_paths(root, [], children, notes) if root["role"] == "prompter" else []
-        if paths:
-            yield list({json.dumps(path): path for path in paths}.values())  # each once
-        else:
-            notes.add("questions without an answer were left out", where)
+    for root in children[None]:
+        yield from _oasst1_paths(root, [], children, notes)
 
 
 def _oasst1_paths(
-    message: dict, before: Conversation, children: dict[str | None, list[Row]], notes: Notes
+    question: Row, before: Conversation, children: dict[str | None, list[Row]], notes: Notes
 ) -> list[Conversation]:
-    """Returns the conversations from a message, which follows `before`, down to the last answers below it."""
-    role = "user" if message["role"] == "prompter" else "assistant"
-    path: Conversation = [*before, {"role": role, "content": message["text"]}]
-    replies = [(where, reply) for where, reply in children[message["message_id"]] if reply["role"] != message["role"]]
-    if role == "user" and replies:  # rank 0 is the answer that reviewers liked best
-        replies.sort(key=lambda reply: math.inf if reply[1]["rank"] is None else reply[1]["rank"])
-        for where, _ in replies[1:]:
-            notes.add("answers that reviewers ranked below another one were left out", where)
-        replies = replies[:1]
-    longer = [path_ for _, reply in replies for path_ in _oasst1_paths(reply, path, children, notes)]
-    if longer:
-        return longer
-    if role == "user":  # nobody answered
-        path = before
-    return [path] if path else []
+    """Returns the conversations that go on after `before` with a question, down to the last answers below it."""
+    where, message = question
+    answers = sorted(  # rank 0 is the answer that reviewers liked best
+        children[message["message_id"]], key=lambda row: math.inf if row[1]["rank"] is None else row[1]["rank"]
+    )
+    if not answers:
+        notes.add("questions without an answer were left out", where)
+        return []
+    for other, _ in answers[1:]:
+        notes.add("answers that reviewers ranked below another one were left out", other)
+    best = answers[0][1]
+    turns = [{"role": "user", "content": message["text"]}, {"role": "assistant", "content": best["text"]}]
+    path = [*before, *turns]
+    longer = [_oasst1_paths(row, path, children, notes) for row in children[best["message_id"]]]
+    return list(chain(*longer)) or [path]
 
 
 def check_messages(messages: object, where: str, notes: Notes) -> Conversation:
     """Returns a conversation in which user and assistant alternate, from a user's turn to an assistant's.
 
-    The template has no role for a system message: the text of a leading one is put before the first user's text. A last
-    user's turn without an answer is dropped. `notes` counts it, and characters that are not Unicode. Raises Unusable if
-    a conversation cannot be brought into this form, and UserError, naming `where`, if `messages` are not a list of
-    messages.
+    The text of a leading system message is put before the first user's text: the template has no role for it. A last
+    question without an answer is dropped. Raises Unusable if a conversation cannot be brought into this form, and
+    UserError, naming `where`, if `messages` is no list of messages.
     """
-    turns = [
-        {
-            name: notes.clean(turn.get(name) or "", where).strip()
-            for name in ("role", "content", "input")
-            if name in turn
-        }
-        for turn in _require_messages(messages, where)
-    ]
+    try:
+        turns = [
+            {
+                name: notes.clean(turn[name] or "", where).strip()
+                for name in ("role", "content", "input")
+                if name in turn
+            }
+            for turn in messages  # type: ignore[attr-defined]
+        ]
+        roles = [turn["role"] for turn in turns if "content" in turn or turn["content"]]
+    except (TypeError, KeyError, AttributeError):
+        raise UserError(
+            f"{where}: expected messages with the strings 'role' and 'content', and perhaps 'input'"
+        ) from None
     roles = [turn["role"] for turn in turns]
-    for role in roles:
-        if role not in ("system", "user", "assistant"):
-            raise Unusable(f"conversations with a role like {brief(role)} (not system, user or assistant) were dropped")
     system = ""
     if roles[:1] == ["system"]:
         system = turns[0]["content"] + "\n\n"
         turns, roles = turns[1:], roles[1:]
+    if not set(roles) <= {"user", "assistant", "system"}:
+        raise Unusable("conversations with a role other than system, user and assistant were dropped")
     if "assistant" not in roles:
         raise Unusable("conversations without an answer were dropped")
     if any(role != ("user", "assistant")[i % 2] for i, role in enumerate(roles)):
@@ -254,17 +305,3 @@ def check_messages(messages: object, where: str, notes: Notes) -> Conversation:
         notes.add("questions at the end of a conversation, without an answer, were dropped", where)
         turns = turns[:-1]
     return [{**turns[0], "content": system + turns[0]["content"]}, *turns[1:]]
-
-
-def _require_messages(messages: object, where: str) -> list[dict]:
-    """Raises UserError unless `messages` is a list of dicts with a role, a content (a string or null) and perhaps an
-    input."""
-    if not isinstance(messages, list) or not all(
-        isinstance(message, dict)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content", 0), str | None)  # 0 is neither: the key must be there
-        and isinstance(message.get("input", ""), str)
-        for message in messages
-    ):
-        raise UserError(f"{where}: expected messages with the strings 'role' and 'content', and perhaps 'input'")
-    return messages

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from pathlib import Path
 
 import numpy as np
 
 from system.errors import UserError
-from text.readers import Notes, hub_rows, load_hub, opened, records, text_of
-from text.registry import LABELLED
+from text.sources import LABELLED, Notes, Row, hub_rows, load_hub, read_rows, text_of
 
 SPLITS = ("train", "val", "test")
+_CONTRADICTS = "rows whose text has another label elsewhere were dropped"
 
 
 @dataclass(frozen=True)
@@ -24,69 +25,49 @@ class Example:
     label: str
 
 
-def read_examples(path: Path | None, dataset: str, text_column: str, label_column: str) -> list[Example]:
-    """Returns the labelled texts of a file, or of a data set of the Hub, and prints what was dropped.
+def read_examples(
+    file: str | Path | None, dataset: str, text_column: str, label_column: str
+) -> tuple[list[Example], Notes]:
+    """Returns the labelled texts of a table, or without it of a data set of the Hub, and notes about dropped rows.
 
-    Raises UserError if nothing is left.
+    Raises UserError if nothing is left, or, naming the place, for a row that lacks one of the columns.
     """
     notes = Notes()
-    if path:
-        examples = read_table(path, text_column, label_column, notes)
-    elif named := LABELLED.get(dataset):
-        examples = from_hub(named.hub, named.text_column, named.label_column, notes)
+    if file:
+        rows = read_rows(str(file), [text_column, label_column])
     else:
-        examples = from_hub(dataset, text_column, label_column, notes)
-    for line in notes.lines():
-        print(line)
+        if named := LABELLED.get(dataset):
+            dataset, text_column = named.hub, named.text_column
+        rows = _rows_of_hub(dataset, label_column)
+    examples = _examples(rows, text_column, label_column, notes)
     if not examples:
-        raise UserError(f"{path or dataset} holds no labelled text{notes.in_brackets()}")
-    return examples
+        raise UserError(f"{file or dataset} holds no labelled text{notes.in_brackets()}")
+    return examples, notes
 
 
-def read_table(path: Path, text_column: str, label_column: str, notes: Notes) -> list[Example]:
-    """Returns the rows of a .csv, .tsv, .jsonl, .json or .parquet file; `notes` counts the rows that are dropped.
-
-    Columns named "1", "2", … are those of a table without a header. Raises UserError, naming the place, for a row
-    that lacks one of the columns.
-    """
-    with opened(path) as (_, stream):
-        return _examples(records(path, stream, [text_column, label_column]), text_column, label_column, notes)
+def _rows_of_hub(name: str, label_column: str) -> Iterator[Row]:
+    """Yields the rows of the split "train". Labels that the data set stores as numbers are given their names."""
+    rows = load_hub(name, "--input FILE works", split="train")
+    names = dict(enumerate(getattr((rows.features or {}).get(label_column), "names", [])))  # -1 is no label
+    for where, row in hub_rows(name, rows):
+        yield where, {**row, label_column: names.get(row[label_column])} if names else row
 
 
-def from_hub(name: str, text_column: str, label_column: str, notes: Notes) -> list[Example]:
-    """Returns the rows of the split "train" of a data set of the Hub; `notes` counts the rows that are dropped.
-
-    Labels that the data set stores as numbers are given their names. Raises UserError if the Hub cannot be reached.
-    """
-    rows, _ = load_hub(name, "--input FILE works", split="train")
-    names = dict(enumerate(getattr((rows.features or {}).get(label_column), "names", [])))
-    named = (
-        (where, {**row, label_column: names.get(row[label_column])} if names else row)
-        for where, row in hub_rows(name, rows)
-    )
-    return _examples(named, text_column, label_column, notes)
-
-
-def _examples(rows: Iterable[tuple[str, object]], text_column: str, label_column: str, notes: Notes) -> list[Example]:
-    contradicts = "rows whose text has another label elsewhere were dropped"
-    labels_of: dict[str, list[str]] = {}  # by text
-    first_place: dict[str, str] = {}  # by text
+def _examples(rows: Iterable[Row], text_column: str, label_column: str, notes: Notes) -> list[Example]:
+    labels: dict[str, str | None] = {}  # by text; None if labels contradict each other
     for where, row in rows:
         text = notes.clean(text_of(row, text_column, where), where).strip()
         label = notes.clean(text_of(row, label_column, where, "--label-column", str | int), where).strip()
         if not text or not label:
             notes.add(f"rows without {'a label' if text else 'text'} were dropped", where)
-        elif text not in labels_of:
-            labels_of[text], first_place[text] = [label], where
-        elif label in labels_of[text]:
+        elif text not in labels:
+            labels[text] = label
+        elif labels[text] == label:
             notes.add("rows that repeat another one were dropped, or training and test would share them", where)
         else:
-            labels_of[text].append(label)
-            notes.add(contradicts, where)
-    for text, labels in labels_of.items():
-        if len(labels) > 1:
-            notes.add(contradicts, first_place[text])
-    return [Example(text, labels[0]) for text, labels in labels_of.items() if len(labels) == 1]
+            notes.add(_CONTRADICTS, where, 1 if labels[text] is None else 2)
+            labels[text] = None
+    return [Example(text, label) for text, label in labels.items() if label is not None]
 
 
 def split(examples: list[Example], val_fraction: float, test_fraction: float, seed: int) -> dict[str, list[Example]]:
@@ -98,7 +79,14 @@ def split(examples: list[Example], val_fraction: float, test_fraction: float, se
     by_label: dict[str, list[Example]] = defaultdict(list)
     for example in examples:
         by_label[example.label].append(example)
-    _require_enough(by_label)
+    if len(by_label) < 2:
+        raise UserError(f"all rows have the label {next(iter(by_label), '')!r}: add texts with other labels")
+    rarest = min(by_label, key=lambda label: len(by_label[label]))
+    if len(by_label[rarest]) < 3:
+        raise UserError(
+            f"the label {rarest!r} has fewer than three texts: one each is needed to train, to validate and to test; "
+            "add texts with that label, or remove it"
+        )
 
     # scikit-learn's `train_test_split(stratify=…)` only rounds shares: it leaves a label of three texts out of a split.
     random = np.random.default_rng(seed)
@@ -113,28 +101,13 @@ def split(examples: list[Example], val_fraction: float, test_fraction: float, se
     return {name: [part[i] for i in random.permutation(len(part))] for name, part in parts.items()}
 
 
-def _require_enough(by_label: dict[str, list[Example]]) -> None:
-    if len(by_label) < 2:
-        raise UserError(
-            f"all rows have the label {next(iter(by_label), '')!r}: a classifier needs texts of two labels or more"
-        )
-    label, rows = min(by_label.items(), key=lambda item: len(item[1]))
-    if len(rows) < 3:
-        times = "once" if len(rows) == 1 else "twice"
-        raise UserError(
-            f"the label {label!r} is seen {times}: one text each is needed to train, to validate and to test; "
-            "add texts with that label, or remove it"
-        )
-
-
 def one_of_each(examples: list[Example], n: int) -> list[Example]:
     """Returns at most `n` examples: one of each label, then another one of each, and so on."""
-    seen: Counter[str] = Counter()
-    ranked = []
-    for i, example in enumerate(examples):
-        ranked.append((seen[example.label], i))
-        seen[example.label] += 1
-    return [examples[i] for _, i in sorted(ranked)[:n]]
+    by_label: dict[str, list[Example]] = defaultdict(list)
+    for example in examples:
+        by_label[example.label].append(example)
+    rounds = zip_longest(*by_label.values())
+    return [example for example in chain.from_iterable(rounds) if example][:n]
 
 
 def counts(examples: list[Example]) -> str:

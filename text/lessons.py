@@ -1,6 +1,6 @@
-"""The conversations of `--dataset builtins-qa` and `pydocs-qa`: an answer, and many wordings of its question.
+"""The conversations of `--dataset builtins-qa` and `pydocs-qa`: an answer, and many paraphrases of its question.
 
-Two wordings are never trained on. They show whether the model knows a question in other words.
+Two paraphrases are never trained on. They show whether the model knows a question in other words.
 """
 
 from __future__ import annotations
@@ -12,58 +12,30 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 from text import pydocs
-from text.readers import opened, records
-from text.templates import Message
+from text.chat import Message
+from text.sources import read_rows
 
 BUNDLED = Path(__file__).parent.parent / "data" / "samples" / "chat.jsonl"
 EXCHANGES = 15 * (1, 2, 3)
 """Each lesson is part of this many conversations, joined from so many lessons each."""
 
 _TAUGHT_FOR_ALL = (
-    "What is {}?",
-    "What's {}?",
-    "What is {} for?",
-    "What does {} do?",
-    "How do I use {}?",
-    "How can I use {} in my program?",
-    "What is the purpose of {}?",
-    "Explain {}.",
-    "{}?",
-    "{}: what is it?",
-    "Tell me about {}.",
-    "Describe {} briefly.",
-    "Define {}.",
-    "I need help with {}.",
-    "In Python, what is {}?",
-    "Do you know {}?",
-    "How does {} work?",
-    "When would I use {}?",
-    "Why does Python have {}?",
-    "What can I do with {}?",
-    "What can you tell me about {}?",
-    "Can you explain {} to me?",
-    "Help me understand {}, please.",
-    "Give me a short description of {}.",
-    "{} is new to me. What is it good for?",
-    "Hi, could you help me with {}?",
-    "Remind me what {} does, please.",
-    "What does the documentation say about {}?",
-    "My teacher mentioned {}. What is that?",
-    "Could you say in one sentence what {} does?",
-    "I read about {} today, but I forgot what it was.",
-    "In this program there is {}, and I do not understand it.",
-    "Somebody told me to learn {}, but I have no idea why.",
-    "For my homework I must explain {}, so please help me.",
+    "What is {}?", "What's {}?", "What is {} for?", "What does {} do?", "How do I use {}?",
+    "How can I use {} in my program?", "What is the purpose of {}?", "Explain {}.", "{}?", "{}: what is it?",
+    "Tell me about {}.", "Describe {} briefly.", "Define {}.", "I need help with {}.", "In Python, what is {}?",
+    "Do you know {}?", "How does {} work?", "When would I use {}?", "Why does Python have {}?",
+    "What can I do with {}?", "What can you tell me about {}?", "Can you explain {} to me?",
+    "Help me understand {}, please.", "Give me a short description of {}.", "{} is new to me. What is it good for?",
+    "Hi, could you help me with {}?", "Remind me what {} does, please.", "What does the documentation say about {}?",
+    "My teacher mentioned {}. What is that?", "Could you say in one sentence what {} does?",
+    "I read about {} today, but I forgot what it was.", "In this program there is {}, and I do not understand it.",
+    "Somebody told me to learn {}, but I have no idea why.", "For my homework I must explain {}, so please help me.",
     "My program has a line with {} in it. What does that mean?",
     "The next chapter of my book is about {}. Is that important?",
-    "We talked about {} yesterday, and now I want to know more.",
-    "You surely know {}, so tell me a little about it.",
-    "Which problem does {} solve?",
-    "Please show me how {} behaves.",
-    "The name {} means what?",
-    "So what is the idea behind {}?",
-    "If you had to teach {} to a child, what would you say?",
-)
+    "We talked about {} yesterday, and now I want to know more.", "You surely know {}, so tell me a little about it.",
+    "Which problem does {} solve?", "Please show me how {} behaves.", "The name {} means what?",
+    "So what is the idea behind {}?", "If you had to teach {} to a child, what would you say?",
+)  # fmt: skip
 _TAUGHT = {
     "function": ("What does {} return?", "Why would I need {}?", "I want to use {}. How?"),
     "class": ("What is a {}?", "What does {} mean?", "I got a {}. What is that?", "When do I get a {}?"),
@@ -78,42 +50,25 @@ _HELD_OUT = {
 }
 # What people write around a question. It teaches the model to find the question.
 _BEFORE = (
-    "Hi, ",
-    "Hello! ",
-    "Please tell me: ",
-    "Quick question: ",
-    "I have a question. ",
-    "I am new here. ",
-    "I am stuck. ",
-    "Sorry to ask, but ",
-    "Now I would like to know: ",
-    "Maybe you can help me. ",
-    "So ",
-    "My friend asked me: ",
-    "Next question: ",
-    "I was just thinking, ",
-)
+    "Hi, ", "Hello! ", "Please tell me: ", "Quick question: ", "I have a question. ", "I am new here. ",
+    "I am stuck. ", "Sorry to ask, but ", "Now I would like to know: ", "Maybe you can help me. ", "So ",
+    "My friend asked me: ", "Next question: ", "I was just thinking, ",
+)  # fmt: skip
 _AFTER = (
-    " Thanks!",
-    " Please tell me.",
-    " I have no idea.",
-    " I forgot.",
-    " I need it for school.",
-    " You know that, right?",
-    " I am curious.",
-    " Just a short answer, please.",
-)
+    " Thanks!", " Please tell me.", " I have no idea.", " I forgot.", " I need it for school.",
+    " You know that, right?", " I am curious.", " Just a short answer, please.",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """A conversation and other wordings of its first question."""
+    """A conversation and paraphrases of its first question."""
 
     conversation: list[Message]
     taught: list[str]
-    """wordings to train on"""
+    """paraphrases to train on"""
     held_out: list[str]
-    """wordings for validation only"""
+    """paraphrases for validation only"""
 
     def asked(self, question: str) -> list[Message]:
         """Returns the conversation with another first question."""
@@ -149,10 +104,9 @@ def lessons(builtins_only: bool = False) -> Iterator[Lesson]:
 
 def _small_talk() -> Iterator[Lesson]:
     """Yields the lessons that come with the project."""
-    with opened(BUNDLED) as (_, stream):
-        for _, row in records(BUNDLED, stream):
-            first_question = row["messages"][0]["content"]
-            yield Lesson(row["messages"], [first_question, *row["wordings"]], row["held_out"])
+    for _, row in read_rows(str(BUNDLED)):
+        first_question = row["messages"][0]["content"]
+        yield Lesson(row["messages"], [first_question, *row["paraphrases"]], row["held_out"])
 
 
 def _entries(builtins_only: bool) -> Iterator[Lesson]:
@@ -163,14 +117,13 @@ def _entries(builtins_only: bool) -> Iterator[Lesson]:
     entries = pydocs.answers(builtins_only)
     for entry, answer in sorted(entries, key=lambda pair: (pair[0].kind != "function", "." in pair[0].name)):
         forms = [entry.name, f"{entry.name}()"] if entry.kind == "function" else [entry.name]
-        wordings = (*_TAUGHT_FOR_ALL, *_TAUGHT[entry.kind])
-        taught = [wording.format(form) for wording in wordings for form in forms]
+        taught = [pattern.format(form) for pattern in (*_TAUGHT_FOR_ALL, *_TAUGHT[entry.kind]) for form in forms]
         messages = [{"role": "user", "content": taught[0]}, {"role": "assistant", "content": answer}]
-        yield Lesson(messages, taught, [wording.format(entry.name) for wording in _HELD_OUT[entry.kind]])
+        yield Lesson(messages, taught, [pattern.format(entry.name) for pattern in _HELD_OUT[entry.kind]])
 
 
 def conversations(lessons: list[Lesson], seed: int) -> Iterator[tuple[str, list[Message]]]:
-    """Yields conversations with their splits: "train" asks in random taught wordings, "val" in the held-out ones.
+    """Yields conversations with their splits: "train" asks in random taught paraphrases, "val" in the held-out ones.
 
     Users ask one question after another, so most conversations for training join two or three lessons in random order.
     The model learns each answer from the question, not from what came before.

@@ -21,26 +21,11 @@ from typing import Literal
 Kind = Literal["topic", "module", "class", "function", "attribute"]
 
 # Folders of the standard library without documentation: installed packages, tests and tables.
-_SKIPPED_FOLDERS = {
-    "__pycache__",
-    "encodings",
-    "ensurepip",
-    "idle_test",
-    "lib-dynload",
-    "pydoc_data",
-    "site-packages",
-    "test",
-    "tests",
-    "turtledemo",
-}
-# Modules whose public name is another one, although no `from … import` says so. None: the module has no public name.
-_PUBLIC_NAMES: dict[str, str | None] = {
-    "_collections_abc": "collections.abc",
-    "posixpath": "os.path",
-    "genericpath": "os.path",
-    "ntpath": None,
-    "nturl2path": None,
-}
+_SKIPPED = re.compile(
+    "__pycache__|config-.*|encodings|ensurepip|(idle_)?tests?|pydoc_data|site-packages|turtledemo|nt(path|url2path).py"
+)
+# Modules whose public name is another one, although no `from … import` says so.
+_PUBLIC_NAMES = {"_collections_abc": "collections.abc", "posixpath": "os.path", "genericpath": "os.path"}
 
 
 @dataclass(frozen=True)
@@ -147,7 +132,7 @@ def _parse_modules() -> dict[str, ast.Module]:
         relative = path.relative_to(root)
         path_name = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
         name = _PUBLIC_NAMES.get(path_name, path_name)
-        if name is None or _SKIPPED_FOLDERS.intersection(relative.parts) or relative.parts[0].startswith("config-"):
+        if any(map(_SKIPPED.fullmatch, relative.parts)):
             continue
         try:
             tree = ast.parse(path.read_bytes())

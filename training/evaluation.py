@@ -1,23 +1,28 @@
-"""How good a language model is: mean loss, bits per byte, perplexity over strided windows, HellaSwag."""
+"""How good a language model is: mean loss, perplexity, bits per byte, accuracy on HellaSwag, exact match of answers."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from generation.config import SamplingConfig
 from generation.text_model import TextModel
-from model import GPT, ChunkLoss, chunk_loss
+from model import GPT, IGNORE_INDEX, ChunkLoss, chunk_loss
 from system.cli import progress
 from system.device import autocast
 from system.errors import UserError
-from text.readers import hub_rows, load_hub, opened, records
-from training.loader import Batch, micro_batches, require_known_ids, strided
+from system.files import read_utf8_lines
+from text.sources import hub_rows, load_hub
+from training.loader import Batch, Conversations, micro_batches, require_known_ids, stack, strided
 from training.parallel import Processes
 
 Question = tuple[str, list[str], int]
@@ -96,38 +101,47 @@ def evaluate_text(
         raise UserError(f"--stride {stride} is longer than the model's context of {block_size} tokens", status=2)
     if len(ids) < 2:
         raise UserError("there is no text to evaluate on")
-    n = len(ids) - 1
     windows = progress(strided(ids, block_size, stride), total=math.ceil(len(ids) / stride), unit="window")
     loss = mean_loss(model, windows, batch_size, text_model.dtype, Processes(text_model.device))
-    scored = ids[1:][ids[1:] < tokenizer.end_of_text]
+    n, scored = len(ids) - 1, ids[1:][ids[1:] < tokenizer.end_of_text]
     n_bytes = int(tokenizer.token_sizes()[0][scored].sum())
-    return {
-        "loss": loss,
-        "perplexity": perplexity(loss),
-        "bits_per_byte": bits_per_byte(loss, max(1, n_bytes) / n),
-        "tokens": n,
-        "bytes": n_bytes,
-        "stride": stride,
-    }
+    figures = {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": bits_per_byte(loss, max(1, n_bytes) / n)}
+    return {**figures, "tokens": n, "bytes": n_bytes, "stride": stride}
 
 
+@torch.inference_mode()
 def evaluate_hellaswag(text_model: TextModel, questions: Iterable[Question], batch_size: int = 8) -> dict[str, float]:
     """Returns the accuracy on HellaSwag (Zellers et al. 2019): how often the true ending of four is the likeliest.
 
     `acc` compares the sums of the log-probabilities of the endings' tokens, `acc_norm` their means. The text of a
     question is its context, a space and the ending. Raises UserError without questions.
     """
-    n_right, n_right_norm, n = 0, 0, 0
-    iterator = iter(progress(questions, unit="question"))
-    while batch := list(itertools.islice(iterator, batch_size)):
-        sums, means = ending_scores(text_model, batch)
-        labels = torch.tensor([label for _, _, label in batch])
-        n_right += int((sums.argmax(dim=1) == labels).sum())
-        n_right_norm += int((means.argmax(dim=1) == labels).sum())
-        n += len(batch)
-    if not n:
+    is_right: list[list[bool]] = []
+    questions = iter(progress(questions, unit="question"))
+    while group := list(itertools.islice(questions, batch_size)):
+        rows = [ending_row(text_model, context, ending) for context, endings, _ in group for ending in endings]
+        batch = stack(rows, text_model.model.config.block_size).to(text_model.device)
+        with autocast(text_model.device, text_model.dtype):
+            logits = text_model.model(batch.tokens)  # (4n, T, V)
+        losses = F.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten(), reduction="none")
+        sums = losses.view(len(group), 4, -1).sum(dim=-1)  # (n, 4)
+        means = sums / (batch.targets != IGNORE_INDEX).view(len(group), 4, -1).sum(dim=-1)
+        labels = torch.tensor([label for _, _, label in group], device=sums.device)
+        is_right += torch.stack([sums.argmin(dim=1) == labels, means.argmin(dim=1) == labels], dim=1).tolist()
+    if not is_right:
         raise UserError("HellaSwag's file holds no question")
-    return {"acc": n_right / n, "acc_norm": n_right_norm / n, "questions": n}
+    acc, acc_norm = np.mean(is_right, axis=0).tolist()
+    return {"acc": acc, "acc_norm": acc_norm, "questions": len(is_right)}
+
+
+def ending_row(text_model: TextModel, context: str, ending: str) -> Batch:
+    """Returns a Batch of one row in which the ending's tokens count, without what exceeds the model's context."""
+    ending_ids = text_model.tokenizer.encode(" " + ending)
+    ids = [*text_model.tokenizer.encode(context), *ending_ids][-text_model.model.config.block_size - 1 :]
+    tokens = torch.tensor([ids])
+    targets = tokens[:, 1:].clone()
+    targets[:, : -len(ending_ids)] = IGNORE_INDEX
+    return Batch(tokens[:, :-1], targets)
 
 
 def read_hellaswag(path: Path | None = None) -> Iterator[Question]:
@@ -135,45 +149,46 @@ def read_hellaswag(path: Path | None = None) -> Iterator[Question]:
 
     Raises UserError, naming file and line, for anything else.
     """
-    if path:
-        with opened(path) as (_, stream):
-            yield from map(check_question, records(path, stream))
-    else:
-        name = "Rowan/hellaswag"
-        rows, _ = load_hub(name, "--hellaswag FILE works", split="validation")
-        yield from map(check_question, hub_rows(name, rows))
+    if path is None:
+        rows = load_hub("Rowan/hellaswag", "--hellaswag FILE works", split="validation")
+        for _, row in hub_rows("Rowan/hellaswag", rows):
+            yield row["ctx"], row["endings"], int(row["label"])
+        return
+    for number, line in enumerate(read_utf8_lines(path), 1):
+        try:
+            row = json.loads(line)
+            context, endings, label = str(row["ctx"]), list(map(str, row["endings"])), int(row["label"])
+            if len(endings) != 4 or not 0 <= label < 4:
+                raise ValueError
+        except (KeyError, TypeError, ValueError):
+            message = f"{path}, line {number}: expected `ctx`, four `endings` and `label`, as in HellaSwag"
+            raise UserError(message) from None
+        yield context, endings, label
 
 
-def check_question(record: tuple[str, dict]) -> Question:
-    """Returns the question in a record, which comes with the place where it was read. Raises UserError."""
-    where, row = record
-    try:
-        context, endings, label = row["ctx"], row["endings"], int(row["label"])
-        if len(endings) != 4 or not 0 <= label < 4 or not all(isinstance(text, str) for text in (context, *endings)):
-            raise ValueError
-    except (KeyError, TypeError, ValueError, OverflowError):  # int(Infinity) is an overflow
-        raise UserError(f"{where}: expected `ctx`, four `endings` and `label`, as in HellaSwag") from None
-    return context, endings, label
+def answers_exactly(text_model: TextModel, question: list[int], answer: list[int]) -> bool:
+    """Returns whether the model, decoding greedily, continues the ids of a question with those of the answer.
+
+    It does if each token of the answer is the likeliest one after those before it, so one forward pass is enough.
+    """
+    tokens = text_model.score(question + answer, top_logprobs=1)[len(question) :]
+    return all(token.candidates[0][0] == token.id for token in tokens)
 
 
-def ending_scores(text_model: TextModel, questions: list[Question]) -> tuple[Tensor, Tensor]:
-    """Returns sums and means, float32 (n, 4), of the log-probabilities of each ending's tokens after its context."""
-    tokenizer, block_size = text_model.tokenizer, text_model.model.config.block_size
-    rows, lengths = [], []
-    for context, endings, _ in questions:
-        context_ids = tokenizer.encode(context)
-        for ending in endings:
-            ending_ids = tokenizer.encode(" " + ending)
-            rows.append([*context_ids, *ending_ids][-block_size - 1 :])
-            lengths.append(min(len(ending_ids), len(rows[-1]) - 1))
-    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = torch.tensor(row)
-    tokens = tokens.to(text_model.device)
-    with torch.inference_mode(), autocast(text_model.device, text_model.dtype):
-        logprobs = text_model.model(tokens[:, :-1]).float().log_softmax(dim=-1)
-    of_tokens = logprobs.gather(-1, tokens[:, 1:, None])[..., 0].cpu()  # (4n, T - 1)
-    endings_only = [of_tokens[i, len(row) - 1 - lengths[i] : len(row) - 1] for i, row in enumerate(rows)]
-    sums = torch.stack([scores.sum() for scores in endings_only])
-    means = torch.stack([scores.mean() for scores in endings_only])
-    return sums.view(-1, 4), means.view(-1, 4)
+def exact_match_report(text_model: TextModel, data: Path, split: str, n: int = 500, n_shown: int = 5) -> str:
+    """Asks up to `n` different first questions of the conversations in a folder, in random order.
+
+    Returns how many answers match the data word for word, and the first `n_shown` answers.
+    """
+    conversations = Conversations(data, split, text_model.model.config.block_size, batch_size=1, seed=0)
+    exchanges = conversations.first_exchanges(len(conversations))
+    exchanges = list({str(exchange): exchange for exchange in exchanges}.values())
+    exchanges = random.Random(0).sample(exchanges, min(n, len(exchanges)))
+    n_exact = sum(answers_exactly(text_model, *exchange) for exchange in progress(exchanges, unit="question"))
+    share = 100 * n_exact // len(exchanges)
+    lines = [f"{n_exact} of {len(exchanges)} answered word for word ({share}%), for example:"]
+    for ids, _ in exchanges[:n_shown]:
+        question = text_model.tokenizer.decode(i for i in ids if i < text_model.tokenizer.end_of_text).strip()
+        answer = text_model.write(ids, SamplingConfig(greedy=True, max_new_tokens=60), strip=True)
+        lines.append(f"> {question}\n  {answer}")
+    return "\n".join(lines)

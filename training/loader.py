@@ -96,11 +96,11 @@ class Windows:
     def from_folder(
         cls, folder: Path, meta: dict[str, Any], split: str, shape: GPTConfig, batch_size: int, seed: int
     ) -> Windows:
-        """Opens the "train" or "val" files of a folder with its `meta.json`.
+        """Opens the "train" or "val" files of a folder with its `read_token_meta`.
 
         Raises UserError if they do not fit the meta file, or if they hold ids that the model's vocabulary lacks.
         """
-        paths = [folder / name for name in meta["files"] if split in name]
+        paths = [folder / name for name in meta["files"][split]]
         data = cls(paths, shape.block_size, batch_size, seed)
         counts = meta["splits"].get(split)
         if counts is None:  # files of nanoGPT and others, which have no meta.json

@@ -4,59 +4,100 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import shutil
 import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 
 from system.cli import without_secrets
 from system.errors import UserError
-from text.remote import RemoteFile, is_url, with_plain_path
-from text.token_files import is_prepared_from
+from text.conversations import prepare_conversations
+from text.corpus import open_corpus
+from text.prepare import prepare
+from text.sources import CONVERSATIONS, TEXTS, is_url
+from text.token_files import read_meta, summary
+from text.tokenizer import Tokenizer
 from training.config import TrainerConfig
+from training.parallel import Processes
+from weights import checkpoint
 
 
-def prepare_first(
-    data: str | Path,
+def prepared_text(data: str | Path, config: TrainerConfig, tokenizer: Tokenizer | int, processes: Processes) -> Path:
+    """Returns the folder of token files that `--data` stands for. An integer as `tokenizer` trains a BPE of this size.
+
+    Raises UserError as `_prepared` and `prepare` do.
+    """
+    names = [name for name, dataset in TEXTS.items() if not dataset.hub]  # the small ones
+
+    def prepare_it(data: str, folder: Path, overwrite: bool) -> None:
+        is_file = data not in names
+        corpus = open_corpus("", [data]) if is_file else open_corpus(data)
+        source = [without_secrets(data)] if is_file else data
+        counts, used = prepare(corpus, tokenizer, folder, source, overwrite=overwrite)
+        print(summary(counts, used), *corpus.notes.lines(), f"wrote {folder}, tokenizer {used.name}", sep="\n")
+
+    return _prepared(str(data), names, "meta.json", config, processes, prepare_it)
+
+
+def prepared_conversations(
+    data: str | Path, config: TrainerConfig, start: checkpoint.Checkpoint, processes: Processes
+) -> Path:
+    """Returns the folder of prepared conversations that `--data` stands for, as the checkpoint `start` needs them.
+
+    Raises UserError as `_prepared` and `prepare_conversations` do.
+    """
+
+    def prepare_it(data: str, folder: Path, overwrite: bool) -> None:
+        name, file = (data, None) if data in CONVERSATIONS else ("", data)
+        lines = prepare_conversations(
+            name,
+            file,
+            checkpoint.tokenizer_of(start),
+            folder,
+            template=start.get("template") or "chat",
+            block_size=start["config"].block_size,
+            overwrite=overwrite,
+        )
+        print(*lines, sep="\n")
+
+    return _prepared(str(data), CONVERSATIONS, "sft_meta.json", config, processes, prepare_it)
+
+
+def _prepared(
+    data: str,
     names: Collection[str],
     meta: str,
     config: TrainerConfig,
-    n_processes: int,
-    prepare: Callable[[Path, bool], None],
+    processes: Processes,
+    prepare_it: Callable[[str, Path, bool], None],
 ) -> Path:
-    """Returns the folder with the prepared data that `--data` stands for.
+    """Returns the folder of data with the meta file `meta`; calls `prepare_it(data, folder, overwrite)` if it must.
 
-    If `data` is a file, the URL of one, or one of the data sets `names`, the folder is named after it, and `prepare` is
-    called with that folder and with whether to replace what is there. With `--plan` the folder is a temporary one, of
-    which nothing is printed. A resumed run goes on with what was prepared for it. `meta` is the name of the folder's
-    meta file. Raises UserError if several processes would prepare the data together, if the folder holds data of
-    another source, or if a URL names no file.
+    If `data` is a file, the URL of one, or one of the data sets `names`, the folder is named after it; with `--plan` it
+    is a temporary folder, and nothing is printed. A resumed run goes on with what was prepared for it. Raises UserError
+    if several processes would prepare the data together, or if the folder holds data of another source.
     """
-    data = with_plain_path(str(data))
-    file: Path | RemoteFile = RemoteFile(data) if is_url(data) else Path(data)
-    shown = without_secrets(data)
-    if isinstance(file, RemoteFile):
-        if data.endswith("/") or not file.stem or "*" in file.name:
-            raise UserError(f"--data takes the URL of one file, not {shown}: prepare that with prepare_data.py --input")
-    elif file.is_dir() or not (data in names or file.suffix or file.is_file()):
-        return file
-    folder = Path(temporary_folder()) if config.plan else Path("data") / file.stem
-    is_prepared = is_prepared_from(folder / meta, data)
+    data = data if is_url(data) else str(Path(data))
+    path, shown = Path(data.partition("?")[0]), without_secrets(data)
+    if not is_url(data) and (path.is_dir() or not (data in names or path.suffix or path.is_file())):
+        return path
+    if is_url(data) and (data.endswith("/") or "*" in path.name or len(path.parts) < 3):
+        raise UserError(f"--data takes the URL of one file, not {shown}: prepare that with prepare_data.py --input")
+    folder = Path("data") / path.stem
+    if config.plan:
+        folder = Path(tempfile.mkdtemp())
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    exists = (folder / meta).exists()
+    is_prepared = exists and read_meta(folder / meta, "the preparation").get("source") in (shown, [shown])
     if config.resume and is_prepared:
-        print(f"reading {folder}, which was prepared from {shown}; changes of {shown} since then are ignored")
-    elif n_processes > 1:
+        processes.print(f"reading {folder}, which was prepared from {shown}; later changes of {shown} are ignored")
+    elif processes.world_size > 1:
         raise UserError(f"several processes cannot prepare {shown} together: start with one, or name a prepared folder")
-    elif (folder / meta).exists() and not is_prepared:  # not even with --overwrite, which is for the checkpoint
+    elif exists and not is_prepared:  # not even with --overwrite, which is for the checkpoint
         raise UserError(
-            f"{shown} would be prepared in {folder}, which holds other data: rename {file.name}, or that folder"
+            f"{shown} would be prepared in {folder}, which holds other data: rename {path.name}, or that folder"
         )
     else:
         with contextlib.redirect_stdout(None) if config.plan else contextlib.nullcontext():
-            prepare(folder, config.overwrite or is_prepared)
+            prepare_it(data, folder, config.overwrite or is_prepared)
     return folder
-
-
-def temporary_folder() -> str:
-    """Returns the path of a folder that is removed when the process ends."""
-    folder = tempfile.TemporaryDirectory()
-    atexit.register(folder.cleanup)
-    return folder.name

@@ -16,7 +16,7 @@ from system.cli import shorten
 from system.errors import UserError, is_out_of_memory
 from system.files import atomic_folder, read_json
 from text import tokenizer as tokenizers
-from text.templates import jinja_template
+from text.chat import jinja_template
 from weights.checkpoint import Checkpoint, checked, grow_vocabulary, tokenizer_of
 
 HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")} | {

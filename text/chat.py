@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from text.readers import unix_line_ends
-from text.tokenizer import ASSISTANT, END_OF_TEXT, USER, Tokenizer
+from text.tokenizer import ASSISTANT, END_OF_TEXT, USER, Tokenizer, unix_line_ends
 
 Message = dict[str, str]
 """One turn: `role` ("system", "user" or "assistant"), `content`, and with Alpaca's instructions perhaps `input`."""
