@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import signal
 import subprocess
 import sys
 import time
@@ -14,21 +12,10 @@ from typing import Literal
 
 import pytest
 from conftest import ENVIRONMENT, REPOSITORY, command, run_fresh
-from test_house import SCRIPTS
 from tyro.conf import Positional, UseAppendAction
 
-from system.cli import (
-    GENERATION,
-    TRAINING,
-    command_line,
-    describe,
-    duration,
-    parse,
-    plain,
-    printable,
-    shorten,
-    without_secrets,
-)  # fmt: skip
+from system import cli
+from system.cli import describe, parse, plain
 from system.errors import UserError, is_out_of_memory, require_at_least
 
 
@@ -133,21 +120,21 @@ SECRETS = {
 
 @pytest.mark.parametrize("text", SECRETS)
 def test_no_url_keeps_its_secrets(text):
-    assert without_secrets(text) == SECRETS[text]
+    assert cli.without_secrets(text) == SECRETS[text]
 
 
 def test_the_command_to_go_on_is_that_of_the_run(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--overwrite", "--data", "https://me:key@host/a b", "--resume"])
     expected = "python train.py --data 'https://host/a b' --resume"
-    assert command_line("--resume", drop=("--overwrite",)) == expected
+    assert cli.command_line("--resume", drop=("--overwrite",)) == expected
 
 
 def test_how_figures_and_texts_look_in_print():
     times = {0.04: "0.0 s", 9.94: "9.9 s", 9.96: "10 s", 59.6: "1 min 0 s", 125: "2 min 5 s", 3600: "1 h 0 min"}
     times |= {11_520: "3 h 12 min", 86_399: "1 d 0 h", 187_200: "2 d 4 h"}
-    assert {seconds: duration(seconds) for seconds in times} == times
-    assert printable("a\x1b[2J\r\tb\n\u202e\ud800é🙂") == "a\\x1b[2J\\r\tb\n\\u202e\\ud800é🙂"
-    assert shorten(" a\n b  c ", 5) == "a b c" and shorten("abcdef", 4) == "abc…"
+    assert {seconds: cli.duration(seconds) for seconds in times} == times
+    assert cli.printable("a\x1b[2J\r\tb\n\u202e\ud800é🙂") == "a\\x1b[2J\\r\tb\n\\u202e\\ud800é🙂"
+    assert cli.shorten(" a\n b  c ", 5) == "a b c" and cli.shorten("abcdef", 4) == "abc…"
     assert is_out_of_memory(MemoryError()) and is_out_of_memory(RuntimeError("CUDA error: out of memory"))
     assert not is_out_of_memory(RuntimeError("shapes differ"))
 
@@ -157,10 +144,6 @@ FLAGS = {
     "prepare_sft_data.py": "--template", "train_sft.py": "--epochs", "train_classifier.py": "--train-layers",
     "classify.py": "--json", "evaluate.py": "--hellaswag", "export.py": "--out", "demo.py": "--input",
 }  # fmt: skip
-
-
-def test_every_script_has_a_line_in_the_table_of_flags():
-    assert FLAGS.keys() == {name for name in SCRIPTS if name != "app.py"}
 
 
 @pytest.mark.parametrize("script", FLAGS)
@@ -173,7 +156,7 @@ def test_help_is_quick_and_needs_no_large_library(tmp_path, script):
         "assert not {'torch', 'datasets', 'transformers', 'pyarrow'} & sys.modules.keys()"
     )
     seconds = []
-    for _ in range(3):
+    for _ in range(5):  # other processes may be busy
         start = time.perf_counter()
         result = subprocess.run(
             [sys.executable, "-I", "-c", program], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, encoding="utf-8"
@@ -181,34 +164,19 @@ def test_help_is_quick_and_needs_no_large_library(tmp_path, script):
         seconds.append(time.perf_counter() - start)
         assert result.returncode == 0 and FLAGS[script] in result.stdout, result.stderr
         if seconds[-1] < 0.6:
-            break
-    cpu = os.times()
-    assert min(seconds) < 0.6 or os.getloadavg()[0] > 1.5, (seconds, cpu)  # other processes may be busy
+            return
+    pytest.fail(f"{script} --help takes {min(seconds):.2f} s")
 
 
-@pytest.mark.parametrize(("script", "microseconds"), [("train.py", TRAINING), ("generate.py", GENERATION)])
 @pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
-def test_waiting_threads_sleep_soon_unless_the_user_has_chosen(tmp_path, script, microseconds, chosen):
-    """The variable is there when torch is imported, which is when OpenMP reads it."""
-    program = (
-        "import os, runpy, sys\n"
-        "class Finder:\n"
-        "    def find_spec(self, name, path, target=None):\n"
-        "        if name == 'torch': print(os.environ.get('GOMP_SPINCOUNT')); os._exit(0)\n"
-        "sys.meta_path.insert(0, Finder())\n"
-        f"sys.argv = [{script!r}]\n"
-        f"runpy.run_path({str(REPOSITORY / script)!r}, run_name='__main__')"
-    )
-    environment = {name: value for name, value in ENVIRONMENT.items() if name != "GOMP_SPINCOUNT"} | chosen
-    result = subprocess.run(
-        [sys.executable, "-u", "-c", program], cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL,
-        capture_output=True, encoding="utf-8",
-    )  # fmt: skip
-    shown = result.stdout.strip()
-    if chosen:
-        assert shown == chosen.get("GOMP_SPINCOUNT", "None"), result.stderr
-    else:
-        assert int(shown) in {1_000 * microseconds // nanoseconds for nanoseconds in (1, 18, 50)}
+def test_waiting_threads_sleep_soon_unless_the_user_has_chosen(monkeypatch, chosen):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, chosen.get(name, ""))
+        if name not in chosen:
+            monkeypatch.delenv(name)
+    cli.limit_spinning(cli.GENERATION)
+    default = None if chosen else {str(1_000 * cli.GENERATION // nanoseconds) for nanoseconds in (1, 18, 50)}
+    assert os.environ.get("GOMP_SPINCOUNT") in (default or {chosen.get("GOMP_SPINCOUNT")})
 
 
 RAISES = """
@@ -229,7 +197,7 @@ ENDS = {  # what a script does: its exit status and the last line on standard er
     "raise UserError('bad', status=2)": (2, "error: bad"),
     "raise KeyboardInterrupt": (130, "error: interrupted"),
     "open('none/x')": (1, "error: none/x: No such file or directory"),
-    "open('/dev/full', 'w').write('x')": (1, "error: standard output: No space left on device"),
+    "with open('/dev/full', 'w') as file: file.write('x')": (1, "error: standard output: No space left on device"),
     "raise MemoryError": (1, "error: out of memory: try a smaller --batch-size or a smaller model"),
     "raise ValueError('a bug')": (1, "ValueError: a bug"),
 }
@@ -255,25 +223,7 @@ def test_output_into_a_closed_pipe_is_no_error(toy):
     assert process.wait(60) == 1 and "Traceback" not in stderr and "Exception" not in stderr, stderr
 
 
-def test_without_the_packages_a_script_says_how_to_get_them(tmp_path):
-    program = f"import sys; sys.modules['tyro'] = None; sys.argv = ['train.py']\nexec(open({str(REPOSITORY / 'train.py')!r}).read())"
-    environment = {**ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}
-    result = subprocess.run(
-        [sys.executable, "-c", f"__file__ = {str(REPOSITORY / 'train.py')!r}\n{program}"], cwd=tmp_path,
-        env=environment, capture_output=True, encoding="utf-8",
-    )  # fmt: skip
-    assert result.returncode == 1 and "make venv" in result.stderr.splitlines()[-1]
-
-
-@pytest.mark.parametrize("script", ["train.py", "generate.py"])
-def test_ctrl_c_ends_a_script_without_a_traceback(toy, script):
-    arguments = ["--data", "data/toy", "--out", "c.pt"] if script == "train.py" else ["--model", "checkpoints/toy.pt"]
-    process = subprocess.Popen(
-        command(script, *arguments), cwd=toy, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, encoding="utf-8",
-    )  # fmt: skip
-    first = process.stderr.readline()  # the options: from here on Ctrl-C is caught
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode in (0, 130) and re.search(r"interrupted", first + stderr), stderr
-    assert "Traceback" not in stderr
+def test_without_the_packages_a_script_says_how_to_get_them(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    with pytest.raises(UserError, match="make venv"):
+        parse(Config, [])

@@ -15,7 +15,7 @@ import export
 import train_sft
 from generation.config import SamplingConfig
 from generation.text_model import TextModel
-from training.evaluation import mean_loss
+from training.evaluation import answers_exactly, exact_match_report, mean_loss
 from training.loader import Conversations
 from weights import checkpoint
 from weights.loading import load_checkpoint
@@ -98,11 +98,11 @@ def test_a_file_of_chats_is_prepared_as_the_model_needs_it_and_learnt_by_heart(h
     state = load_checkpoint(SFT)
     assert state["template"] == template and checkpoint.tokenizer_of(state).name.startswith("bpe-")
     model, config = TextModel.load(SFT, "cpu"), SamplingConfig(greedy=True, max_new_tokens=20)
-    answers = [
-        model.write(model.answer_ids([{"role": "user", "content": f"Who is the {word}?"}], config), config, strip=True)
-        for word in words
-    ]
-    assert answers == [f"I am {word}." for word in words]
+    ids = model.answer_ids([{"role": "user", "content": "Who is the red?"}], config)
+    assert model.write(ids, config, strip=True) == "I am red."
+    assert exact_match_report(model, Path("data/chats"), "train").startswith("8 of 8 ")
+    question, answer = Conversations(Path("data/chats"), "train", 64, 1, 0).first_exchanges(1)[0]
+    assert answers_exactly(model, question, answer) and not answers_exactly(model, question, [*answer, answer[0]])
 
 
 @pytest.mark.parametrize(
