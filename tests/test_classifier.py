@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
@@ -116,24 +115,26 @@ def test_the_loss_is_the_cross_entropy_at_the_last_position(toy, class_weights):
     assert mean_loss(model, data.in_order(), 2) == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("layers", "trained"),
-    [
-        ("head", {"lm_head"}),
-        (1, {"lm_head", "ln_f", "h.1"}),
-        (2, {"lm_head", "ln_f", "h.0", "h.1"}),
-        ("all", {"lm_head", "ln_f", "h.0", "h.1", "wte", "wpe"}),
-    ],
-)
+LAYERS = [
+    ("head", "lm_head"),
+    (1, "lm_head ln_f h.1"),
+    (2, "lm_head ln_f h.0 h.1"),
+    ("all", "lm_head ln_f h.0 h.1 wte wpe"),
+]
+
+
+@pytest.mark.parametrize(("layers", "trained"), LAYERS)
 def test_only_the_chosen_layers_train(here, layers, trained):
     write_csv("t.csv", labelled(60))
-    options: dict[str, Any] = {"max_steps": 2, "weight_decay": 0.0, "keep": "last", "device": "cpu"}
-    train_classifier.main(train_classifier.Config(input=Path("t.csv"), train_layers=layers, **options))
+    config = train_classifier.Config(
+        input=Path("t.csv"), train_layers=layers, max_steps=2, weight_decay=0.0, device="cpu"
+    )
+    train_classifier.main(config)
     torch.manual_seed(1337)  # as the run, whose head begins with the same weights
     before = checkpoint.with_class_head(load_checkpoint("checkpoints/pretrained.pt"), 3)["model"]
     after = contents("checkpoints/spam.pt")["model"]
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert {".".join(name.split(".")[: 2 if name.startswith("h.") else 1]) for name in changed} == trained
+    assert {".".join(name.split(".")[: 2 if name.startswith("h.") else 1]) for name in changed} == {*trained.split()}
 
 
 def test_a_split_keeps_the_share_of_every_label():
@@ -150,19 +151,14 @@ def test_a_split_keeps_the_share_of_every_label():
         assert all({e.label for e in part} == {e.label for e in few} for part in split(few, 0.1, 0.5, seed).values())
 
 
-@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json", "parquet", "numbered.csv"])
-def test_tables_of_every_kind_are_read(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["csv", "numbered.csv", "jsonl"])
+def test_labelled_tables_are_read(tmp_path, kind):
     rows = [('one, "two"', "a"), ("naïve 日本", "b"), ("three", "7"), ("both", "a"), ("both", "b")]
-    path, records = tmp_path / f"t.{kind}", [{"text": text, "label": label} for text, label in rows]
-    if kind == "tsv":
-        path.write_text("\n".join("\t".join(row) for row in [("text", "label"), *rows]), encoding="utf-8")
-    elif kind.endswith("csv"):
-        write_csv(path, rows, rows[0] if kind == "numbered.csv" else ("text", "label"))
-    elif kind == "parquet":
-        datasets.Dataset.from_list(records).to_parquet(path)
+    path, columns = tmp_path / f"t.{kind}", ("1", "2") if kind == "numbered.csv" else ("text", "label")
+    if kind == "jsonl":
+        path.write_text("\n".join(json.dumps({"text": text, "label": label}) for text, label in rows))
     else:
-        path.write_text(json.dumps(records) if kind == "json" else "\n".join(map(json.dumps, records)))
-    columns = ("1", "2") if kind == "numbered.csv" else ("text", "label")
+        write_csv(path, rows, rows[0] if kind == "numbered.csv" else columns)
     examples, notes = read_examples(path, "", *columns)
     assert examples == [Example(*row) for row in rows[:3]] and notes  # "both" is ambiguous
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import array
 import importlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -87,23 +86,18 @@ MISTAKES = [  # exit status, a part of the message, the command
     (2, "--fsdp shards over several processes: start the run with torchrun", f"TRAIN --fsdp {SMALL}"),
     (2, "at least 1", "SFT --epochs 0"),
     (2, "together below 1", "CLASSIFIER --val-fraction 0.5 --test-fraction 0.5"),
-    (2, "no data set 'everything'", "CLASSIFIER --dataset everything"),
     (2, "--train-layers 9: the model has 2 blocks", "CLASSIFIER --input t.jsonl --train-layers 9"),
     (2, "--context belongs to --instruction", "GENERATE x --context y"),
     (2, "--temperature", "GENERATE x --temperature -1"),
     (2, "--top-p", "GENERATE x --top-p 0"),
     (2, "exclude", "GENERATE x --chat"),
     (2, "exclude each other", "classify x --input bad/latin1.txt"),
-    (2, "exclude each other", "PREPARE --input my.txt --vocab-size 300 --tokenizer data/toy/tokenizer.json"),
-    (2, "--val-fraction", "PREPARE --input my.txt --val-fraction 1.5"),
-    (2, "no data set 'everything'", "PREPARE --dataset everything"),
     (1, "run prepare_data.py first", "TRAIN --data data/none"),
     (1, "cannot fetch shakespeare", "train --preset shakespeare --out new.pt"),
     (1, "no checkpoint", "TRAIN --init-from checkpoints/none.pt"),
     (1, "not a checkpoint", "TRAIN --init-from bad/notes.pt"),
     (1, "too few", f"TRAIN --block-size 100000 {SMALL}"),
     (1, "no device", f"TRAIN --device cuda:77 {SMALL}"),
-    (1, "no device", f"TRAIN --device toaster {SMALL}"),
     (1, "is damaged", "TRAIN --data bad/meta"),
     (1, "does not have", f"TRAIN --data bad/ids {SMALL}"),
     (1, "do not fit its meta.json", f"TRAIN --data bad/short {SMALL}"),
@@ -118,9 +112,12 @@ MISTAKES = [  # exit status, a part of the message, the command
     (1, "is a classifier", "SFT --model bad/classifier.pt"),
     (1, "put that file back", "SFT --model bad/adapter.pt"),
     (1, "the run would write to t.jsonl, which it reads", "CLASSIFIER --input t.jsonl --out t.pt --overwrite"),
-    (1, "cannot read none.csv", "CLASSIFIER --input none.csv"),
     (1, "no column 'text', but ham", "CLASSIFIER --input bad/labels.tsv"),
-    (1, "the label 'rare' has fewer than three texts", "CLASSIFIER --input bad/labels.tsv --label-column 1 --text-column 2"),
+    (
+        1,
+        "the label 'rare' has fewer than three texts",
+        "CLASSIFIER --input bad/labels.tsv --label-column 1 --text-column 2",
+    ),
     (1, "all rows have the label 'ham'", "CLASSIFIER --input bad/one_label.tsv --label-column 1 --text-column 2"),
     (1, "Hub", "CLASSIFIER --dataset sms-spam"),
     (1, "not a classifier", "classify --model checkpoints/toy.pt x"),
@@ -128,17 +125,12 @@ MISTAKES = [  # exit status, a part of the message, the command
     (1, "is not UTF-8", "classify --model bad/classifier.pt --input bad/latin1.txt"),
     (1, "bad/ids/val.bin holds the id", "evaluate --model checkpoints/toy.pt --data bad/ids/val.bin"),
     (1, "no checkpoint", "GENERATE checkpoints/none.pt"),
-    (1, "not a checkpoint", "GENERATE bad/pickle.pt"),
-    (1, "newer version", "GENERATE bad/newer.pt"),
     (1, "is a classifier", "GENERATE bad/classifier.pt"),
     (1, "only completes text", "generate --model checkpoints/toy.pt --chat"),
-    (1, "only completes text", "generate --model checkpoints/toy.pt --instruction x"),
     (1, "cannot read none.txt", "PREPARE --input none.txt"),
     (1, "run prepare_data.py first", "PREPARE --inspect bad"),
-    (1, "Hub", "PREPARE --dataset openwebtext"),
     (1, "data/toy/train.bin exists: add --overwrite", "prepare_data --input text --out data/toy"),
     (1, "sft_train.bin exists: add --overwrite", "prepare_sft_data --dataset builtins-qa --out data/toy"),
-    (1, "cannot read none.jsonl", "PREPARE_SFT --input none.jsonl"),
     (1, "Hub", "PREPARE_SFT --dataset oasst1"),
 ]
 
@@ -173,10 +165,8 @@ def bad(toy, tmp_path_factory) -> Path:
     classifier = {**good, "kind": "classifier", "labels": ["a", "b"], "config": shape, "model": weights}
     adapter = contents(REPOSITORY / "tests/samples/lora.pt")
     for name, state in {
-        "newer": {**good, "format_version": 99},
         "classifier": classifier,
         "adapter": {**adapter, "lora": {**adapter["lora"], "base": "gone.pt"}},
-        "pickle": {"model": os.system},  # an unsafe loader would run it
     }.items():
         torch.save(state, folder / f"bad/{name}.pt")
     succeed(folder, "prepare_data.py --input text --vocab-size 300 --out data/other")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import resource
 import shlex
 import signal
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import pytest
 import torch
 from conftest import (
     ENVIRONMENT,
+    REPOSITORY,
     TOY_SHAPE,
     command,
     contents,
@@ -27,34 +30,20 @@ from conftest import (
     wait_for_log,
 )
 
+import train
 import train_classifier
 from model import GPT, GPTConfig
-from system.cli import stop_signals
+from system.cli import plain, stop_signals
 from system.errors import UserError
-from system.files import is_locked
+from system.files import is_locked, locked
 from training.config import TrainerConfig
 from training.parallel import Processes
-from training.saving import Checkpointer
+from training.saving import Checkpointer, changed_options, claim_output
 from training.state import TrainingState
 from weights.loading import load_checkpoint
 
 A = Path("checkpoints/a.pt")
-
-
-def assert_equal(a: object, b: object, where: str = "") -> None:
-    """Compares nested checkpoints bit by bit."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal(x, y, f"{where}[{i}]")
-    else:
-        assert a == b, where
+equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)  # bit by bit
 
 
 def classify(**options: Any) -> None:
@@ -84,9 +73,9 @@ def test_resume_is_bit_exact(here, name):
     options.pop("dtype", None)  # `auto` does not measure again: the rest of a run in bfloat16 is in bfloat16
     run(**options, out=Path("b.pt"), keep="last", resume=True)
     whole, resumed = contents("whole.last.pt"), contents("b.last.pt")
-    for key in ("model", "optimizer", "step", "tokens", "prompts", "data"):
-        assert_equal(resumed[key], whole[key], key)
-    assert_equal(contents("b.pt")["model"], contents("whole.pt")["model"])
+    equal([resumed["model"], resumed["optimizer"]], [whole["model"], whole["optimizer"]])
+    equal(contents("b.pt")["model"], contents("whole.pt")["model"])
+    assert all(resumed[key] == whole[key] for key in ("step", "tokens", "prompts", "data"))
     assert resumed["train_config"]["dtype"] == whole["train_config"]["dtype"]
 
 
@@ -131,10 +120,10 @@ def test_a_run_ended_by_a_signal_goes_on_as_if_nothing_had_happened(here, uninte
     assert 15 <= contents(A.with_suffix(".last.pt"))["step"] < 60
     succeed(here, "train.py", *arguments[2:])
     assert log(A.with_suffix(".jsonl")) == log(uninterrupted.with_suffix(".jsonl"))
-    for suffix, keys in ((".last.pt", ("model", "optimizer", "step", "best_val_loss", "history")), (".pt", ("model",))):
-        resumed, whole = (contents(path.with_suffix(suffix)) for path in (A, uninterrupted))
-        for key in keys:
-            assert_equal(resumed[key], whole[key], key)
+    resumed, whole = (contents(path.with_suffix(".last.pt")) for path in (A, uninterrupted))
+    equal([resumed["model"], resumed["optimizer"]], [whole["model"], whole["optimizer"]])
+    assert all(resumed[key] == whole[key] for key in ("step", "best_val_loss", "history"))
+    equal(contents(A)["model"], contents(uninterrupted)["model"])
     assert not list(Path("checkpoints").glob(".*"))  # neither temporary files nor locks
 
 
@@ -189,25 +178,22 @@ def test_the_best_or_the_last_weights_are_kept_and_never_random_ones(toy, tmp_pa
 
 def test_training_goes_on_before_a_save_is_written_and_does_not_change_it(toy, tmp_path):
     state, checkpointer = new_state(toy, tmp_path / "a.pt")
-    before = state.model.wte.weight.detach().clone()
-    disk = threading.Event()
-    checkpointer.jobs.append(checkpointer.writer.submit(lambda: disk.wait() and None))  # the disk is slow
-    checkpointer.last_step = state.step = 1
+    before, disk = state.model.wte.weight.detach().clone(), threading.Event()
+    checkpointer.writer.submit(disk.wait)  # the disk is slow
     checkpointer.on_save(state)
     torch.nn.init.zeros_(state.model.wte.weight)
+    state.step = 1
     next_save = threading.Thread(target=checkpointer.on_save, args=(state,))
-    state.step = 2
     next_save.start()
     next_save.join(timeout=0.3)
     assert next_save.is_alive() and not list(tmp_path.iterdir())  # memory holds the copies of one step only
     disk.set()
     while not state.config.last_path.exists():
         pass
-    first = load_checkpoint(state.config.last_path)
+    equal(load_checkpoint(state.config.last_path)["model"]["wte.weight"], before)
     next_save.join(timeout=30)
     checkpointer.close()
-    assert first["step"] == 1 and torch.equal(first["model"]["wte.weight"], before)
-    assert load_checkpoint(state.config.last_path)["step"] == 2
+    assert load_checkpoint(state.config.last_path)["step"] == 1
 
 
 def test_a_save_that_fails_ends_the_run_and_no_later_file_is_written(here):
@@ -237,3 +223,123 @@ def test_a_plot_that_cannot_be_drawn_is_a_warning(here, capsys):
     Path("plots/a_loss.png").mkdir(parents=True)
     assert pretrain(max_steps=2, overwrite=True)["step"] == 2
     assert "warning: no plot or report of checkpoints/a.pt: " in capsys.readouterr().out
+
+
+EXISTS = r"exists: add .*--overwrite to replace it, or choose another --out"
+CLAIMS = [  # files that exist, options, a part of the refusal; None: the run may begin
+    ([], {}, None),
+    ([], {"resume": True}, None),  # starts
+    (["checkpoints/a.pt"], {}, EXISTS),
+    (["checkpoints/a.jsonl"], {}, EXISTS),
+    (["checkpoints/a.md"], {}, EXISTS),
+    (["plots/a_loss.png"], {}, EXISTS),
+    (["checkpoints/a.last.pt"], {}, r"add --resume to continue that run, --overwrite to replace it"),
+    (["checkpoints/a.pt", "plots/a_loss.png"], {"overwrite": True}, None),
+    (["checkpoints/a.pt"], {"resume": True}, None),
+    (["checkpoints/a.pt"], {"plan": True}, None),
+    (["checkpoints/b.pt"], {}, None),
+]
+
+
+@pytest.mark.parametrize(("files", "options", "refusal"), CLAIMS)
+def test_a_run_replaces_nothing_unasked(tmp_path, monkeypatch, files, options, refusal):
+    monkeypatch.chdir(tmp_path)
+    for name in files:
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    outcome = pytest.raises(UserError, match=refusal) if refusal else contextlib.nullcontext()
+    with outcome, claim_output(TrainerConfig(out=A, **options), Processes()) as resumed:
+        assert resumed is None
+    assert all(Path(name).exists() for name in files)
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.last.pt", "a.jsonl", "a.md", "a_loss.png"])
+def test_a_run_never_writes_to_what_it_reads(tmp_path, name):
+    (tmp_path / name).touch()
+    (tmp_path / "link").symlink_to(tmp_path / name)
+    claim = claim_output(TrainerConfig(out=tmp_path / "a.pt", overwrite=True), Processes(), inputs=[tmp_path / "link"])
+    with pytest.raises(UserError, match="which it reads: choose another --out"), claim:
+        pass
+
+
+@pytest.mark.parametrize("run", [pretrain, fine_tune])
+def test_two_runs_never_write_one_output(here, run):
+    with locked(A), pytest.raises(UserError, match=r"checkpoints/a.pt is being written by another run: wait for it"):
+        run(out=A, overwrite=True)
+    assert not is_locked(A) and not list(Path("checkpoints").glob("*a.*"))
+
+
+def test_a_lock_ends_with_its_process_however_it_ends(tmp_path):
+    path = tmp_path / "a.pt"
+    program = "import pathlib, sys, time\nfrom system.files import locked\nwith locked(pathlib.Path(sys.argv[1])):\n"
+    program += " print('held', flush=True)\n time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", program, path], cwd=REPOSITORY, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"held\n" and is_locked(path)
+    process.kill()
+    process.wait()
+    assert not is_locked(path)
+    with locked(path):
+        assert is_locked(path)
+    assert not list(tmp_path.iterdir())
+
+
+CHANGES = [  # what differs, a part of the refusal; or None and what the run says
+    ({}, None, []),
+    ({"seed": 2}, None, ["--seed 2 (was 1337)"]),
+    ({"learning_rate": 0.1, "max_steps": 9}, None, ["--max-steps 9 (was 80000)", "--learning-rate 0.1 (was 0.0006)"]),
+    ({"out": Path("b.pt"), "preset": "demo", "data": "moved", "resume": True}, None, []),
+    ({"n_layer": 3}, "a resumed run cannot change --n-layer 3 (was 12): resume with the flags of that run", []),
+    ({"block_size": 5, "n_embd": 24}, "cannot change --block-size 5 (was 1024), --n-embd 24 (was 768)", []),
+]
+
+
+@pytest.mark.parametrize(("change", "refusal", "said"), CHANGES)
+def test_a_resumed_run_says_which_options_differ(change, refusal, said):
+    before = {"train_config": {**plain(train.Config()), "flag_of_another_version": 1}, "data": ["a", "b"]}
+    now = dataclasses.replace(train.Config(), **change)
+    if refusal is None:
+        assert sorted(changed_options(now, before, ["a", "b"])) == sorted(said)
+        with pytest.raises(UserError, match=r"the data is not what \S+.last.pt was trained on"):
+            changed_options(now, before, ["a", "c"])
+        return
+    with pytest.raises(UserError) as error:
+        changed_options(now, before, ["a", "b"])
+    assert refusal in str(error.value)
+
+
+def test_what_a_resumed_run_says_and_refuses(here, capsys):
+    last = A.with_suffix(".last.pt")
+    pretrain(max_steps=3, resume=True)  # starts, since nothing is saved
+    assert "resuming" not in capsys.readouterr().out
+    state = contents(last)
+    torch.save({key: value for key, value in state.items() if key != "order"}, last)  # as of version 0.2
+    pretrain(max_steps=4, resume=True)
+    out = capsys.readouterr().out
+    assert "resuming at step 3 with other options than before: --max-steps 4 (was 3), another order of the data" in out
+    whole, middle = last.read_bytes(), last.stat().st_size // 2
+    for damaged in (whole[:middle], whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]):
+        last.write_bytes(damaged)
+        with pytest.raises(UserError, match="damaged"):
+            pretrain(max_steps=6, resume=True)
+    torch.save({**state, "optimizer": []}, last)
+    with pytest.raises(UserError, match="does not fit this run, or is damaged"):
+        pretrain(max_steps=6, resume=True)
+    torch.save({**state, "kind": "sft"}, last)
+    with pytest.raises(UserError, match="is of the kind 'sft'"):
+        pretrain(max_steps=6, resume=True)
+
+
+def test_a_resumed_run_keeps_the_data_that_its_text_was_prepared_as(here, capsys):
+    Path("book.txt").write_text("Once upon a time there was a test. " * 300)
+    run = {"data": "book.txt", "block_size": 32, "vocab_size": 270, "eval_tokens": 64, "out": A}
+    pretrain(**run, max_steps=2)
+    before = {path.name: path.read_bytes() for path in Path("data/book").iterdir()}
+    Path("book.txt").write_text("Something else altogether. " * 300)
+    pretrain(**run, max_steps=3, resume=True)
+    out = capsys.readouterr().out
+    assert "reading data/book, which was prepared from book.txt; changes of book.txt since then are ignored" in out
+    assert {path.name: path.read_bytes() for path in Path("data/book").iterdir()} == before
+    with pytest.raises(UserError, match="data was prepared with the tokenizer"):
+        pretrain(**{**run, "data": "data"}, max_steps=3, resume=True)
+    pretrain(**run, max_steps=2, overwrite=True)  # a new run prepares the new text
+    assert {path.name: path.read_bytes() for path in Path("data/book").iterdir()} != before

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import timeit
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOY_SHAPE, contents, fine_tune, log, pretrain, succeed
+from conftest import fine_tune, log, pretrain
 
 from model import GPT, GPTConfig
-from system.device import multiplies_faster_in_bfloat16
 from system.errors import UserError
 from text.labelled import Example
 from text.tokenizer import load_tokenizer
@@ -50,10 +48,7 @@ def test_splitting_a_batch_and_recomputing_activations_change_no_loss(here, trai
     assert all(other == pytest.approx(found[0], rel=1e-5) for other in found[1:])
 
 
-Parameters = list[torch.nn.Parameter]
-
-
-def after_equal_gradients(*optimizers: Callable[[Parameters], torch.optim.Optimizer]) -> list[Parameters]:
+def after_equal_gradients(*optimizers: Callable[[list], torch.optim.Optimizer]) -> list[list[torch.nn.Parameter]]:
     """The parameters after five steps of each optimizer from the same start, with the same random gradients."""
     torch.manual_seed(0)
     start = [torch.randn(shape) for shape in [(64, 32), (64, 32), (32, 64), (48, 48)]]
@@ -140,18 +135,6 @@ def test_a_step_asks_the_device_for_no_number(toy, monkeypatch):
         values.tolist()
 
 
-def test_the_cpu_trains_in_the_precision_that_it_is_fast_in():
-    assert not multiplies_faster_in_bfloat16(64)  # too small to matter
-    x, weight = torch.randn(1024, 256), torch.randn(1024, 256)
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = x.to(dtype), weight.to(dtype)
-        seconds[dtype] = min(timeit.repeat(lambda a=a, b=b: a @ b.t(), number=3, repeat=3))
-    ratio = seconds[torch.float32] / seconds[torch.bfloat16]
-    if not 1.0 < ratio < 2.2:  # too near to the limit to say
-        assert multiplies_faster_in_bfloat16(256) == (ratio > 1.5)
-
-
 STOPS = [  # options, the step at which the run stops, why
     ({"max_steps": 7}, 7, StopReason.DONE),
     ({"max_steps": 100, "log_every": 2, "target_loss": 1e6}, 3, StopReason.TARGET_LOSS),
@@ -198,12 +181,7 @@ def test_a_short_text_gets_fewer_steps_but_at_least_a_hundred(here, capsys):
         assert ("100 steps instead of 1,500, for so short a text (--max-epochs)" in out) == (expected == 100)
 
 
-DIVERGING = [  # learning rate, weight decay
-    (1e38, 0.1), (1.0, 1e9), (1e-3, 1e30), (math.inf, 0.1),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("learning_rate", "weight_decay"), DIVERGING)
+@pytest.mark.parametrize(("learning_rate", "weight_decay"), [(1e38, 0.1), (1.0, 1e9), (math.inf, 0.1)])
 @pytest.mark.parametrize("eval_every", [1, 1000])
 def test_a_run_that_diverges_stops_and_saves_no_broken_weights(here, learning_rate, weight_decay, eval_every):
     pretrain(max_steps=2, eval_every=eval_every, save_every=1, keep="last")
@@ -214,12 +192,3 @@ def test_a_run_that_diverges_stops_and_saves_no_broken_weights(here, learning_ra
         pretrain(**broken, max_steps=40, eval_every=eval_every, save_every=1, resume=True, keep="last")
     assert "checkpoints/a.last.pt" in str(error.value)
     assert {path: path.read_bytes() for path in Path("checkpoints").glob("a*.pt")} == before
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_cuda_trains_compiled_in_bfloat16(toy, optimizer):
-    run = ["--data", "data/toy", *TOY_SHAPE, "--device", "cuda", "--max-steps", "30", "--optimizer", optimizer]
-    succeed(toy, "train.py", *run, "--out", f"checkpoints/cuda_{optimizer}.pt")
-    state = contents(toy / f"checkpoints/cuda_{optimizer}.pt")
-    assert state["history"][-1]["val_loss"] < state["history"][0]["val_loss"]
