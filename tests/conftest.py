@@ -28,6 +28,7 @@ REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny, and test processes run side by side
 os.environ["HF_HUB_OFFLINE"] = "1"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it runs in the background
 ENVIRONMENT = {**os.environ, "https_proxy": "http://127.0.0.1:9", "PYTHONIOENCODING": "utf-8"}  # no network
 
 TOY_SHAPE = [

@@ -135,14 +135,14 @@ class Counting(Sequences):
 
 def test_an_epoch_visits_each_sequence_once_grouped_by_length():
     lengths = np.random.default_rng(0).integers(2, 200, size=203).tolist()
-    data, orders, padding = Counting(lengths, batch_size=8), [], 0
+    data, orders = Counting(lengths, batch_size=8), []
     for epoch in (0, 1):
         batches = [data.batch(epoch * data.batches_per_epoch + i) for i in range(data.batches_per_epoch)]
         orders.append([int(row.tokens[0, 0]) for batch in batches for row in batch])
         assert sorted(orders[-1]) == list(range(203)) and {len(batch) for batch in batches} == {8, 3}
         padding = sum(max(map(width, batch)) * len(batch) - sum(map(width, batch)) for batch in batches)
         assert padding < 0.1 * sum(lengths)  # random batches would have 70%
-        assert orders[0] != orders[1] and data.epoch.cache_info().misses == 2  # an epoch is ordered once
+    assert orders[0] != orders[1] and data.epoch.cache_info().misses == 2  # an epoch is ordered once
     assert [width(row) for row in data.largest_batch()] == sorted(lengths)[:-9:-1]
 
 

@@ -283,28 +283,23 @@ def test_a_lock_ends_with_its_process_however_it_ends(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-CHANGES = [  # what differs, a part of the refusal; or None and what the run says
-    ({}, None, []),
-    ({"seed": 2}, None, ["--seed 2 (was 1337)"]),
-    ({"learning_rate": 0.1, "max_steps": 9}, None, ["--max-steps 9 (was 80000)", "--learning-rate 0.1 (was 0.0006)"]),
-    ({"out": Path("b.pt"), "preset": "demo", "data": "moved", "resume": True}, None, []),
-    ({"n_layer": 3}, "a resumed run cannot change --n-layer 3 (was 12): resume with the flags of that run", []),
-    ({"block_size": 5, "n_embd": 24}, "cannot change --block-size 5 (was 1024), --n-embd 24 (was 768)", []),
+CHANGES = [  # what differs, what the run says, or how it is refused
+    ({}, []),
+    ({"seed": 2, "learning_rate": 0.1}, ["--learning-rate 0.1 (was 0.0006)", "--seed 2 (was 1337)"]),
+    ({"out": Path("b.pt"), "preset": "demo", "data": "moved", "resume": True}, []),
+    ({"n_layer": 3}, r"a resumed run cannot change --n-layer 3 \(was 12\): resume with the flags of that run"),
+    ({"optimizer": "muon", "seed": 2}, r"cannot change --optimizer muon \(was adamw\)"),
 ]
 
 
-@pytest.mark.parametrize(("change", "refusal", "said"), CHANGES)
-def test_a_resumed_run_says_which_options_differ(change, refusal, said):
+@pytest.mark.parametrize(("change", "outcome"), CHANGES)
+def test_a_resumed_run_says_which_options_differ(change, outcome):
     before = {"train_config": {**plain(train.Config()), "flag_of_another_version": 1}, "data": ["a", "b"]}
     now = dataclasses.replace(train.Config(), **change)
-    if refusal is None:
-        assert sorted(changed_options(now, before, ["a", "b"])) == sorted(said)
-        with pytest.raises(UserError, match=r"the data is not what \S+.last.pt was trained on"):
-            changed_options(now, before, ["a", "c"])
-        return
-    with pytest.raises(UserError) as error:
-        changed_options(now, before, ["a", "b"])
-    assert refusal in str(error.value)
+    with pytest.raises(UserError, match=outcome) if isinstance(outcome, str) else contextlib.nullcontext():
+        assert sorted(changed_options(now, before, ["a", "b"])) == outcome
+    with pytest.raises(UserError, match=r"the data is not what \S+.last.pt was trained on|cannot change"):
+        changed_options(now, before, ["a", "c"])
 
 
 def test_what_a_resumed_run_says_and_refuses(here, capsys):
@@ -317,16 +312,15 @@ def test_what_a_resumed_run_says_and_refuses(here, capsys):
     out = capsys.readouterr().out
     assert "resuming at step 3 with other options than before: --max-steps 4 (was 3), another order of the data" in out
     whole, middle = last.read_bytes(), last.stat().st_size // 2
-    for damaged in (whole[:middle], whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]):
+    torch.save({**state, "optimizer": []}, last)
+    for damaged in (
+        whole[:middle],
+        whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+        last.read_bytes(),
+    ):
         last.write_bytes(damaged)
         with pytest.raises(UserError, match="damaged"):
             pretrain(max_steps=6, resume=True)
-    torch.save({**state, "optimizer": []}, last)
-    with pytest.raises(UserError, match="does not fit this run, or is damaged"):
-        pretrain(max_steps=6, resume=True)
-    torch.save({**state, "kind": "sft"}, last)
-    with pytest.raises(UserError, match="is of the kind 'sft'"):
-        pretrain(max_steps=6, resume=True)
 
 
 def test_a_resumed_run_keeps_the_data_that_its_text_was_prepared_as(here, capsys):
@@ -337,7 +331,7 @@ def test_a_resumed_run_keeps_the_data_that_its_text_was_prepared_as(here, capsys
     Path("book.txt").write_text("Something else altogether. " * 300)
     pretrain(**run, max_steps=3, resume=True)
     out = capsys.readouterr().out
-    assert "reading data/book, which was prepared from book.txt; changes of book.txt since then are ignored" in out
+    assert "reading data/book, which was prepared from book.txt; later changes of book.txt are ignored" in out
     assert {path.name: path.read_bytes() for path in Path("data/book").iterdir()} == before
     with pytest.raises(UserError, match="data was prepared with the tokenizer"):
         pretrain(**{**run, "data": "data"}, max_steps=3, resume=True)
