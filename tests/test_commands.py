@@ -55,6 +55,7 @@ def test_alpaca_instructions_end_to_end(toy):
     succeed(toy, "generate.py --model checkpoints/alpaca.pt --device cpu", *instruction, "--max-new-tokens", "5")
 
 
+@pytest.mark.slow
 def test_the_demo_runs_through(tmp_path):
     shutil.copy(REPOSITORY / "data/samples/chat.jsonl", tmp_path / "my.txt")
     arguments = ["--input", "my.txt", "--vocab-size", "400", "--max-steps", "3", "--sft-steps", "3"]

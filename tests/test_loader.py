@@ -95,12 +95,11 @@ def test_nine_billion_tokens_are_ordered_in_two_seconds_and_once_an_epoch(tmp_pa
     assert seconds[0] < 2 and seconds[1] < 0.05
 
 
-@pytest.mark.parametrize(("length", "n"), [(BLOCK + 1, 1), (2 * BLOCK, 1), (2 * BLOCK + 1, 1), (3 * BLOCK + 1, 2)])
-def test_short_files_give_the_windows_that_fit(tmp_path, length, n):
-    data = Windows([write(tmp_path / "a.bin", range(length)), write(tmp_path / "b.bin", [1, 2])], BLOCK, n, 0)
-    assert sorted(int(row.tokens[0, 0]) % BLOCK for row in data.batch(0)) == n * [int(data.epoch(0)[1][0]) % BLOCK]
-    with pytest.raises(UserError, match=r"b.bin has 2 tokens, too few for windows of 8: .* smaller --block-size"):
-        Windows([tmp_path / "b.bin"], BLOCK, n, 0).batch(0)
+def test_a_text_shorter_than_a_window_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"b.bin has 8 tokens, too few for windows of 8: .* smaller --block-size"):
+        Windows([write(tmp_path / "b.bin", range(8))], BLOCK, 1, 0).batch(0)
+    [row] = Windows([write(tmp_path / "b.bin", range(9)), tmp_path / "b.bin"], BLOCK, 1, 0).batch(0)
+    assert row.targets.tolist() == [list(range(1, 9))]
 
 
 def test_validation_scores_every_token_once_or_evenly_spaced_windows(shards):

@@ -72,7 +72,7 @@ def fit(processes: Processes) -> None:
         limit = peak_memory(processes.device) + megabytes[processes.rank] * 2**20
         n = fewest_micro_batches(trainer.state, data.largest_batch(), trainer.forward_backward, limit)
         assert all(p.grad is None for p in trainer.state.model.parameters())
-        print(f"{megabytes[0]} MB: {n}", flush=True)
+        print(f"{megabytes[0]} MB: {n}\n", end="", flush=True)  # a line in one piece: the other process prints too
 
 
 def shard(processes: Processes) -> None:
