@@ -8,13 +8,9 @@ import sys
 import streamlit as st
 from streamlit.runtime.scriptrunner import get_script_run_ctx
 
-from interface.sessions import current_session
-from interface.sidebar import mode_key, pick_checkpoint, pick_sampling
+from interface.page import escape, open_page, pick_checkpoint, pick_sampling
 from system.cli import GENERATION, limit_spinning
 from system.errors import UserError
-
-# Streamlit forgets a widget's value while another mode is shown, unless it is set
-KEPT = ("prompt", "step", "tokens", "inside_part", "compare", "second model", "second temperature")
 
 
 def main() -> None:
@@ -23,9 +19,7 @@ def main() -> None:
     if get_script_run_ctx() is None:
         sys.exit("error: this is a page: start it with `streamlit run app.py`")
     st.set_page_config("GPT-2", page_icon="💬", layout="centered")
-    state = st.session_state
-    state.update({key: state[key] for key in KEPT if key in state}, **{"drawn for": None})
-    session = current_session()
+    page = open_page()
     with st.sidebar:
         file = pick_checkpoint()
     if file is None:
@@ -34,7 +28,7 @@ def main() -> None:
     with st.sidebar:
         pick_sampling()
 
-    loaded, problem = None, ""
+    state, text_model, problem = None, None, ""
     with st.sidebar, st.spinner("Loading the model"):
         # these import torch, which takes seconds: the controls are on the screen by now
         from interface.chat_view import chat_view
@@ -42,41 +36,43 @@ def main() -> None:
         from interface.completion_view import completion_view
         from interface.inside_view import inside_view
         from interface.loaded_model import load_model
-        from interface.streaming import escape
         from interface.training_view import training_view
+        from weights.describe import facts, introduction
 
         try:
-            loaded = load_model(str(file.path), file.modified)
+            state, text_model = load_model(str(file.path), file.modified)
         except (UserError, OSError) as error:
             problem = str(error)
-    text_model = loaded.text_model if loaded else None
+    prompts = state.get("prompts", []) if state else []
     is_chat_model = bool(text_model and text_model.template)
     with top:
         st.title("GPT-2", anchor=False)
-        if loaded:
-            st.markdown(escape(loaded.introduction))
+        if state:
+            st.markdown(escape(introduction(state)))
         modes = ("Chat", "Completion", "Inside", "Training")
-        key = mode_key(file)
-        state.setdefault(key, "Chat" if is_chat_model else "Completion")
-        mode = st.segmented_control("Mode", modes, required=True, key=key, label_visibility="collapsed")
-    if loaded:
+        st.session_state.setdefault("mode", "Chat" if is_chat_model else "Completion")
+        mode = st.segmented_control("Mode", modes, required=True, key="mode", label_visibility="collapsed")
+    if state:
         with st.sidebar.expander("About this model"):
-            st.text("\n".join(f"{name}: {value}" for name, value in loaded.facts.items()))
+            st.text("\n".join(f"{name}: {value}" for name, value in facts(state).items()))
+    with page.lock:  # until a text that the user stopped is stored
+        pass
+    beginnings = [] if is_chat_model else prompts
     if mode == "Training":
         training_view(file.path.with_suffix(".jsonl"))
     elif problem:
         st.error("This model cannot be loaded.")
         st.text(problem)
-    elif loaded is None or text_model is None:
+    elif text_model is None:
         st.info(f"This model is a classifier. Ask it with `python classify.py --model {file.path}`.")
     elif mode == "Chat":
-        chat_view(text_model, file, session, loaded.prompts)
+        chat_view(text_model, file, prompts)
     elif mode == "Inside":
-        inside_view(text_model, loaded.prompts)
+        inside_view(text_model, prompts)
     elif st.toggle("Compare", key="compare", help="Shows a second completion of the same prompt beside the first."):
-        compare_view(text_model, file, session, loaded.beginnings)
+        compare_view(text_model, file, beginnings)
     else:
-        completion_view(text_model, file, session, loaded.beginnings)
+        completion_view(text_model, file, beginnings)
 
 
 main()

@@ -1,8 +1,8 @@
 """Step 3: write with a model. Completes a prompt, or chats with --chat, streaming to the terminal."""
 
-import shutil
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder
 from generation.config import SamplingConfig
 from system.cli import GENERATION, run
 from system.errors import UserError, require, require_at_least
+from system.files import read_utf8
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,6 @@ def main(config: Config) -> None:
     """Loads the model and writes."""
     from generation.text_model import TextModel
     from interface import terminal
-    from interface.lens_table import lens_table
     from weights import describe
 
     if config.list:
@@ -73,47 +73,26 @@ def main(config: Config) -> None:
     is_chat = config.chat or config.instruction is not None
     name = config.model or describe.newest("chat model" if is_chat else "language model")
     text_model = TextModel.load(
-        name,
-        config.device,
-        config.dtype,
-        quantize=config.quantize,
-        compile=config.compile == "on",
+        name, config.device, config.dtype, quantize=config.quantize, compile=config.compile == "on"
     )
-
-    def write(prompt: str, ids: list[int], sampling: SamplingConfig) -> None:
-        terminal.write(
-            text_model,
-            prompt,
-            ids,
-            sampling,
-            num_samples=config.num_samples,
-            top_logprobs=config.logprobs,
-            as_json=config.json,
-            strip=config.instruction is not None,
+    write = partial(terminal.write, num_samples=config.num_samples, top_logprobs=config.logprobs, as_json=config.json)
+    complete = terminal.print_lens if config.lens else write
+    if is_chat and not text_model.template:
+        command = describe.fine_tuning_command(name, text_model.model.n_parameters())
+        raise UserError(
+            f"{name} only completes text: give it a --prompt, or fine-tune it: {command} --data CHATS.jsonl"
         )
-
-    def complete(prompt: str, sampling: SamplingConfig = config) -> None:
-        if config.lens:
-            print("\n".join(lens_table(text_model, prompt, shutil.get_terminal_size().columns)))
-            return
-        write(prompt, text_model.prompt_ids(prompt), sampling)
-
     if config.chat:
-        if not text_model.template:
-            raise UserError(
-                f"{name} only completes text: drop --chat, or fine-tune it: "
-                f"{describe.fine_tuning_command(name, text_model.model.n_parameters())} --data CHATS.jsonl"
-            )
         terminal.chat(text_model, config)
     elif config.instruction is not None:
-        message = {"role": "user", "content": config.instruction, "input": config.context}
-        write("", text_model.answer_ids([message], config), config)
+        instruction = {"role": "user", "content": config.instruction, "input": config.context}
+        write(text_model, "", config, instruction=instruction)
     elif config.prompt is not None:
-        complete(config.prompt)
+        complete(text_model, config.prompt, config)
     elif sys.stdin.isatty():
         terminal.complete_lines(text_model, config, complete)
     else:
-        complete(terminal.read_standard_input())
+        complete(text_model, read_utf8().removesuffix("\n").removesuffix("\r"), config)
 
 
 if __name__ == "__main__":

@@ -2,142 +2,134 @@
 
 from __future__ import annotations
 
-import time
+import dataclasses
+from itertools import accumulate
 
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from generation.config import SamplingConfig
-from generation.text_model import Sample, TextModel, Token
+from generation.text_model import TextModel
 from interface.inside_view import MAX_TOKENS
-from interface.sessions import Branch, Completion, Session
-from interface.sidebar import CheckpointFile, mode_key
-from interface.streaming import clip, escape, offer_prompts, show_stream, speed_line
-from interface.token_view import logits_behind, token_view
-from text.tokenizer import Tokenizer, legible
+from interface.page import PageState, Text, current_page, escape, offer_prompts, show_stream
+from interface.tokens import begin, curve, draw_bars, draw_chips, logits_before, name_of_token
+from weights.files import CheckpointFile
 
 GENERIC_PROMPTS = ("Once upon a time", "The most important thing is", "In the beginning")
 
 
-def completion_view(text_model: TextModel, file: CheckpointFile, session: Session, prompts: list[str]) -> None:
+def completion_view(text_model: TextModel, file: CheckpointFile, prompts: list[str]) -> None:
     """Draws a prompt, its completion, and the model's probabilities at every token. `file` is the model's; `prompts`
     are offered until one is completed."""
-    state = st.session_state
-    offers = st.container()
-    prompt_field(session)
-    started = st.button("Complete", type="primary", icon=":material/play_arrow:") or state.pop("start", False)
+    page, offers = current_page(), st.container()
+    prompt, starts = prompt_field(page, "Complete")
     controls = st.empty()
-    with session.lock:  # until a stopped generation has stored its text
-        completion = session.completion
-    if started:
-        completion = session.completion = begin(text_model, session.prompt, file)
-        state.step = completion.branch.n_prompt + 1
-    if completion is None or completion.file != file:
-        offer_beginnings(prompts, offers)
+    if starts:
+        page.branch = begin(text_model, file, text_model.prompt_ids(prompt), "1")
+        page.branches = [page.branch]
+        st.session_state.step = page.branch.n_prompt + 1
+    text = page.branch
+    if text is None or text.file != file:
+        with offers:
+            offer_beginnings(page, prompts)
         return
     with st.container(border=True):
         placeholder = st.empty()
     view = st.empty()  # empty while the model writes
-    if started or state.pop("branched", False):
+    if text.is_new:
         controls.button("Stop", icon=":material/stop_circle:")
-        complete(text_model, state.sampling, completion.branch, session, placeholder)
+        write_text(text_model, page.sampling, text, placeholder)
         controls.empty()
-    placeholder.text(clip(decode(text_model.tokenizer, completion.branch.tokens)))
+    placeholder.text(text.decode())
     with view.container():
-        look_inside(text_model, completion)
+        draw_branches(page, text)
+        draw_tokens(text_model, page, text)
 
 
-def prompt_field(session: Session) -> None:
-    """Draws the field for the prompt, which the session keeps."""
-    st.session_state.setdefault("prompt", session.prompt)
-    session.prompt = st.text_area("Beginning of a text", key="prompt", placeholder="Once upon a time")
+def prompt_field(page: PageState, label: str) -> tuple[str, bool]:
+    """Draws the field for the prompt, and a button. Returns the prompt, and whether it is to be completed now."""
+    prompt = st.text_area("Beginning of a text", key="prompt", placeholder="Once upon a time")
+    starts = st.button(label, type="primary", icon=":material/play_arrow:") or page.starts
+    page.starts = False
+    return prompt, starts
 
 
-def offer_beginnings(prompts: list[str], container: DeltaGenerator) -> None:
+def offer_beginnings(page: PageState, prompts: list[str]) -> None:
     """Offers texts to complete, the model's own or generic ones. The next drawing of the page completes the chosen."""
-    with container:
-        offer_prompts(prompts or GENERIC_PROMPTS, lambda text: st.session_state.update(prompt=text, start=True))
+
+    def choose(text: str) -> None:
+        st.session_state.prompt = text
+        page.starts = True
+
+    offer_prompts(prompts or GENERIC_PROMPTS, choose)
 
 
-def begin(text_model: TextModel, prompt: str, file: CheckpointFile) -> Completion:
-    """Returns a completion that holds only its prompt, cut to the last tokens that fit the context."""
-    ids = text_model.prompt_ids(prompt)
-    kept = ids[-text_model.model.config.block_size :]
-    return Completion(file, len(ids), Branch("1", [Token(i) for i in kept], len(kept)))
+def write_text(text_model: TextModel, config: SamplingConfig, text: Text, placeholder: DeltaGenerator) -> None:
+    """Streams the continuation of a text. If the user presses Stop, the text so far stays."""
+    samples = (sample for [sample] in text_model.stream(text.ids, config, top_logprobs=0))
+    if show_stream(text, samples, placeholder, before=text.decode()).finish_reason == "end":
+        text.speed += " · the model ended the text"
 
 
-def complete(
-    text_model: TextModel,
-    config: SamplingConfig,
-    branch: Branch,
-    session: Session,
-    placeholder: DeltaGenerator,
-) -> None:
-    """Streams the continuation of a branch. If the user presses Stop, the text so far stays."""
-    sample, before = Sample(), list(branch.tokens)
-    pieces = text_model.stream([token.id for token in before], config, sample, top_logprobs=0)
-    start = time.monotonic()
-    with session.lock:
-        try:
-            show_stream(pieces, placeholder, lambda: decode(text_model.tokenizer, before + sample.tokens))
-        finally:
-            branch.tokens = before + sample.tokens
-            branch.speed = speed_line(sample, start, text_model.model.config.block_size)
-            if sample.finish_reason == "end":
-                branch.speed += " · the model ended the text"
-
-
-def look_inside(text_model: TextModel, completion: Completion) -> None:
-    """Draws the tokens with their probabilities, and the branches if there are several."""
-    branch, block_size = completion.branch, text_model.model.config.block_size
-    if completion.n_full_prompt > block_size:
+def draw_branches(page: PageState, text: Text) -> None:
+    """Draws the speed of a text, and buttons that lead to its other branches."""
+    if text.n_full_prompt > text.block_size:
         st.caption(
-            f"The prompt has {completion.n_full_prompt:,} tokens. The model sees the last {block_size:,}, its context."
+            f"The prompt has {text.n_full_prompt:,} tokens. The model sees the last {text.block_size:,}, its context."
         )
-    st.caption(branch.speed)
-    if len(completion.branches) > 1:
+    st.caption(text.speed)
+    if len(page.branches) > 1:
         st.caption("Branches")
         with st.container(horizontal=True):
-            for one in completion.branches:
-                kind = "primary" if one is branch else "secondary"
-                st.button(escape(one.name), type=kind, key=f"branch {one.name}", on_click=completion.show, args=(one,))
-    prompt = branch.tokens[: branch.n_prompt]
-    if any(token.logprob is None for token in prompt[1:]):
+            for one in page.branches:
+                kind = "primary" if one is text else "secondary"
+                label, key = escape(one.name), f"branch {one.name}"
+                st.button(label, type=kind, key=key, on_click=setattr, args=(page, "branch", one))
+
+
+def draw_tokens(text_model: TextModel, page: PageState, text: Text) -> None:
+    """Draws the tokens of a text with their probabilities, and the candidates of the chosen one."""
+    state, tokens = st.session_state, text.tokens
+    if any(token.logprob is None for token in tokens[1 : text.n_prompt]):
         with st.spinner("Computing the probabilities of the prompt"):
-            branch.tokens[: branch.n_prompt] = text_model.score([token.id for token in prompt], top_logprobs=0)
-    token_view(
-        text_model,
-        branch.tokens,
-        branch.n_prompt,
-        lambda i, choice: branch_off(text_model, completion, i, choice),
-        lambda i: open_inside(text_model, completion, i),
+            tokens[: text.n_prompt] = text_model.score(text.ids[: text.n_prompt], top_logprobs=0)
+    state.step = min(max(1, state.get("step", text.n_prompt + 1)), len(tokens))
+    position = state.step - 1
+    st.caption("The stronger the colour, the more probable the token. The prompt is underlined. Click a token.")
+    draw_chips(text, "chips", chosen=position, on_click=lambda i: state.update(step=i + 1))
+    if len(tokens) > 1:
+        st.slider("Step", 1, len(tokens), key="step", help="Chooses a token, as a click does.")
+    st.button(
+        "Look inside",
+        icon=":material/search:",
+        on_click=open_inside,
+        args=(page, text, position),
+        help="Shows what the model makes of the text up to the chosen token, layer by layer.",
     )
+    if tokens[position].logprob is None:
+        st.caption("Nothing comes before the first token, so the model gives no probabilities for it.")
+        return
+    st.markdown("**Click a bar to continue from there**")
+    draw_bars(text_model, text, position, "bars", lambda choice: branch_off(text_model, page, text, position, choice))
+    left, right = st.columns(2)
+    left.caption("Entropy (nats)")
+    left.altair_chart(curve([token.entropy for token in tokens], position))
+    right.caption("Cumulative log-probability (nats)")
+    right.altair_chart(curve(list(accumulate(token.logprob or 0.0 for token in tokens)), position))
 
 
-def open_inside(text_model: TextModel, completion: Completion, position: int) -> None:
-    """Lets the next drawing of the page show the mode Inside, with the text up to a position of the branch on the page,
-    that token included."""
-    state, tokens = st.session_state, completion.branch.tokens[: position + 1]
-    state["inside_text"] = decode(text_model.tokenizer, tokens[-MAX_TOKENS:])
-    state["inside_part"], state["inside_at_end"] = "Layer by layer", True
-    state[mode_key(completion.file)] = "Inside"
+def open_inside(page: PageState, text: Text, position: int) -> None:
+    """Lets the next drawing of the page show the mode Inside with a text up to a position, that token included."""
+    start = max(0, position + 1 - MAX_TOKENS)
+    page.inside_text = dataclasses.replace(text, tokens=text.tokens[start : position + 1]).decode()
+    st.session_state.update(mode="Inside", part="Layer by layer")
 
 
-def branch_off(text_model: TextModel, completion: Completion, position: int, choice: int) -> None:
-    """Lets the next drawing of the page continue from another token at a position of the branch on the page."""
-    tokens = completion.branch.tokens
-    logits = logits_behind(text_model, [token.id for token in tokens[:position]], tokens[position].n_context)
-    logprobs = logits.log_softmax(dim=-1)
-    old = tokens[position]
-    token = Token(choice, logprobs[choice].item(), (), old.entropy, old.n_context)
-    name = legible(text_model.tokenizer.decode_bytes([choice]))
-    completion.continue_from(position, token, f"{name} at step {position + 1}")
-    st.session_state.branched = True
-
-
-def decode(tokenizer: Tokenizer, tokens: list[Token]) -> str:
-    """Returns the text of tokens, without the `<|endoftext|>` that opens a document."""
-    ids = [token.id for token in tokens]
-    if ids and ids[0] == tokenizer.end_of_text:
-        ids = ids[1:]
-    return tokenizer.decode(ids)
+def branch_off(text_model: TextModel, page: PageState, text: Text, position: int, choice: int) -> None:
+    """Lets the next drawing of the page continue a text from another token at a position."""
+    logprob = logits_before(page, text_model, text, position).log_softmax(dim=-1)[choice].item()
+    token = dataclasses.replace(text.tokens[position], id=choice, logprob=logprob)
+    name = f"{len(page.branches) + 1}: {name_of_token(text.tokenizer, choice)} at step {position + 1}"
+    tokens, n_prompt = [*text.tokens[:position], token], min(text.n_prompt, position)
+    page.branch = dataclasses.replace(text, name=name, tokens=tokens, n_prompt=n_prompt, is_new=True)
+    page.branches.append(page.branch)

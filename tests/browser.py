@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -52,10 +53,17 @@ def wait(found: Callable[[], T], seconds: float = 60) -> T:
     raise TimeoutError(f"nothing within {seconds} s: {error}")
 
 
-class Page:
-    """One window of a headless browser."""
+def free_port() -> int:
+    """Returns a port on which nothing listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
-    def __init__(self, address: str, width: int = 1200, height: int = 900, dark: bool = False, downloads: str = ""):
+
+class Page:
+    """One window of a headless browser. `all` and `texts` take CSS selectors; `click` waits for a button's label."""
+
+    def __init__(self, address: str, height: int = 900, downloads: str = ""):
         from selenium import webdriver
         from selenium.webdriver.chrome.service import Service
 
@@ -63,28 +71,21 @@ class Page:
         options.binary_location = CHROMIUM or ""
         for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-proxy-server"):
             options.add_argument(flag)
-        options.add_argument(f"--window-size={width},{height}")
+        options.add_argument(f"--window-size=1200,{height}")
         options.add_experimental_option("prefs", {"download.default_directory": downloads})
         self.driver = webdriver.Chrome(options, Service(DRIVER))
-        theme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": theme})
         self.driver.get(address)
 
     def all(self, selector: str) -> list[WebElement]:
-        """Returns the elements that match a CSS selector."""
         return self.driver.find_elements("css selector", selector)
 
     def texts(self, selector: str) -> list[str]:
-        """Returns the texts of the elements that match a CSS selector."""
         return [element.text for element in self.all(selector)]
 
     def messages(self) -> list[str]:
-        """Returns the texts of the conversation."""
         return self.texts("[data-testid=stChatMessage]")
 
     def click(self, label: str) -> None:
-        """Clicks the button with a label, as soon as it exists."""
-
         def found() -> bool:
             [button] = [button for button in self.all("button") if button.text.strip().splitlines()[-1:] == [label]]
             self.press(button)
@@ -93,12 +94,10 @@ class Page:
         wait(found)
 
     def press(self, element: WebElement) -> None:
-        """Scrolls to an element and clicks it."""
         self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
         element.click()
 
     def has(self, label: str) -> bool:
-        """Whether a button with this label exists."""
         return any(button.text.strip().splitlines()[-1:] == [label] for button in self.all("button"))
 
     def type(self, text: str, selector: str = "[data-testid=stChatInput] textarea", enter: bool = True) -> None:
@@ -113,6 +112,11 @@ class Page:
 
         wait(typed)
 
+    def type_inside(self, text: str) -> None:
+        [field] = wait(lambda: self.in_components("textarea"))
+        field.clear()
+        field.send_keys(text)
+
     def move_slider(self, i: int, *keys: str) -> WebElement:
         """Gives keys to a slider, whose input is too small for Chromium to type into; returns the input."""
         from selenium.webdriver.common.action_chains import ActionChains
@@ -123,8 +127,6 @@ class Page:
         return slider
 
     def choose_model(self, name: str) -> None:
-        """Picks a model."""
-
         def opened() -> bool:
             self.all("[data-testid=stSelectbox] [role=combobox], [data-testid=stSelectbox] input")[0].click()
             return True
@@ -138,21 +140,17 @@ class Page:
         self.idle()
 
     def idle(self) -> None:
-        """Waits until the page is drawn and the app is idle."""
         time.sleep(0.3)  # until the last click has reached the server
         wait(lambda: self.all("[data-testid=stApp][data-test-script-state=notRunning]"))
         time.sleep(0.2)
 
     def chips(self) -> list[WebElement]:
-        """Returns the chips of the tokens."""
         return self.in_components(".chips button")
 
     def chip_texts(self, selector: str = ".chips button") -> list[str]:
-        """Returns the texts of elements inside our own components, in one call: there may be hundreds."""
         return self.in_components(selector, ".map(e => e.textContent)")
 
     def bars(self) -> list[WebElement]:
-        """Returns the candidates at the chosen token, each of which is a button."""
         return self.in_components(".bars button")
 
     def in_components(self, selector: str, then: str = "") -> list:

@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from generation import lens
 from generation.text_model import TextModel
-from interface.lens_table import lens_table
+from interface.terminal import print_lens
 from system.errors import UserError
 from text.tokenizer import gpt2, legible, merges
 
@@ -129,8 +129,10 @@ def test_the_terminal_shows_what_each_layer_would_say(toy):
         assert legible(text_model.tokenizer.decode_bytes([likeliest]))[:11] in row[-17:]
 
 
-def test_a_wide_table_leaves_out_layers_in_the_middle():
+def test_a_wide_table_leaves_out_layers_in_the_middle(monkeypatch, capsys):
     text_model = TextModel(random_model(n_layer=12, vocab_size=50304, n_tokens=50259, n_embd=16), gpt2())
-    lines = list(lens_table(text_model, TEXT, width=100))
+    monkeypatch.setenv("COLUMNS", "100")
+    print_lens(text_model, TEXT)
+    lines = capsys.readouterr().out.splitlines()
     assert all(len(line) <= 100 for line in lines) and lines[0].split()[1] == "embedding"
     assert [int(word) for word in lines[0].split() if word.isdigit()] == [3, 6, 9, 12]

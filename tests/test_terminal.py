@@ -1,4 +1,4 @@
-"""The commands of the chat at the terminal, without a model."""
+"""The terminal: commands of the chat, lines that the user types, what reaches a terminal."""
 
 import io
 import json
@@ -10,6 +10,7 @@ from conftest import REPOSITORY
 
 from generation.config import SamplingConfig
 from generation.text_model import Chat, TextModel
+from interface import terminal
 from interface.terminal import complete_lines, load_conversation, obey, save_conversation, set_option
 from system.errors import UserError
 from text.chat import Message
@@ -20,10 +21,6 @@ MESSAGES: list[Message] = [
     {"role": "user", "content": "How are you?"},
     {"role": "assistant", "content": "I am a model."},
 ]
-
-
-def no(question: str) -> bool:
-    return False
 
 
 def test_a_saved_conversation_grows_and_loads_again(tmp_path):
@@ -52,47 +49,46 @@ def test_saving_does_not_replace_another_file(tmp_path, content):
     assert path.read_text(encoding="utf-8") == content
 
 
+@pytest.mark.parametrize(
+    "content", ["", "a diary", "[1]", '{"messages": 1}', json.dumps({"messages": MESSAGES[:1]}), '{"messages": [1, 2]}']
+)
+def test_loading_refuses_a_file_without_a_conversation(tmp_path, content):
+    (tmp_path / "talk.jsonl").write_text(content)
+    with pytest.raises(UserError, match="holds no conversation"):
+        load_conversation(tmp_path / "talk.jsonl")
+
+
 def test_options_take_numbers_and_some_take_none():
     config = SamplingConfig(seed=1)
-    assert set_option(config, "top-k", "7").top_k == 7
-    assert set_option(config, "seed", "none").seed is None and set_option(config, "top-k", "none").top_k is None
-    for name, value in (("temperature", "none"), ("top-k", ""), ("max-new-tokens", ""), ("top-k", "1.5")):
+    assert set_option(config, "top-k", "7")[0].top_k == 7 and set_option(config, "top-k", "")[0] == config
+    assert set_option(config, "seed", "none") == (SamplingConfig(), "seed is none")
+    for name, value in (("temperature", "none"), ("temperature", "hot"), ("top-k", "1.5")):
         with pytest.raises(UserError, match=f"/{name} needs a number"):
             set_option(config, name, value)
     with pytest.raises(UserError, match="--top-p must be"):
         set_option(config, "top-p", "2")
 
 
-def test_a_setting_without_a_value_is_shown_and_stays(toy):
-    conversation = Chat(TextModel.load(toy / "checkpoints/sft.pt"), SamplingConfig(top_k=7))
+def test_the_commands_of_the_chat(toy, tmp_path):
+    conversation = Chat(TextModel.load(toy / "checkpoints/sft.pt"), SamplingConfig(top_k=7, max_new_tokens=5))
+    conversation.messages[:] = MESSAGES
+    path = tmp_path / "talk.jsonl"
     for command, argument, shown in (
         ("temperature", "", "temperature is 0.8"),
-        ("top-k", "", "top-k is 7"),
         ("top-k", "none", "top-k is none"),
-        ("top-k", "", "top-k is none"),
-        ("seed", "3", "seed is 3"),
+        ("save", str(path), f"saved 4 messages in {path}"),
+        ("undo", "", "taken back: How are you?"),
+        ("reset", "", "conversation cleared"),
+        ("retry", "", "the conversation is empty"),
+        ("load", str(path), "loaded 4 messages"),
+        ("retry", "", ""),
     ):
-        assert obey(conversation, command, argument, no) == shown
-    assert conversation.config == SamplingConfig(top_k=None, seed=3)
-
-
-def test_saving_asks_before_it_replaces_a_file(toy, tmp_path):
-    conversation = Chat(TextModel.load(toy / "checkpoints/sft.pt"), SamplingConfig())
-    path, asked = tmp_path / "talk.jsonl", []
-    conversation.messages[:] = MESSAGES
-    path.write_text("a diary", encoding="utf-8")
-    with pytest.raises(UserError, match="is not the beginning of this conversation: choose another name"):
-        obey(conversation, "save", str(path), no)
-    assert path.read_text(encoding="utf-8") == "a diary"
-
-    def yes(question: str) -> bool:
-        asked.append(question)
-        return True
-
-    for _ in range(2):  # the second time the file holds this conversation
-        assert obey(conversation, "save", str(path), yes) == f"saved 2 exchanges in {path}"
-    assert asked == [f"{path} exists and is not the beginning of this conversation. Replace it?"]
-    assert load_conversation(path) == MESSAGES
+        assert obey(conversation, command, argument) == shown
+    assert conversation.config.top_k is None
+    assert conversation.messages[:3] == MESSAGES[:3] and len(conversation.messages) == 4
+    for command, message in (("save", "/save needs a file name"), ("dance", "unknown command /dance")):
+        with pytest.raises(UserError, match=message):
+            obey(conversation, command, "")
 
 
 def test_the_completion_prompt_knows_its_commands(toy, capsys, monkeypatch):
@@ -100,11 +96,18 @@ def test_the_completion_prompt_knows_its_commands(toy, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode()), encoding="utf-8"))
     completed = []
     text_model = TextModel.load(toy / "checkpoints/toy.pt")
-    complete_lines(text_model, SamplingConfig(), lambda line, config: completed.append((line, config)))
+    complete_lines(text_model, SamplingConfig(), lambda model, line, config: completed.append((line, config)))
     assert completed == [("/usr/bin", SamplingConfig(top_k=3))]
     notes = capsys.readouterr().err
     for part in ("/NAME VALUE", "temperature is 0.8", "/temperature needs a number, not 'hot'", "top-k is 3"):
         assert part in notes
+
+
+def test_a_terminal_gets_no_control_characters_and_a_pipe_gets_the_text_as_it_is(capsys, monkeypatch):
+    terminal.say("a\x1b[31m\n")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    terminal.say("a\x1b[31m\n")
+    assert capsys.readouterr().out == "a\x1b[31m\na\\x1b[31m\n"
 
 
 def test_the_terminal_needs_no_streamlit():
