@@ -6,8 +6,8 @@ import functools
 import http.server
 import json
 import os
-import resource
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,6 +28,7 @@ REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny, and test processes run side by side
 os.environ["HF_HUB_OFFLINE"] = "1"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it runs in the background
 ENVIRONMENT = {**os.environ, "https_proxy": "http://127.0.0.1:9", "PYTHONIOENCODING": "utf-8"}  # no network
 
 TOY_SHAPE = [
@@ -175,12 +176,42 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def bounded_memory(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fails a test whose peak of memory grows by the `MEGABYTES` of its module."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    yield
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024  # KiB on Linux
-    assert grown < request.module.MEGABYTES, f"{grown:.0f} MB"
+def here(toy, tmp_path, monkeypatch) -> Path:
+    """A folder of one's own, the current one, with the toy's data in `data` and its model in
+    `checkpoints/pretrained.pt`."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(toy / "data/toy", tmp_path / "data")
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copy(toy / "checkpoints/toy.pt", tmp_path / "checkpoints/pretrained.pt")
+    return tmp_path
+
+
+def pretrain(**options: Any) -> dict[str, Any]:
+    """Pre-trains a toy on `data` in this process; returns what `--out` holds, or {}."""
+    import train
+
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64, "batch_size": 4, "device": "cpu"}
+    steps = {"max_steps": 6, "warmup_steps": 0, "log_every": 1, "eval_every": 3, "save_every": 3, "eval_tokens": 512}
+    config = train.Config(**{**shape, **steps, "learning_rate": 3e-3, "out": Path("checkpoints/a.pt"), **options})
+    train.main(config)
+    return contents(config.out) if config.out.exists() else {}
+
+
+def fine_tune(**options: Any) -> dict[str, Any]:
+    """Fine-tunes `checkpoints/pretrained.pt` on the conversations in `data`; returns what `--out` holds."""
+    import train_sft
+
+    steps = {"max_steps": 6, "batch_size": 16, "warmup_steps": 0, "log_every": 1, "eval_every": 3, "save_every": 3}
+    config = train_sft.Config(**{**steps, "learning_rate": 3e-3, "min_lr": 3e-3, "device": "cpu", **options})
+    train_sft.main(config)
+    return contents(config.out)
+
+
+def contents(path: Path | str) -> dict[str, Any]:
+    """Returns what a checkpoint file holds."""
+    import torch
+
+    return torch.load(path, weights_only=True)
 
 
 @pytest.fixture()

@@ -1,88 +1,182 @@
-"""The loader's batches: a pure function of seed and step."""
+"""Batches: each window and sequence of an epoch once, the same for any number of processes, fixed by (seed, step)."""
 
-from collections import Counter
+from __future__ import annotations
+
+import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
-from training.loader import Batch, Conversations, Prefetcher, Windows, micro_batches, stack
+from model import IGNORE_INDEX
+from system.errors import UserError
+from training.loader import Batch, Conversations, Sequences, Windows, micro_batches, stack, step_seed
+
+BLOCK, WINDOWS = 8, 24 + 42  # of the two files below
 
 
-def write_tokens(path: Path, tokens) -> Path:
-    np.asarray(tokens, dtype="<u2").tofile(path)
+def write(path: Path, values: object, dtype: str = "<u2") -> Path:
+    path.write_bytes(np.asarray(values).astype(dtype).tobytes())
     return path
 
 
-def test_windows_are_a_pure_function_of_seed_and_step_and_stay_inside_files(tmp_path):
-    paths = [
-        write_tokens(tmp_path / "a.bin", range(100)),
-        write_tokens(tmp_path / "b.bin", range(1000, 1040)),
-        write_tokens(tmp_path / "short.bin", range(5)),
-    ]
-    data = Windows(paths, block_size=16, batch_size=8, seed=3)
-    seen = set()
-    for step in range(60):
-        batch = stack(data.batch(step))
-        assert torch.equal(batch.tokens + 1, batch.targets)  # no window crosses from one file to the next
-        seen |= set(batch.targets.flatten().tolist())
-    assert seen == set(range(1, 100)) | set(range(1001, 1040))
-    again = Windows(paths, block_size=16, batch_size=8, seed=3)
-    assert torch.equal(stack(again.batch(41)).tokens, stack(data.batch(41)).tokens)
-    assert not torch.equal(stack(data.batch(41)).tokens, stack(data.batch(42)).tokens)
-    assert not torch.equal(stack(Windows(paths, 16, 8, seed=4).batch(41)).tokens, stack(data.batch(41)).tokens)
+@pytest.fixture
+def shards(tmp_path) -> list[Path]:
+    """Two token files whose ids count up, those of the second from 1,000."""
+    return [write(tmp_path / "a.bin", range(203)), write(tmp_path / "b.bin", range(1_000, 1_345))]
 
 
-def test_every_split_of_a_batch_is_the_same_batch(tmp_path):
-    data = Windows([write_tokens(tmp_path / "a.bin", range(500))], block_size=8, batch_size=12, seed=0)
-    rows = data.batch(5)
-    whole = {tuple(row) for row in stack(rows).tokens.tolist()}
-    for n, world_size in ((1, 1), (4, 1), (2, 3), (5, 2), (1, 16)):
-        parts = [micro for rank in range(world_size) for micro in micro_batches(rows, n, rank, world_size)]
-        assert sum(micro.total_weight for micro in parts) == 12 * 8
-        assert {tuple(row) for micro in parts if micro.total_weight for row in micro.tokens.tolist()} == whole
+def epoch_rows(data: Windows, epoch: int) -> list[Batch]:
+    """Returns the rows of an epoch, in order. Batches run on into the next epoch."""
+    first, last = epoch * WINDOWS // data.batch_size, (epoch + 1) * WINDOWS // data.batch_size
+    rows = [row for step in range(first, last + 1) for row in data.batch(step)]
+    return rows[epoch * WINDOWS - first * data.batch_size :][:WINDOWS]
 
 
-def test_evaluation_scores_every_token_once(tmp_path):
-    data = Windows([write_tokens(tmp_path / "a.bin", range(101))], block_size=16, batch_size=1, seed=0)
-    assert [t for batch in data.in_order() for t in batch.targets.flatten().tolist()] == list(range(1, 101))
-    assert sum(batch.targets.numel() for batch in data.in_order(max_tokens=48)) <= 48
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_an_epoch_visits_each_window_of_a_shifted_grid_once_and_none_crosses_a_file(shards, epoch):
+    rows = epoch_rows(Windows(shards, BLOCK, batch_size=5, seed=1), epoch)
+    for row in rows:
+        ids = [*row.tokens[0].tolist(), int(row.targets[0, -1])]
+        assert ids == list(range(ids[0], ids[0] + BLOCK + 1)) and (ids[-1] < 203 or ids[0] >= 1_000)
+    for low, high, n in ((0, 203, 24), (1_000, 1_345, 42)):
+        first = sorted(int(row.tokens[0, 0]) for row in rows if low <= row.tokens[0, 0] < high)
+        assert first == list(range(first[0], first[0] + n * BLOCK, BLOCK))  # so each target occurs exactly once
+        assert first[0] - low < BLOCK * 2 and high - first[-1] <= 3 * BLOCK
 
 
-def test_an_epoch_visits_every_conversation_once_grouped_by_length(toy):
-    data = Conversations(toy / "data/toy", "train", block_size=64, batch_size=8, seed=0)
-    starts = lambda epoch: Counter(  # noqa: E731
-        tuple(row.tokens[0].tolist())
-        for k in range(data.batches_per_epoch)
-        for row in data.batch(epoch * data.batches_per_epoch + k)
-    )
-    every = Counter(tuple(row.tokens[0].tolist()) for row in data.in_order())
-    assert starts(0) == starts(1) == every and sum(every.values()) == len(data)
-    assert [b.tokens.tolist() for b in data.batch(0)] != [b.tokens.tolist() for b in data.batch(data.batches_per_epoch)]
+def test_epochs_and_seeds_differ_in_order_and_in_offset(shards):
+    data = {seed: Windows(shards, BLOCK, 5, seed) for seed in (1, 2)}
+    drawn = [data[seed].epoch(epoch) for seed, epoch in ((1, 0), (1, 1), (2, 0))]
+    assert len({tuple(order) for order, _ in drawn}) == len({tuple(offsets) for _, offsets in drawn}) == 3
+    covered = {int(i) for epoch in range(20) for row in epoch_rows(data[1], epoch) for i in row.targets[0]}
+    assert covered >= {*range(1, 203 - BLOCK), *range(1_001, 1_345 - BLOCK)}  # what one epoch leaves out, others learn
 
 
-def test_only_the_assistants_tokens_count(toy):
-    data = Conversations(toy / "data/toy", "train", block_size=64, batch_size=8, seed=0)
-    from text import tokenizer
-
-    bpe = tokenizer.load_tokenizer(toy / "data/toy/tokenizer.json")
-    batch = stack(data.batch(0))
-    assert batch.tokens.size(1) % 64 == 0
-    counted = bpe.decode(batch.targets.flatten()[batch.counted].tolist())
-    texts = [bpe.decode(row.tokens[0].tolist()) for row in data.batch(0)]
-    answers = [
-        part.split("<|endoftext|>")[0] + "<|endoftext|>" for text in texts for part in text.split("<|assistant|>")[1:]
-    ]
-    assert counted == "".join(answers)
+def test_a_batch_follows_from_seed_and_step_alone(shards):
+    """As after `--resume`, in the middle of an epoch and of the next."""
+    through = Windows(shards, BLOCK, 5, 3)
+    batches = [through.batch(step) for step in range(40)]
+    for step in (17, 30, 13):  # 13 crosses into the second epoch
+        anew = Windows(shards, BLOCK, 5, 3).batch(step)
+        assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(anew, batches[step], strict=True))
+    assert len({step_seed(3, step, rank) for step in range(9) for rank in range(3)}) == 27
 
 
-def test_stacking_pads_behind_and_counts_the_same():
-    rows = [Batch(torch.full((1, n), n), torch.full((1, n), n + 1), None) for n in (3, 70)]
-    batch = stack(rows, max_length=100)
-    assert batch.tokens.shape == (2, 100) and batch.total_weight == 73
-    assert batch.targets.flatten()[batch.counted].tolist() == [4] * 3 + [71] * 70
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("n", [1, 2, 6])
+def test_processes_share_a_batch_whatever_their_number(shards, world_size, n):
+    rows = Windows(shards, BLOCK, 6, 0).batch(0)
+    shares = [micro_batches(rows, n, rank, world_size) for rank in range(world_size)]
+    assert all(len(share) == min(n, 6 // world_size) for share in shares)
+    first = [batch.tokens[:, 0].tolist() for share in shares for batch in share]
+    assert sorted(sum(first, [])) == sorted(int(row.tokens[0, 0]) for row in rows)
+    assert sum(batch.total_weight for share in shares for batch in share) == 6 * BLOCK
 
 
-def test_the_prefetcher_gives_what_was_asked_for():
-    with Prefetcher(lambda step: step * 10, 3) as batches:
-        assert [batches.get(step) for step in (3, 4, 9, 10)] == [30, 40, 90, 100]
+def test_a_process_without_rows_gets_one_that_does_not_count(shards):
+    rows = Windows(shards, BLOCK, 1, 0).batch(0)
+    [batch] = micro_batches(rows, 4, rank=1, world_size=2)
+    assert batch.tokens.shape[0] == 1 and batch.total_weight == 0 and (batch.targets == IGNORE_INDEX).all()
+
+
+def test_nine_billion_tokens_are_ordered_in_two_seconds_and_once_an_epoch(tmp_path):
+    path = tmp_path / "train.bin"
+    with open(path, "wb") as file:
+        file.truncate(18 * 10**9)  # takes no space on the disk
+    data = Windows([path], 1024, 8, 0)
+    assert data.n_tokens == 9 * 10**9
+    seconds = []
+    for step in range(2):
+        start = time.process_time()  # other processes may be busy
+        data.batch(step)
+        seconds.append(time.process_time() - start)
+    assert seconds[0] < 2 and seconds[1] < 0.05
+
+
+def test_a_text_shorter_than_a_window_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"b.bin has 8 tokens, too few for windows of 8: .* smaller --block-size"):
+        Windows([write(tmp_path / "b.bin", range(8))], BLOCK, 1, 0).batch(0)
+    [row] = Windows([write(tmp_path / "b.bin", range(9)), tmp_path / "b.bin"], BLOCK, 1, 0).batch(0)
+    assert row.targets.tolist() == [list(range(1, 9))]
+
+
+def test_validation_scores_every_token_once_or_evenly_spaced_windows(shards):
+    data = Windows(shards, BLOCK, 5, 0)
+    scored = torch.cat([row.targets[0] for row in data.in_order()]).tolist()
+    assert scored == [*range(1, 203), *range(1_001, 1_345)]
+    few = list(data.in_order(max_tokens=100))
+    assert 8 <= len(few) * BLOCK <= 100 and few[-1].tokens[0, 0] > 1_200
+
+
+def test_a_fingerprint_tells_data_apart_whatever_the_batches(tmp_path):
+    def windows(tokens: np.ndarray, block_size: int = 8, batch_size: int = 1) -> str:
+        return Windows([write(tmp_path / "tokens.bin", tokens)], block_size, batch_size, seed=0).fingerprint()
+
+    tokens = np.arange(50_000) % 999
+    assert windows(tokens) == windows(tokens, 16, 3)
+    assert len({windows(tokens), windows(tokens[:-1]), windows(np.roll(tokens, 1))}) == 3
+    assert Counting([3, 2]).fingerprint() == Counting([3, 2], batch_size=2).fingerprint()
+    assert Counting([3, 2]).fingerprint() != Counting([2, 3]).fingerprint()
+
+
+class Counting(Sequences):
+    """Sequence i consists of the number i."""
+
+    def __init__(self, lengths: list[int], batch_size: int = 1, seed: int = 0):
+        self.lengths, self.batch_size, self.seed = np.array(lengths), batch_size, seed
+
+    def row(self, i: int) -> Batch:
+        tokens = torch.full((1, int(self.lengths[i])), int(i))
+        return Batch(tokens, tokens)
+
+
+def test_an_epoch_visits_each_sequence_once_grouped_by_length():
+    lengths = np.random.default_rng(0).integers(2, 200, size=203).tolist()
+    data, orders = Counting(lengths, batch_size=8), []
+    for epoch in (0, 1):
+        batches = [data.batch(epoch * data.batches_per_epoch + i) for i in range(data.batches_per_epoch)]
+        orders.append([int(row.tokens[0, 0]) for batch in batches for row in batch])
+        assert sorted(orders[-1]) == list(range(203)) and {len(batch) for batch in batches} == {8, 3}
+        padding = sum(max(map(width, batch)) * len(batch) - sum(map(width, batch)) for batch in batches)
+        assert padding < 0.1 * sum(lengths)  # random batches would have 70%
+    assert orders[0] != orders[1] and data.epoch.cache_info().misses == 2  # an epoch is ordered once
+    assert [width(row) for row in data.largest_batch()] == sorted(lengths)[:-9:-1]
+
+
+def width(row: Batch) -> int:
+    return row.tokens.size(1)
+
+
+def test_rows_of_different_lengths_are_padded_to_few_shapes():
+    rows = [Batch(torch.ones(1, n, dtype=torch.int64), torch.ones(1, n, dtype=torch.int64)) for n in (3, 70)]
+    for max_length, expected in ((None, 128), (100, 100)):
+        batch = stack(rows, max_length)
+        assert batch.tokens.shape == (2, expected) and batch.total_weight == 73
+        assert (batch.targets[0, 3:] == IGNORE_INDEX).all() and (batch.targets[0, :3] == 1).all()
+
+
+@pytest.fixture
+def conversations(tmp_path) -> Path:
+    """Three conversations: their tokens, the loss mask of each token, and the offsets."""
+    write(tmp_path / "sft_train.bin", [9, 1, 2, 7, 8, 9, 3, 7, 9, 4, 5, 6, 7, 8])
+    write(tmp_path / "sft_train_mask.bin", [0, 0, 0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 1, 1], "u1")
+    write(tmp_path / "sft_train_index.bin", [0, 5, 8, 14], "<u8")
+    return tmp_path
+
+
+def test_conversations_have_loss_on_the_assistants_tokens_only(conversations):
+    data = Conversations(conversations, "train", 8, 2, 0)
+    rows = list(data.in_order())
+    assert [row.tokens[0].tolist() for row in rows] == [[9, 1, 2, 7], [9, 3], [9, 4, 5, 6, 7]]
+    no = IGNORE_INDEX
+    assert [row.targets[0].tolist() for row in rows] == [[no, no, 7, 8], [no, 7], [no, no, no, 7, 8]]
+    assert data.first_exchanges(2) == [([9, 1, 2], [7, 8]), ([9, 3], [7])]
+
+
+@pytest.mark.parametrize(("index", "message"), [([0, 8, 5, 14], "belong together"), ([0, 14], "of 14 tokens, longer")])
+def test_conversations_that_do_not_fit_are_refused(conversations, index, message):
+    write(conversations / "sft_train_index.bin", index, "<u8")
+    with pytest.raises(UserError, match=message):
+        Conversations(conversations, "train", 8, 2, 0)
