@@ -88,7 +88,7 @@ class Windows:
         lengths = np.array([len(shard) for shard in self.shards], dtype=np.int64)
         n_fitting = (lengths - 1) // block_size
         n_windows = np.where(n_fitting > 1, n_fitting - 1, n_fitting).clip(min=0)  # one less leaves room for the shift
-        self.n_offsets = np.minimum(block_size, lengths - n_windows * block_size).clip(min=1)
+        self.n_offsets = (lengths - n_windows * block_size).clip(min=1)
         self.first_window = np.concatenate([[0], np.cumsum(n_windows)])
         self.epoch = functools.lru_cache(maxsize=2)(self._draw_epoch)
 
