@@ -24,7 +24,7 @@ from generation.config import SamplingConfig
 from generation.decoding import generate
 from model import GPT, GPTConfig
 from system.errors import UserError
-from text import templates
+from text import chat
 from text import tokenizer as tokenizers
 from training.classifier import Classifier
 from weights import checkpoint
@@ -92,7 +92,7 @@ def test_transformers_gives_the_same_logits_and_tokens(tmp_path, kind):
     assert (logits_of(theirs, tokens) - logits_of(ours, tokens)).abs().max() < 1e-4
     padding = list(range(config.n_tokens, config.vocab_size))
     assert theirs.generation_config.suppress_tokens == (padding or None)
-    greedy = [ids.item() for ids, _ in generate(ours, tokens[:1], 100, temperature=0.0)]
+    greedy = [ids.item() for ids, _, _ in generate(ours, tokens[:1], 100, temperature=0.0)]
     generated = theirs.generate(tokens[:1], do_sample=False, max_new_tokens=100, eos_token_id=UNUSED_ID)
     assert generated[0, 40:].tolist() == greedy and len(set(greedy)) > 30
     again = load_checkpoint(tmp_path / "out")  # what was exported can be read back
@@ -132,13 +132,13 @@ def test_the_chat_template_gives_our_ids(tmp_path, template):
     tokenizer, theirs = checkpoint.tokenizer_of(state), AutoTokenizer.from_pretrained(exported(tmp_path / "x.pt"))
     for n in (1, 3, 5):
         ids = theirs.apply_chat_template(CONVERSATION[:n], add_generation_prompt=True, return_dict=False)
-        assert ids == templates.encode_prompt(CONVERSATION[:n], tokenizer, template)
+        assert ids == chat.encode_prompt(CONVERSATION[:n], tokenizer, template)
     ids = theirs.apply_chat_template(CONVERSATION[:4], return_dict=False)
-    assert ids == templates.encode_conversation(CONVERSATION[:4], tokenizer, template)[0]
+    assert ids == chat.encode_conversation(CONVERSATION[:4], tokenizer, template)[0]
     system = [{"role": "system", "content": " Be brief. "}, *CONVERSATION]
     expected = [{"role": "user", "content": "Be brief.\n\nHi there!"}, *CONVERSATION[1:]]
     ids = theirs.apply_chat_template(system, add_generation_prompt=True, return_dict=False)
-    assert ids == templates.encode_prompt(expected, tokenizer, template)
+    assert ids == chat.encode_prompt(expected, tokenizer, template)
     with pytest.raises(Exception, match="the roles are user and assistant"):
         theirs.apply_chat_template([{"role": "tool", "content": "x"}])
     for auto in (AutoModelForCausalLM, AutoTokenizer):
@@ -235,7 +235,7 @@ def test_nothing_of_the_users_is_replaced_by_mistake(tmp_path):
         ([*arguments, "out"], "is not empty"),
         ([*arguments, "x.pt"], "x.pt exists: add --overwrite"),
         ([*arguments, "other", "--overwrite"], "other holds more than an export"),
-        (["export.py", "--model", "damaged.pt", "--out", "out", "--overwrite"], "is damaged (checksum of"),
+        (["export.py", "--model", "damaged.pt", "--out", "out", "--overwrite"], "or damaged (checksum of"),
         (["export.py", "--model", "none.pt", "--out", "out", "--overwrite"], "no checkpoint none.pt"),
     ):
         result = run_script(tmp_path, *refused)

@@ -6,7 +6,7 @@ Files are read with `weights_only=True`, so nothing in them is executed.
 import contextlib
 import dataclasses
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -59,22 +59,15 @@ def read_contents(path: str | Path, verify: bool = False) -> dict[str, Any]:
     `verify` compares the checksums first. Raises UserError if the file is damaged or holds anything but a dict.
     """
     try:
-        if verify:
-            with zipfile.ZipFile(path) as archive:
-                if entry := archive.testzip():
-                    raise UserError(f"{path} is damaged (checksum of {entry}): restore the file from a copy")
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if not isinstance(contents, dict):
-            raise TypeError
-        return contents
-    except UserError:
-        raise
+        damaged = zipfile.ZipFile(path).testzip() if verify else None
     except Exception as error:  # damaged and foreign files make torch and zipfile raise many types
         if is_out_of_memory(error):
             raise
-        if isinstance(error, OSError) and error.filename:  # it cannot be opened
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
         raise _not_a_checkpoint(path, type(error).__name__) from None  # torch's text advises to execute the file
+    if damaged or not isinstance(contents, dict):
+        raise _not_a_checkpoint(path, f"checksum of {damaged}" if damaged else f"a {type(contents).__name__}")
+    return contents
 
 
 def from_contents(contents: dict[str, Any], path: str | Path) -> Checkpoint:
@@ -85,10 +78,7 @@ def from_contents(contents: dict[str, Any], path: str | Path) -> Checkpoint:
     try:
         config = dict(contents["config"])
         if config.pop("value_embeddings", False):
-            raise UserError(
-                f"{path} has value embeddings, which version 0.2 was the last to read: "
-                "use that version, or train the model again"
-            )
+            raise UserError(f"{path} has value embeddings, which version 0.2 was the last to read: use that version")
         unknown = sorted(map(str, config.keys() - {field.name for field in dataclasses.fields(GPTConfig)}))
         if unknown or contents.get("format_version", 0) > FORMAT_VERSION:
             because = f" (its config has the unknown field {unknown[0]!r})" if unknown else ""
@@ -188,11 +178,9 @@ def meta_device() -> Iterator[None]:
 class _SkipInitialization(TorchFunctionMode):
     """Leaves out `torch.nn.init`: on the device "meta", random numbers import `torch._dynamo`, which takes a second."""
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", None) == torch.nn.init.__name__:
-            return args[0] if args else (kwargs or {})["tensor"]
+            return None  # nothing reads the result: the functions of `init` change their tensor in place
         return func(*args, **(kwargs or {}))
 
 

@@ -53,7 +53,7 @@ def load_base(adapter: Checkpoint, path: str | Path) -> Checkpoint:
 def load_file(path: Path, verify: bool = False) -> Checkpoint:
     """Loads a `.pt` file, ours or nanoGPT's, of any kind; an adapter stays apart from its base model."""
     contents = read_contents(path, verify)
-    return nanogpt.from_nanogpt(contents, path) if nanogpt.is_nanogpt(contents) else from_contents(contents, path)
+    return nanogpt.from_nanogpt(contents, path) if "model_args" in contents else from_contents(contents, path)
 
 
 def _load_folder(path: Path) -> Checkpoint:
