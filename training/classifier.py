@@ -106,16 +106,14 @@ class Classifier:
 
         A text longer than the context is judged by its beginning. Raises UserError for an empty text.
         """
-        ids = (encode(text, self.tokenizer, self.model.config.block_size) for text in texts)
-        while batch := list(islice(ids, batch_size)):
-            yield from self._probabilities(batch)
-
-    @torch.inference_mode()
-    def _probabilities(self, texts: list[list[int]]) -> Tensor:
-        batch = stack([one_row(ids) for ids in texts], self.model.config.block_size).to(self.device)
-        with autocast(self.device, self.dtype):
-            last = self.model.hidden(batch.tokens)[batch.targets != IGNORE_INDEX]  # (B, C)
-            return self.model.lm_head(last).float().softmax(dim=-1).cpu()
+        block_size = self.model.config.block_size
+        rows = (one_row(encode(text, self.tokenizer, block_size)) for text in texts)
+        while some := list(islice(rows, batch_size)):
+            batch = stack(some, block_size).to(self.device)
+            with torch.inference_mode(), autocast(self.device, self.dtype):
+                last = self.model.hidden(batch.tokens)[batch.targets != IGNORE_INDEX]  # (B, C)
+                found = self.model.lm_head(last).float().softmax(dim=-1).cpu()
+            yield from found
 
 
 def predictions(examples: list[Example], tokenizer: Tokenizer, labels: list[str]) -> Examine:

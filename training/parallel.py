@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from system.cli import shorten
 from system.device import choose_device
 from system.errors import UserError
 
@@ -48,10 +49,8 @@ class Processes:
         try:
             dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
         except (ValueError, RuntimeError) as error:  # such as a wrong MASTER_ADDR, or another process that is missing
-            raise UserError(
-                f"the {world_size} processes cannot meet ({str(error).partition(chr(10))[0][:200]}): "
-                "start the run with torchrun, or unset RANK and WORLD_SIZE"
-            ) from None
+            problem = f"the {world_size} processes cannot meet ({shorten(str(error), 200)})"
+            raise UserError(f"{problem}: start the run with torchrun, or unset RANK and WORLD_SIZE") from None
         return cls(device, dist.get_rank(), world_size)
 
     def leave(self) -> None:
@@ -70,22 +69,16 @@ class Processes:
 
         If the action raises UserError, rank 0 raises it, and the other ranks exit with status 1 and without a message.
         """
-        error = None
-        if self.rank == 0:
-            try:
+        try:
+            if self.rank == 0:
                 action()
-            except UserError as refusal:
-                error = refusal
-        if self.any(error is not None):
+        except UserError:
+            self.any(True)
             self.leave()
-            if error:
-                raise error
+            raise
+        if self.any(False):
+            self.leave()
             sys.exit(1)
-
-    def require_divisible(self, batch_size: int) -> None:
-        """Raises UserError if the sequences of a batch do not divide evenly among the processes."""
-        if batch_size % self.world_size:
-            raise UserError(f"--batch-size {batch_size} does not divide among {self.world_size} processes")
 
     def sum_in_place(self, tensor: Tensor) -> None:
         """Replaces a tensor by its sum over the processes."""

@@ -48,7 +48,7 @@ def train(
     if config.dtype == "auto" and processes.device.type == "cpu" and not sharding:
         config = with_cpu_precision(config, model, processes, resumed)
     metadata = {**metadata, "data": [train_data.fingerprint(), val_data.fingerprint()], "order": ORDER}
-    metadata["prompts"] = example_prompts(train_data, val_data, from_spec(metadata["tokenizer"]))
+    metadata["prompts"] = example_prompts(val_data, from_spec(metadata["tokenizer"]))
     if resumed:
         changes = changed_options(config, resumed, metadata["data"])
         if isinstance(train_data, Windows) and resumed.get("order") != ORDER:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -45,7 +44,7 @@ def claim_output(
 
     def claim() -> None:
         for path in inputs:
-            if any(os.path.realpath(path) == os.path.realpath(output) for output in outputs):
+            if path.resolve() in [output.resolve() for output in outputs]:
                 raise UserError(f"the run would write to {path}, which it reads: choose another --out")
         stack.enter_context(locked(config.out))
         existing = [path for path in outputs if path.exists()]
@@ -72,8 +71,7 @@ class Checkpointer(Callback):
         self.metadata = metadata
         self.writer = ThreadPoolExecutor(1)
         self.jobs: list[Future[None]] = []
-        self.last_step = -1
-        """the step of the files that were written last"""
+        self.last_step = -1  # of the files that were written last
 
     def on_start(self, state: TrainingState) -> None:
         if state.step == 0 and state.processes.rank == 0:
@@ -138,8 +136,9 @@ class Checkpointer(Callback):
 
         def write_file() -> None:
             wait_for_copies()
-            if not any(job.exception() for job in earlier):
-                checkpoint.save(path, copied)
+            for job in earlier:
+                job.result()  # no file is written after one that failed
+            checkpoint.save(path, copied)
 
         if state.processes.rank == 0:
             self.jobs.append(self.writer.submit(write_file))
@@ -164,8 +163,7 @@ def changed_options(config: TrainerConfig, resumed: dict[str, Any], data: list[s
     if resumed.get("data", data) != data:
         because = f" (changed: {', '.join(changes.values())})" if changes else ""
         raise UserError(
-            f"the data is not what {config.last_path} was trained on{because}: resume with the data and the flags of "
-            "that run, or start a new run"
+            f"the data is not what {config.last_path} was trained on{because}: resume with the data of that run"
         )
     return list(changes.values())
 
@@ -189,6 +187,5 @@ def restore(state: TrainingState, resumed: dict[str, Any]) -> None:
         state.best_val_loss, state.evaluations_since_best = resumed["best_val_loss"], resumed["bad_evaluations"]
         state.recent_losses = resumed["recent_losses"]
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError):
-        raise UserError(
-            f"{state.config.last_path} does not fit this run, or is damaged: resume with the --optimizer of that run"
-        ) from None
+        problem = f"{state.config.last_path} does not fit this run, or is damaged"
+        raise UserError(f"{problem}: resume with the --optimizer of that run") from None

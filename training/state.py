@@ -12,6 +12,7 @@ import torch
 
 from model import GPT
 from system.device import choose_dtype, keep_memory, uses_compile
+from system.errors import UserError
 from training.config import TrainerConfig
 from training.optim import build_optimizers
 from training.parallel import Processes
@@ -71,23 +72,18 @@ class TrainingState:
 
         Raises UserError for a batch that does not divide among the processes.
         """
-        processes.require_divisible(config.batch_size)
+        if config.batch_size % processes.world_size:
+            raise UserError(f"--batch-size {config.batch_size} does not divide among {processes.world_size} processes")
         device, dtype = processes.device, choose_dtype(config.dtype, processes.device)
         if device.type == "cpu":
             keep_memory()
         model = model.train().to(device)
         model.gradient_checkpointing = config.grad_checkpointing
         muon_dtype = torch.bfloat16 if device.type == "cuda" else dtype
-        return cls(
-            config,
-            processes,
-            dtype,
-            model,
-            build_optimizers(model, config, muon_dtype, uses_compile(config.compile, device), sharding),
-            torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-            sharding,
-            n_micro_batches=1 if config.grad_accum_steps == "auto" else config.grad_accum_steps,
-        )
+        optimizers = build_optimizers(model, config, muon_dtype, uses_compile(config.compile, device), sharding)
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        n = 1 if config.grad_accum_steps == "auto" else config.grad_accum_steps
+        return cls(config, processes, dtype, model, optimizers, scaler, sharding, n_micro_batches=n)
 
     @property
     def is_compiled(self) -> bool:
@@ -98,6 +94,11 @@ class TrainingState:
     def trained_parameters(self) -> list[torch.nn.Parameter]:
         """The parameters that require a gradient."""
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    def clear_gradients(self) -> None:
+        """Drops the gradients of all parameters."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def is_due(self, every: int) -> bool:
         """Whether something that happens `every` so many steps happens now; 0 means never."""

@@ -169,8 +169,7 @@ class Trainer:
         for optimizer in state.optimizers:
             state.scaler.step(optimizer)
         state.scaler.update()
-        for optimizer in state.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        state.clear_gradients()
         return norm
 
     def record(self, unread: tuple[int, int, float, Callable[[], list[float]]] | None) -> StopReason | None:
