@@ -2,9 +2,7 @@
 
 `torchrun` starts the processes, and starts them again if one dies. `training/sharding.py` shards a model (FSDP).
 
-One step of DDP exchanges with the last micro-batch an all-reduce of the gradients in float32, 4 bytes for each
-parameter, in buckets of 25 MB while the backward pass goes on; then one of the loss, 4 bytes. Every `--log-every` steps
-the ranks ask each other for stop signals, 4 bytes.
+DDP adds up the gradients with the last micro-batch, in float32, while the backward pass goes on.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from training.config import TrainerConfig
 from training.examples import before_and_after
 from training.loader import Sequences, Windows
 from training.plots import draw_losses
-from training.state import Callback, Entry, StepRecord, StopReason, TrainingState
+from training.state import Callback, Entry, StopReason, TrainingState
 from weights import checkpoint
 from weights.describe import evaluation, facts, markdown_table
 
@@ -63,15 +62,15 @@ class Console(Callback):
         self.start, self.tokens_before = time.perf_counter(), state.tokens
         self.next_line = self.start + SECONDS_BETWEEN_LINES
 
-    def on_step(self, state: TrainingState, record: StepRecord) -> None:
-        rate = (record.tokens - self.tokens_before) / (time.perf_counter() - self.start)
-        text = f"loss {record.loss:.3f}, {rate:,.0f} tokens/s"
+    def on_step(self, state: TrainingState, entry: Entry) -> None:
+        rate = (entry["tokens"] - self.tokens_before) / (time.perf_counter() - self.start)
+        text = f"loss {entry['loss']:.3f}, {rate:,.0f} tokens/s"
         if self.peak_flops:
             text += f", MFU {rate * state.model.flops_per_token() / self.peak_flops:.0%}"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
         if self.bar.disable and time.perf_counter() >= self.next_line:  # no terminal: plain lines
-            print(f"step {record.step:,} of {state.config.max_steps:,}: {text}", file=sys.stderr)
+            print(f"step {entry['step']:,} of {state.config.max_steps:,}: {text}", file=sys.stderr)
             self.next_line += SECONDS_BETWEEN_LINES
 
     def on_evaluation(self, state: TrainingState, entry: Entry, is_best: bool) -> None:
@@ -224,33 +223,29 @@ def wandb_sink(config: TrainerConfig) -> Sink:
 
 
 class Report(Callback):
-    """Draws the plot and writes `checkpoints/NAME.md`, a page in Markdown, whenever the run is saved.
-
-    A thread does both, so training does not wait. If one fails, the run goes on.
-    """
+    """Draws the plot and writes `checkpoints/NAME.md`, a page in Markdown, whenever the run is saved."""
 
     def __init__(self, log: Log, metadata: dict[str, Any]):
         self.log, self.metadata = log, metadata
-        self.writer = ThreadPoolExecutor(1)
 
     def on_save(self, state: TrainingState) -> None:
-        self.writer.submit(self.write, state.config, self.page(state, None))
-
-    def close(self) -> None:
-        self.writer.shutdown()
+        self.write(state, "not finished yet")
 
     def on_end(self, state: TrainingState, reason: StopReason) -> None:
-        self.write(state.config, self.page(state, reason))
+        self.write(state, reason.value)
 
-    def write(self, config: TrainerConfig, page: str) -> None:
+    def write(self, state: TrainingState, status: str) -> None:
+        """Draws the plot and writes the page."""
+        config = state.config
         try:
             draw_losses(read_log(config.log_path), config.out.stem, config.plot_path())
             with atomic_write(config.report_path, "w") as file:
-                file.write(page)
+                file.write(self.page(state, status))
         except Exception as error:  # a missing font or a full disk must not end a run
             print(f"warning: no plot or report of {config.out}: {error}")
 
-    def page(self, state: TrainingState, reason: StopReason | None) -> str:
+    def page(self, state: TrainingState, status: str) -> str:
+        """Returns the report."""
         config, processes, kept = state.config, state.processes, kept_evaluation(state)
         plot = Path(os.path.relpath(config.plot_path(), config.report_path.parent)).as_posix()
         packed = checkpoint.pack(state.model, **self.metadata, step=state.step, tokens=state.tokens)
@@ -263,10 +258,9 @@ class Report(Callback):
             for entry in state.history
             for example in entry.get("examples", [])[:1]
         ]
-        status = (reason.value if reason else "not finished yet").capitalize()
         parts = (
             f"# {config.out}",
-            f"{status}, {time.strftime('%Y-%m-%d %H:%M')}.",
+            f"{status.capitalize()}, {time.strftime('%Y-%m-%d %H:%M')}.",
             f"    {printable(command_line())}",
             markdown_table(["", ""], known.items()),
             f"![losses over the steps](<{plot}>)",

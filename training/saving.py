@@ -19,7 +19,7 @@ from system.errors import UserError
 from system.files import locked
 from training.config import TrainerConfig
 from training.parallel import Processes
-from training.state import Callback, Entry, StepRecord, StopReason, TrainingState
+from training.state import Callback, Entry, StopReason, TrainingState
 from weights import checkpoint
 from weights.loading import load_checkpoint
 
@@ -77,7 +77,7 @@ class Checkpointer(Callback):
         if state.step == 0 and state.processes.rank == 0:
             state.config.last_path.unlink(missing_ok=True)  # of an older run that nobody should resume by mistake
 
-    def on_step(self, state: TrainingState, record: StepRecord) -> None:
+    def on_step(self, state: TrainingState, entry: Entry) -> None:
         for job in self.jobs:
             if job.done():
                 job.result()

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from training.sharding import Sharding
 
 Entry = dict[str, Any]
-"""A line of the log: `step` and numbers. That of an evaluation has `val_loss`, and perhaps `examples`: what the model
-makes of the same few inputs each time, as dicts of `input`, `expected` and `output`."""
+"""A line of the log. A step has `step` and `tokens` (both with this one), `learning_rate`, `loss` in nats per token and
+`grad_norm` before clipping. An evaluation has `step`, `val_loss` and perhaps `bits_per_byte` and `examples`: what the
+model makes of the same few inputs each time, as dicts of `input`, `expected` and `output`."""
 Examine = Callable[["TrainingState"], list[dict[str, str]]]
 """Returns the examples of an evaluation. All ranks call it; only rank 0 needs a result."""
 
@@ -105,21 +106,6 @@ class TrainingState:
         return every > 0 and self.step % every == 0
 
 
-@dataclass(frozen=True)
-class StepRecord:
-    """What an optimizer step measured."""
-
-    step: int
-    """steps taken, this one included"""
-    tokens: int
-    """tokens seen, this step included"""
-    learning_rate: float
-    loss: float
-    """nats per token"""
-    grad_norm: float
-    """before clipping"""
-
-
 class Callback:
     """What happens beside the loop, on rank 0 and, where all ranks are needed, on every rank.
 
@@ -129,11 +115,11 @@ class Callback:
     def on_start(self, state: TrainingState) -> None:
         """Before the first step of this process."""
 
-    def on_step(self, state: TrainingState, record: StepRecord) -> None:
+    def on_step(self, state: TrainingState, entry: Entry) -> None:
         """After the loss of a step is known. `state` may be one step ahead."""
 
     def on_log(self, state: TrainingState, entry: Entry) -> None:
-        """After every `--log-every` steps."""
+        """After every `--log-every` steps, with the mean of their losses."""
 
     def on_evaluation(self, state: TrainingState, entry: Entry, is_best: bool) -> None:
         """After an evaluation."""
