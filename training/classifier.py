@@ -52,8 +52,6 @@ class LabelledTexts(Sequences):
         self.ids = [encode(example.text, tokenizer, block_size) for example in examples]
         self.classes = np.array([labels.index(example.label) for example in examples])
         self.lengths = np.array([len(ids) for ids in self.ids])
-        self.n_full = int((self.lengths == block_size).sum())
-        """texts that fill the context"""
         n = np.bincount(self.classes, minlength=len(labels)).clip(1)
         self.class_weights = torch.from_numpy(n.max() / n).float() if class_weights else None
         self.batch_size, self.seed = batch_size, seed

@@ -17,9 +17,7 @@ from weights import checkpoint
 COMPUTE_OPTIMAL = 20
 """Training tokens per parameter (Hoffmann et al. 2022)."""
 
-_MAX_STEPS, _MIN_STEPS = 50, 3
-_SECONDS = 20.0
-"""After this time, no further step is measured."""
+_MEASURED_STEPS, _MAX_SECONDS = 8, 5.0
 
 
 def print_plan(trainer: Trainer, kind: str) -> None:
@@ -29,7 +27,7 @@ def print_plan(trainer: Trainer, kind: str) -> None:
     """
     state, config, data = trainer.state, trainer.config, trainer.train_data
     n_rows, memory = rows_to_measure(trainer)
-    n_measured, seconds = measure_steps(trainer, n_rows)
+    seconds = measure_steps(trainer, n_rows)
     if state.processes.rank > 0:
         return
     n, tokens_per_step = state.model.n_parameters(), data.n_tokens / data.batches_per_epoch
@@ -56,7 +54,7 @@ def print_plan(trainer: Trainer, kind: str) -> None:
         "tokens": f"{tokens:,.0f}, {tokens / n:.2g} per parameter; compute-optimal are about {COMPUTE_OPTIMAL} "
         f"(Hoffmann et al. 2022), after {COMPUTE_OPTIMAL * n / tokens_per_step:,.0f} steps",
         "speed": f"{seconds:.3g} s a step, {tokens_per_step / seconds:,.0f} tokens/s: "
-        f"{n_measured} steps measured{part}, {precision}{split}",
+        f"{_MEASURED_STEPS} steps measured{part}, {precision}{split}",
         "time": f"{duration(seconds * config.max_steps + evaluations)} to the end, {duration(evaluations)} "
         f"of it for {n_evaluations:,} evaluations",
         "memory": f"{size(memory)} at the peak, of {size(limit)}",
@@ -86,7 +84,7 @@ def rows_to_measure(trainer: Trainer) -> tuple[int, int]:
         start = time.perf_counter()
         trainer.forward_backward(micro_batches(rows[:n], 1, max_length=state.model.config.block_size), 1, False)
         state.clear_gradients()
-        is_slow = 2 * (time.perf_counter() - start) > _SECONDS / _MIN_STEPS
+        is_slow = 2 * (time.perf_counter() - start) > _MAX_SECONDS
         peak = peak_memory(device)
         growth, before = max(growth, (peak - before) / max(1, n // 2)), peak
         n_next = min(2 * n, n_wanted)
@@ -96,29 +94,24 @@ def rows_to_measure(trainer: Trainer) -> tuple[int, int]:
         n = n_next
 
 
-def measure_steps(trainer: Trainer, n_rows: int) -> tuple[int, float]:
-    """Takes steps with the first `n_rows` sequences of each batch; returns how many were timed, after those that
-    compile or allocate memory, and the median seconds of a step with the whole batch."""
+def measure_steps(trainer: Trainer, n_rows: int) -> float:
+    """Takes steps with the first `n_rows` sequences of each batch. Returns the median seconds of a step with the whole
+    batch, without the first steps, which compile and allocate memory."""
     state, config = trainer.state, trainer.config
     scale = max(1.0, config.batch_size / n_rows)
-    n_warmup, seconds, begin = 3 if state.is_compiled else 1, list[float](), time.perf_counter()
-    for step in range(_MAX_STEPS):
+    n_warmup, seconds = 3 if state.is_compiled else 1, []
+    for step in range(n_warmup + _MEASURED_STEPS):
         batch = trainer.load_batch(step)
         if scale > 1:
             rows = trainer.train_data.batch(step)[:n_rows]
             batches = micro_batches(rows, 1, max_length=state.model.config.block_size)
             batch = StepBatch(batches, sum(row.total_weight for row in rows), 0)
-        if step == n_warmup:
-            begin = time.perf_counter()
         start = time.perf_counter()
         trainer.forward_backward(batch.micro_batches, batch.total_weight).item()  # waits for the device
         between = time.perf_counter()
         trainer.update_weights(learning_rate_at(0, config)).item()  # so small that the model stays as it is
         seconds.append(scale * (between - start) + time.perf_counter() - between)
-        is_over = time.perf_counter() - begin > _SECONDS and len(seconds) >= _MIN_STEPS + n_warmup
-        if state.processes.any(is_over):
-            break
-    return len(seconds) - n_warmup, statistics.median(seconds[n_warmup:])
+    return statistics.median(seconds[n_warmup:])
 
 
 def file_sizes(trainer: Trainer, kind: str) -> tuple[int, int]:

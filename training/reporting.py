@@ -34,11 +34,8 @@ Sink = Callable[[int, dict[str, float]], None]
 class Console(Callback):
     """Prints the model, a progress bar, a line per evaluation, and what the run came to."""
 
-    def __init__(
-        self, log: Log, train_data: Windows | Sequences, metadata: dict[str, Any], first_loss: float | None = None
-    ):
-        """`metadata` is that of the checkpoints; `first_loss` is the loss that random weights should have."""
-        self.log, self.train_data, self.metadata, self.first_loss = log, train_data, metadata, first_loss
+    def __init__(self, log: Log, train_data: Windows | Sequences, metadata: dict[str, Any]):
+        self.log, self.train_data, self.metadata = log, train_data, metadata
 
     def on_start(self, state: TrainingState) -> None:
         config, data, model = state.config, self.train_data, state.model
@@ -79,8 +76,6 @@ class Console(Callback):
         if "bits_per_byte" in entry:
             text += f", {entry['bits_per_byte']:.3f} bits per byte"
         print(text + (" (the best so far)" if is_best and state.config.keep == "best" else ""))
-        if state.step == 0 and self.first_loss and abs(entry["val_loss"] - self.first_loss) > 0.5:
-            print(f"warning: the loss of random weights should be about ln(vocabulary) = {self.first_loss:.2f}")
         for example in entry.get("examples", []):
             if example["input"] and not example["expected"]:  # the user's --sample-prompt
                 print(printable(f"  {example['input']!r} → {shorten(example['output'], 300)!r}"))

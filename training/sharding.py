@@ -51,25 +51,22 @@ class Sharding:
         if compiled:
             model.compiled = model.hidden, torch.compile(chunk_loss)
 
-    def gathered(self, state: Any) -> Any:
-        """Returns a copy of nested dicts and lists with whole tensors, on the host of rank 0; see `copy_to_host`.
+    def gathered(self, state: Any, copy: Callable[[Tensor], Tensor] = copy_to_host) -> Any:
+        """Returns nested dicts and lists with whole tensors on rank 0, each copied by `copy`, and None on other ranks.
 
-        Other ranks get None for each tensor. All ranks take part.
+        One tensor is whole at a time. All ranks take part.
         """
 
         def gather(tensor: Tensor) -> Tensor | None:
-            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            return copy_to_host(full) if dist.get_rank() == 0 else None
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            return copy(whole) if dist.get_rank() == 0 else None
 
         return tree_map_only(Tensor, gather, state)
 
     def gathered_model(self, model: GPT) -> GPT | None:
         """Returns a whole copy of the model on the device of rank 0, in evaluation mode and the dtype of the forward
         pass; on other ranks None. All ranks take part."""
-        packed = checkpoint.pack(model, kind="base")
-        for name, tensor in packed["model"].items():
-            full = tensor.full_tensor()  # one at a time, so that other ranks need little memory
-            packed["model"][name] = full.to(self.dtype) if dist.get_rank() == 0 else None
+        packed = self.gathered(checkpoint.pack(model, kind="base"), lambda tensor: tensor.to(self.dtype))
         return checkpoint.build(packed, self.mesh.device_type) if dist.get_rank() == 0 else None
 
     def local(self, tensor: Tensor) -> Tensor:
