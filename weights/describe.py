@@ -82,9 +82,7 @@ def facts(checkpoint: Checkpoint) -> dict[str, str]:
 
 def evaluation(metadata: Mapping[str, Any], entry: Mapping[str, float]) -> dict[str, str]:
     """Returns an entry of the history as text to show, name by name: loss in nats per token, perplexity, bits per byte.
-
-    `metadata` is a checkpoint, or what it will store beside its weights.
-    """
+    `metadata` is a checkpoint, or what it will store beside its weights."""
     loss, bits_per_byte = entry.get("val_loss"), entry.get("bits_per_byte")
     if loss is None:
         return {}
@@ -186,10 +184,7 @@ def table() -> str:
 
 
 def _checkpoints() -> Iterator[tuple[CheckpointFile, Checkpoint | None, str]]:
-    """Yields each checkpoint file, the newest first, with its content, or with None and what is wrong with it.
-
-    The weights stay on the disk: they are mapped, and nothing reads them.
-    """
+    """Yields each checkpoint file, the newest first, with its content, or with None and what is wrong with it."""
     for file in checkpoint_files():
         try:
             yield file, load_file(file.path), ""

@@ -37,9 +37,6 @@ MODERN_FIELDS = ("rotary", "qk_norm", "squared_relu")
 """Fields of GPTConfig that the GPT-2 of `transformers` does not have."""
 
 
-# ---- reading
-
-
 def find_folder(name: str | Path) -> Path | None:
     """Returns the local folder of a model: `name` itself, or the snapshot of a model of the Hub.
 
@@ -61,10 +58,8 @@ def _snapshot(name: str) -> Path:
     try:
         return Path(snapshot_download(HUB_NAMES.get(name, name), allow_patterns=FILES_READ))
     except Exception as error:  # the client of the Hub raises many types
-        raise UserError(
-            f"cannot get {name} from the Hugging Face Hub, nor is it in the cache ({type(error).__name__}: "
-            f"{shorten(str(error), 200)}); without a network, name a local folder or checkpoint"
-        ) from None
+        problem = f"cannot get {name} from the Hugging Face Hub, nor is it in the cache ({type(error).__name__})"
+        raise UserError(f"{problem}: check the name and the network, or name a local folder or checkpoint") from None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -143,16 +138,9 @@ def _read_template(folder: Path) -> str | None:
     return next((name for name in ("chat", "alpaca") if found == jinja_template(name)), None)
 
 
-# ---- writing
-
-
 def check_export_folder(folder: Path, overwrite: bool) -> None:
     """Raises UserError unless `folder` is missing or empty, or `overwrite` is given and it holds only an export."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise UserError(f"--out {folder} is a file: name a folder")
-    names = {path.name for path in folder.iterdir() if not path.name.startswith(".config.json.")}  # of a killed export
+    names = {path.name for path in folder.glob("*") if not path.name.startswith(".config.json.")}  # of a killed export
     if names and not overwrite:
         raise UserError(f"{folder} is not empty: choose another --out, or add --overwrite to replace an earlier export")
     if names and not {"README.md", "model.safetensors"} <= names <= FILES_WRITTEN:
@@ -164,9 +152,8 @@ def write_folder(
 ) -> None:
     """Writes a checkpoint (base, sft or classifier) as a folder that `transformers` loads, whole or not at all.
 
-    `card` is the text of README.md. `generation` holds further settings for generation_config.json. Files of an earlier
-    export that the new one does not have are removed. Raises UserError if `transformers` cannot express the model, or
-    the disk is full.
+    `card` is the text of README.md. `generation` holds further settings for generation_config.json. Raises UserError if
+    `transformers` cannot express the model, or the disk is full.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -226,10 +213,8 @@ def _model_config(checkpoint: Checkpoint, tokenizer: tokenizers.Tokenizer, dtype
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     if labels:
-        hf_config["pad_token_id"] = tokenizer.user
-        hf_config["problem_type"] = "single_label_classification"
-        hf_config["id2label"] = dict(enumerate(labels))
-        hf_config["label2id"] = {label: i for i, label in enumerate(labels)}
+        hf_config |= {"pad_token_id": tokenizer.user, "problem_type": "single_label_classification"}
+        hf_config |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     return hf_config
 
 

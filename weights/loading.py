@@ -31,10 +31,7 @@ def load_checkpoint(name: str | Path, verify: bool = False, kinds: tuple[str, ..
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
-    """Loads the tokenizer that the user names: a `tokenizer.json`, "gpt2", or any model that `load_checkpoint` knows.
-
-    Raises UserError as that function does, or if the file is no tokenizer.
-    """
+    """Loads a tokenizer by name: a `tokenizer.json`, "gpt2", or any model that `load_checkpoint` knows."""
     if Path(name).suffix == ".json":
         return tokenizers.load_tokenizer(name)
     if str(name) == "gpt2":
@@ -43,10 +40,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
 
 
 def load_base(adapter: Checkpoint, path: str | Path) -> Checkpoint:
-    """Returns the base model of the adapter in the file `path`, with the vocabulary grown as for training it.
-
-    Raises UserError if the base model is missing or has changed since.
-    """
+    """Returns the base model of the adapter in the file `path`, with the vocabulary grown as for training it."""
     return grow_vocabulary(load_checkpoint(lora.find_base(adapter, path)))
 
 

@@ -68,19 +68,14 @@ def add_adapter(model: GPT, rank: int, alpha: float, dropout: float, first_role:
 
 
 def restore_adapter(model: GPT, adapter: Checkpoint, path: str | Path) -> None:
-    """Puts the tensors of the adapter in the file `path` into a model that `add_adapter` prepared.
-
-    Raises UserError if they do not fit.
-    """
+    """Puts an adapter from the file `path` into a model that `add_adapter` prepared; UserError if it does not fit."""
     require_fit(adapter["model"], pack(model, kind="lora")["model"], path)
     model.load_state_dict(adapter["model"], strict=False)
 
 
 def merge_into_base(adapter: Checkpoint, base: Checkpoint, path: str | Path) -> Checkpoint:
     """Returns the whole model, of the kind "sft", that the adapter in the file `path` makes of its base model.
-
-    Raises UserError if the two do not fit.
-    """
+    Raises UserError if the two do not fit."""
     rank, first_role, weights = adapter["lora"]["rank"], tokenizer_of(adapter).user, {**base["model"]}
     layers = {name.removesuffix("weight"): W for name, W in weights.items() if name.startswith("h.") and W.dim() == 2}
     expected = {"role_rows": weights["wte.weight"][:2]}
@@ -113,10 +108,8 @@ def find_base(adapter: Checkpoint, path: str | Path) -> Path:
 
 
 def sha256_of(model: str | Path) -> str:
-    """Returns the SHA-256 sum, in hexadecimal, of a checkpoint's file or of the weights of a Hugging Face model.
-
-    For weights in several files, the SHA-256 sum of their concatenated sums is returned.
-    """
+    """Returns the SHA-256 sum of a checkpoint's file, or of the weights of a Hugging Face model; for several files, the
+    sum of their concatenated sums."""
     folder = huggingface.find_folder(model)
     files = huggingface.weight_files(folder) if folder else [Path(model)]
     sums = []
