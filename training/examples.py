@@ -35,8 +35,7 @@ def continuations(tokenizer: Tokenizer, template: str | None, prompt: str) -> Ex
 
 
 def answers(tokenizer: Tokenizer, exchanges: list[tuple[list[int], list[int]]]) -> Examine:
-    """Returns the function that answers held-out questions greedily. `exchanges` holds the ids of each question and of
-    its true answer."""
+    """Returns the function that answers questions greedily, given the ids of each and of its true answer."""
 
     def examine(state: TrainingState) -> list[dict[str, str]]:
         if state.processes.rank:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -25,7 +26,6 @@ from weights import checkpoint
 from weights.describe import evaluation, facts, markdown_table
 
 SECONDS_BETWEEN_LINES = 30
-
 
 Sink = Callable[[int, dict[str, float]], None]
 """Receives the numbers of a step."""
@@ -84,10 +84,9 @@ class Console(Callback):
         self.bar.close()
 
     def on_end(self, state: TrainingState, reason: StopReason) -> None:
-        config, kind, seconds = state.config, self.metadata["kind"], self.log.seconds
-        memory = peak_memory(state.processes.device) / 1e6
+        config, kind, memory = state.config, self.metadata["kind"], peak_memory(state.processes.device) / 1e6
         print(f"{reason.value} at step {state.step:,}; curves in {config.plot_path()}")
-        print(f"{state.tokens:,} tokens in {speed(state, seconds)}, peak memory {memory:,.0f} MB")
+        print(f"{state.tokens:,} tokens in {speed(state, self.log.seconds)}, peak memory {memory:,.0f} MB")
         kept = kept_evaluation(state)
         if kept is None:
             print(f"no evaluation after training began yet, so {config.out} is not written")
@@ -182,10 +181,11 @@ class Log(Callback):
 
 def read_log(path: Path) -> list[Entry]:
     """Returns the entries of a log, none if there is no such file. Skips a last line that a kill cut short."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
+    return entries
 
 
 def tensorboard_sink(config: TrainerConfig) -> Sink:

@@ -69,10 +69,8 @@ class TrainingState:
     def create(
         cls, model: GPT, config: TrainerConfig, processes: Processes, sharding: Sharding | None = None
     ) -> TrainingState:
-        """Puts the model on its device, in training mode, and builds its optimizers.
-
-        Raises UserError for a batch that does not divide among the processes.
-        """
+        """Puts the model on its device, in training mode, and builds its optimizers. Raises UserError for a batch that
+        does not divide among the processes."""
         if config.batch_size % processes.world_size:
             raise UserError(f"--batch-size {config.batch_size} does not divide among {processes.world_size} processes")
         device, dtype = processes.device, choose_dtype(config.dtype, processes.device)
