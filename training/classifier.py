@@ -25,11 +25,8 @@ from weights.loading import load_checkpoint
 
 
 def encode(text: str, tokenizer: Tokenizer, block_size: int) -> list[int]:
-    """Returns the ids of a text, cut so that they end with `<|endoftext|>` and fit into `block_size`.
-
-    The model classifies at that last token, as in the first GPT (Radford et al. 2018). Raises UserError for an empty
-    text.
-    """
+    """Returns the ids of a text, cut so that they end with `<|endoftext|>` and fit into `block_size`: there the model
+    classifies, as the first GPT did (Radford et al. 2018). Raises UserError for an empty text."""
     if not (text := unix_line_ends(text).strip()):
         raise UserError("an empty text cannot be classified")
     return [*tokenizer.encode(text[: 64 * block_size])[: block_size - 1], tokenizer.end_of_text]
@@ -68,9 +65,8 @@ def one_row(ids: list[int], label: int = 0, class_weights: Tensor | None = None)
 
 
 def freeze(model: GPT, train_layers: str | int) -> None:
-    """Freezes a model except its head and, if `train_layers` is a number, that many last blocks and the final
-    LayerNorm; "all" freezes nothing, "head" everything but the head. Raises UserError for more blocks than there are.
-    """
+    """Freezes a model except its head and, for a number, that many last blocks and the final LayerNorm; "all" freezes
+    nothing, "head" all but the head. Raises UserError for more blocks than there are."""
     if train_layers == "all":
         return
     n = 0 if train_layers == "head" else int(train_layers)

@@ -31,8 +31,8 @@ def build_optimizers(
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     embeddings = {p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
-    in_blocks = {p for p in model.h.parameters() if p.dim() == 2} - embeddings
-    for_muon = [p for p in trained if p in in_blocks] if config.optimizer == "muon" else []
+    in_blocks = [p for p in model.h.parameters() if p.dim() == 2 and p.requires_grad]
+    for_muon = in_blocks if config.optimizer == "muon" else []
     scaled = [p for p in trained if p in embeddings] if config.embedding_lr_scale != 1 else []
     rest = set(trained).difference(for_muon, scaled)
     decay, learning_rate = config.weight_decay, config.learning_rate
@@ -87,8 +87,7 @@ class Muon(torch.optim.Optimizer):
         sharding: Sharding | None = None,
     ) -> None:
         """Orthogonalizes in `dtype`. `compiled` compiles that, once for each shape. With `sharding` each process holds
-        a shard of every matrix and of its momentum, and orthogonalizes some whole matrices for all.
-        """
+        a shard of every matrix and of its momentum, and orthogonalizes some whole matrices for all."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
         self.dtype, self.sharding = dtype, sharding
         self.orthogonalize = torch.compile(orthogonalize, dynamic=False) if compiled else orthogonalize

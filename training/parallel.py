@@ -63,10 +63,7 @@ class Processes:
             print(text)
 
     def on_first(self, action: Callable[[], object]) -> None:
-        """Runs an action on rank 0 while the other ranks wait.
-
-        If the action raises UserError, rank 0 raises it, and the other ranks exit with status 1 and without a message.
-        """
+        """Runs an action on rank 0 while the others wait. If it raises UserError, the others exit with status 1."""
         try:
             if self.rank == 0:
                 action()
@@ -93,10 +90,7 @@ class Processes:
 
 
 def replicate(model: nn.Module, processes: Processes) -> nn.Module:
-    """Returns the module to call in training: the model itself, or DDP around it, which averages gradients.
-
-    The model has no buffers to broadcast, and every parameter gets a gradient, so DDP has nothing else to do.
-    """
+    """Returns the module to call in training: the model itself, or DDP around it, which averages gradients."""
     if processes.world_size == 1:
         return model
     return DistributedDataParallel(model, gradient_as_bucket_view=True)  # no second copy of the gradients

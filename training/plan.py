@@ -17,7 +17,7 @@ from weights import checkpoint
 COMPUTE_OPTIMAL = 20
 """Training tokens per parameter (Hoffmann et al. 2022)."""
 
-_MEASURED_STEPS, _MAX_SECONDS = 8, 5.0
+_MEASURED_STEPS, _MAX_SECONDS = 8, 3.0
 
 
 def print_plan(trainer: Trainer, kind: str) -> None:
@@ -78,8 +78,7 @@ def rows_to_measure(trainer: Trainer) -> tuple[int, int]:
         return len(rows), 0
     n_wanted = -(-len(rows) // processes.world_size // state.n_micro_batches)
     fixed = 12 * sum(p.numel() for p in state.trained_parameters)  # gradients and AdamW's two means
-    n, growth = 1, 0.0
-    before = peak_memory(device)
+    n, growth, before = 1, 0.0, peak_memory(device)
     while True:
         start = time.perf_counter()
         trainer.forward_backward(micro_batches(rows[:n], 1, max_length=state.model.config.block_size), 1, False)

@@ -99,11 +99,8 @@ class Sharding:
         """Returns a whole optimizer state, cut into shards like the optimizer's parameters."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-        def shard_like(value: Tensor, parameter: DTensor) -> Tensor:
-            if value.shape != parameter.shape:  # a step counter
-                return value
-            return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        def shard(value: Tensor, p: DTensor) -> Tensor:
+            is_counter = value.shape != p.shape  # of steps
+            return value if is_counter else distribute_tensor(value, p.device_mesh, p.placements)
 
-        return {
-            i: {name: shard_like(value, parameters[i]) for name, value in values.items()} for i, values in state.items()
-        }
+        return {i: {name: shard(x, parameters[i]) for name, x in values.items()} for i, values in state.items()}
