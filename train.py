@@ -29,8 +29,7 @@ class Config(TrainerConfig, Shape):
     init_from: str = "scratch"
     """start from random weights (scratch), a checkpoint, gpt2 or another model of the Hugging Face Hub"""
     data: str = "data"
-    """folder written by prepare_data.py; or a text file, its URL, shakespeare, war-and-peace or pydocs, prepared first
-    """
+    """folder of prepare_data.py; or a text file, its URL, shakespeare, war-and-peace or pydocs, prepared first"""
     preset: str = "gpt2"
     """gpt2, gpt2-medium, gpt2-large, gpt2-xl, modern, shakespeare or demo: the defaults of all other flags"""
 

@@ -115,13 +115,12 @@ def main(config: Config) -> None:
         metadata: dict[str, Any] = {"kind": kind, "tokenizer": tokenizer.spec, "template": meta["template"]}
         metadata["is_held_out"] = meta.get("is_held_out", True)
         if kind == "lora":
-            lora.add_adapter(model, config.lora_rank, config.lora_alpha, config.lora_dropout, tokenizer.user)
+            new = {"rank": config.lora_rank, "alpha": config.lora_alpha, "base": str(config.model)}
+            metadata["lora"] = resumed["lora"] if resumed else {**new, "base_sha256": lora.sha256_of(config.model)}
+            rank, alpha = metadata["lora"]["rank"], metadata["lora"]["alpha"]
+            lora.add_adapter(model, rank, alpha, config.lora_dropout, tokenizer.user)
             if resumed:
                 lora.restore_adapter(model, resumed, config.out)
-                metadata["lora"] = resumed["lora"]
-            else:
-                base = {"base": str(config.model), "base_sha256": lora.sha256_of(config.model)}
-                metadata["lora"] = {"rank": config.lora_rank, "alpha": config.lora_alpha, **base}
         read = partial(Conversations, folder, block_size=model.config.block_size, seed=config.seed)
         config, choice = with_steps(config, len(read("train", batch_size=1)))
         processes.print(choice)
