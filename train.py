@@ -5,7 +5,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
@@ -13,9 +13,6 @@ from gpt_config import Shape
 from system.cli import run
 from system.errors import require
 from training.config import TrainerConfig
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -32,8 +29,7 @@ class Config(TrainerConfig, Shape):
     init_from: str = "scratch"
     """start from random weights (scratch), a checkpoint, gpt2 or another model of the Hugging Face Hub"""
     data: str = "data"
-    """folder written by prepare_data.py; or a text file, its URL, shakespeare, war-and-peace or pydocs, prepared first
-    """
+    """folder of prepare_data.py; or a text file, its URL, shakespeare, war-and-peace or pydocs, prepared first"""
     preset: str = "gpt2"
     """gpt2, gpt2-medium, gpt2-large, gpt2-xl, modern, shakespeare or demo: the defaults of all other flags"""
 
@@ -135,12 +131,9 @@ def main(config: Config) -> None:
             model = checkpoint.build(start)
         else:
             shape: dict[str, Any] = {field.name: getattr(config, field.name) for field in dataclasses.fields(Shape)}
-            vocabulary: dict[str, Any] = {"vocab_size": tokenizer.padded_vocab_size, "n_tokens": tokenizer.n_tokens}
-            model = GPT(GPTConfig(**shape, **vocabulary))
-        train_data, val_data = (
-            Windows.from_folder(folder, meta, split, model.config, config.batch_size, config.seed)
-            for split in ("train", "val")
-        )
+            model = GPT(GPTConfig(**shape, vocab_size=tokenizer.padded_vocab_size, n_tokens=tokenizer.n_tokens))
+        options = (model.config, config.batch_size, config.seed)
+        train_data, val_data = (Windows.from_folder(folder, meta, split, *options) for split in ("train", "val"))
         limit = max(FEWEST_STEPS, math.ceil(config.max_epochs * train_data.batches_per_epoch))
         if config.max_epochs and limit < config.max_steps:
             processes.print(f"{limit:,} steps instead of {config.max_steps:,}, for so short a text (--max-epochs)")
@@ -150,18 +143,10 @@ def main(config: Config) -> None:
             from training.sharding import Sharding  # half a second
 
             sharding = Sharding(model, config, processes)
-        train(
-            model,
-            train_data,
-            val_data,
-            config,
-            processes,
-            {"kind": "base", "tokenizer": tokenizer.spec, "template": None},
-            resumed=resumed,
-            sharding=sharding,
-            examine=continuations(tokenizer, None, config.sample_prompt),
-            has_random_weights=start is None,
-        )
+        metadata = {"kind": "base", "tokenizer": tokenizer.spec, "template": None}
+        examine = continuations(tokenizer, None, config.sample_prompt)
+        data = train_data, val_data
+        train(model, *data, config, processes, metadata, resumed=resumed, sharding=sharding, examine=examine)
 
 
 if __name__ == "__main__":

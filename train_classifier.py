@@ -54,16 +54,12 @@ class Config(TrainerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.input is not None or self.dataset in LABELLED or "/" in self.dataset,
-            f"no data set {self.dataset!r}: --input FILE, {', '.join(LABELLED)}, or one of the Hub's as org/name",
-        )
+        is_known = self.input is not None or self.dataset in LABELLED or "/" in self.dataset
+        require(is_known, f"no data set {self.dataset!r}: {', '.join(LABELLED)}, org/name on the Hub, or --input FILE")
         require_at_least(1, self, "epochs")
         require(0 <= self.dropout < 1, "--dropout must be at least 0 and below 1")
-        require(
-            self.val_fraction > 0 and self.test_fraction > 0 and self.val_fraction + self.test_fraction < 1,
-            "--val-fraction and --test-fraction must be above 0 and together below 1",
-        )
+        fit = self.val_fraction > 0 and self.test_fraction > 0 and self.val_fraction + self.test_fraction < 1
+        require(fit, "--val-fraction and --test-fraction must be above 0 and together below 1")
 
 
 PRESETS = {
@@ -116,19 +112,14 @@ def main(config: Config) -> None:
         freeze(model, config.train_layers)
         options = (model.config.block_size, config.batch_size, config.seed, config.class_weights)
         data = {name: LabelledTexts(part, labels, tokenizer, *options) for name, part in parts.items()}
-        if n_full := sum(part.n_full for part in data.values()):
-            processes.print(f"{n_full:,} texts fill the context of {options[0]:,} tokens, or are cut there")
+        n_full = sum(int((part.lengths == options[0]).sum()) for part in data.values())
+        processes.print(f"{n_full:,} texts fill the context of {options[0]:,} tokens, or are cut there")
         steps = config.max_steps or config.epochs * data["train"].batches_per_epoch
-        reason = train(
-            model,
-            data["train"],
-            data["val"],
-            dataclasses.replace(config, max_steps=steps),
-            processes,
-            {"kind": "classifier", "tokenizer": tokenizer.spec, "template": None, "labels": labels},
-            resumed=resumed,
-            examine=predictions(one_of_each(parts["val"], 5), tokenizer, labels),
-        )
+        config = dataclasses.replace(config, max_steps=steps)
+        metadata = {"kind": "classifier", "tokenizer": tokenizer.spec, "template": None, "labels": labels}
+        examine = predictions(one_of_each(parts["val"], 5), tokenizer, labels)
+        splits = data["train"], data["val"]
+        reason = train(model, *splits, config, processes, metadata, resumed=resumed, examine=examine)
         if processes.rank == 0 and not config.plan and reason is not StopReason.INTERRUPTED:
             test(config, parts["test"])
 

@@ -6,16 +6,13 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
 from system.cli import run
 from system.errors import require, require_at_least
 from training.config import TrainerConfig
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -118,10 +115,10 @@ def main(config: Config) -> None:
         metadata: dict[str, Any] = {"kind": kind, "tokenizer": tokenizer.spec, "template": meta["template"]}
         metadata["is_held_out"] = meta.get("is_held_out", True)
         if kind == "lora":
-            new: dict[str, Any] = {"rank": config.lora_rank, "alpha": config.lora_alpha, "base": str(config.model)}
-            settings = resumed["lora"] if resumed else {**new, "base_sha256": lora.sha256_of(config.model)}
-            lora.add_adapter(model, settings["rank"], settings["alpha"], config.lora_dropout, tokenizer.user)
-            metadata["lora"] = settings
+            new = {"rank": config.lora_rank, "alpha": config.lora_alpha, "base": str(config.model)}
+            metadata["lora"] = resumed["lora"] if resumed else {**new, "base_sha256": lora.sha256_of(config.model)}
+            rank, alpha = metadata["lora"]["rank"], metadata["lora"]["alpha"]
+            lora.add_adapter(model, rank, alpha, config.lora_dropout, tokenizer.user)
             if resumed:
                 lora.restore_adapter(model, resumed, config.out)
         read = partial(Conversations, folder, block_size=model.config.block_size, seed=config.seed)
@@ -145,19 +142,14 @@ def with_steps(config: Config, n: int) -> tuple[Config, str]:
         epochs = max(epochs, math.ceil(FEW_STEPS / steps_per_epoch))
     steps = config.max_steps or epochs * steps_per_epoch
     warmup_steps = min(100, steps // 10) if config.warmup_steps is None else config.warmup_steps
-    choice = (
-        f"{n:,} conversations in batches of {min(n, batch_size)}: {steps:,} steps, "
-        f"{steps / steps_per_epoch:,.3g} epochs (--batch-size, --epochs and --max-steps change that)"
-    )
+    choice = f"{n:,} conversations in batches of {min(n, batch_size)}: {steps:,} steps, "
+    choice += f"{steps / steps_per_epoch:,.3g} epochs (--batch-size, --epochs and --max-steps change that)"
     if steps < FEW_STEPS:
         choice += f"\nwarning: {steps} steps teach a model little: leave --batch-size, --epochs and --max-steps out"
-    chosen: dict[str, Any] = {
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "max_steps": steps,
-        "warmup_steps": warmup_steps,
-    }
-    return dataclasses.replace(config, **chosen), choice
+    config = dataclasses.replace(
+        config, epochs=epochs, batch_size=batch_size, max_steps=steps, warmup_steps=warmup_steps
+    )
+    return config, choice
 
 
 if __name__ == "__main__":

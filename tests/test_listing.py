@@ -81,11 +81,8 @@ def test_the_list_has_an_aligned_line_for_every_file(here, capsys):
     heading, *lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [f"checkpoints/{name}" for name in reversed(OLDEST_FIRST[:-1])]
     assert "not a checkpoint of this project, or damaged" in lines[0]
-    for line, kind, parent in (
-        (lines[3], "chat", "base.pt"),
-        (lines[4], "chat (LoRA)", "base.pt"),
-        (lines[5], "base", "-"),
-    ):
+    for i, kind, parent in ((3, "chat", "base.pt"), (4, "chat (LoRA)", "base.pt"), (5, "base", "-")):
+        line = lines[i]
         for title, value in (("kind", kind), ("data", "data"), ("made from", parent)):
             assert line[heading.index(title) :].startswith(value), (title, line)
     loss = torch.load(here / "sft.pt", weights_only=True)["history"][-1]["val_loss"]
@@ -99,11 +96,8 @@ def test_a_model_is_described_by_its_facts():
     assert facts["parameters"] == f"{sum(tensor.numel() for tensor in state['model'].values()):,}"
     assert facts["validation loss"] == f"{loss:.4f}" and facts["perplexity"] == "320.85"
     assert facts["shape"] == "1 layers, 1 heads, 8 wide" and facts["training tokens"] == "256"
-    n = facts["parameters"]
-    expected = (
-        f"A GPT-2 with {n} parameters that completes text, trained on data, with a validation loss of {loss:.2f}."
-    )
-    assert describe.introduction(state) == expected
+    text = f"A GPT-2 with {facts['parameters']} parameters that completes text, trained on data"
+    assert describe.introduction(state) == f"{text}, with a validation loss of {loss:.2f}."
     classifier = describe.facts(load_file(SAMPLES / "classifier.pt"))
     assert classifier["labels"] == "a, b" and classifier["test accuracy"] == "0.5000" and "perplexity" not in classifier
     chats = {**load_file(SAMPLES / "sft.pt"), "is_held_out": False}

@@ -25,11 +25,8 @@ from weights.loading import load_checkpoint
 
 
 def encode(text: str, tokenizer: Tokenizer, block_size: int) -> list[int]:
-    """Returns the ids of a text, cut so that they end with `<|endoftext|>` and fit into `block_size`.
-
-    The model classifies at that last token, as in the first GPT (Radford et al. 2018). Raises UserError for an empty
-    text.
-    """
+    """Returns the ids of a text, cut so that they end with `<|endoftext|>` and fit into `block_size`: there the model
+    classifies, as the first GPT did (Radford et al. 2018). Raises UserError for an empty text."""
     if not (text := unix_line_ends(text).strip()):
         raise UserError("an empty text cannot be classified")
     return [*tokenizer.encode(text[: 64 * block_size])[: block_size - 1], tokenizer.end_of_text]
@@ -52,8 +49,6 @@ class LabelledTexts(Sequences):
         self.ids = [encode(example.text, tokenizer, block_size) for example in examples]
         self.classes = np.array([labels.index(example.label) for example in examples])
         self.lengths = np.array([len(ids) for ids in self.ids])
-        self.n_full = int((self.lengths == block_size).sum())
-        """texts that fill the context"""
         n = np.bincount(self.classes, minlength=len(labels)).clip(1)
         self.class_weights = torch.from_numpy(n.max() / n).float() if class_weights else None
         self.batch_size, self.seed = batch_size, seed
@@ -70,9 +65,8 @@ def one_row(ids: list[int], label: int = 0, class_weights: Tensor | None = None)
 
 
 def freeze(model: GPT, train_layers: str | int) -> None:
-    """Freezes a model except its head and, if `train_layers` is a number, that many last blocks and the final
-    LayerNorm; "all" freezes nothing, "head" everything but the head. Raises UserError for more blocks than there are.
-    """
+    """Freezes a model except its head and, for a number, that many last blocks and the final LayerNorm; "all" freezes
+    nothing, "head" all but the head. Raises UserError for more blocks than there are."""
     if train_layers == "all":
         return
     n = 0 if train_layers == "head" else int(train_layers)
@@ -106,16 +100,14 @@ class Classifier:
 
         A text longer than the context is judged by its beginning. Raises UserError for an empty text.
         """
-        ids = (encode(text, self.tokenizer, self.model.config.block_size) for text in texts)
-        while batch := list(islice(ids, batch_size)):
-            yield from self._probabilities(batch)
-
-    @torch.inference_mode()
-    def _probabilities(self, texts: list[list[int]]) -> Tensor:
-        batch = stack([one_row(ids) for ids in texts], self.model.config.block_size).to(self.device)
-        with autocast(self.device, self.dtype):
-            last = self.model.hidden(batch.tokens)[batch.targets != IGNORE_INDEX]  # (B, C)
-            return self.model.lm_head(last).float().softmax(dim=-1).cpu()
+        block_size = self.model.config.block_size
+        rows = (one_row(encode(text, self.tokenizer, block_size)) for text in texts)
+        while some := list(islice(rows, batch_size)):
+            batch = stack(some, block_size).to(self.device)
+            with torch.inference_mode(), autocast(self.device, self.dtype):
+                last = self.model.hidden(batch.tokens)[batch.targets != IGNORE_INDEX]  # (B, C)
+                found = self.model.lm_head(last).float().softmax(dim=-1).cpu()
+            yield from found
 
 
 def predictions(examples: list[Example], tokenizer: Tokenizer, labels: list[str]) -> Examine:

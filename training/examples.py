@@ -14,9 +14,8 @@ from text.tokenizer import Tokenizer
 from training.loader import Conversations, Sequences, Windows
 from training.state import Entry, Examine, TrainingState
 
-MAX_PROMPTS, MAX_PROMPT_LENGTH = 6, 80
-"""Prompts in a checkpoint, and characters of each."""
-_TOKENS_READ, _EXCHANGES_READ, _BEGINNING = 2**17, 100, 60
+N_PROMPTS = 6
+"""Prompts in a checkpoint."""
 
 
 def continuations(tokenizer: Tokenizer, template: str | None, prompt: str) -> Examine:
@@ -36,11 +35,7 @@ def continuations(tokenizer: Tokenizer, template: str | None, prompt: str) -> Ex
 
 
 def answers(tokenizer: Tokenizer, exchanges: list[tuple[list[int], list[int]]]) -> Examine:
-    """Returns the function that answers held-out questions greedily. `exchanges` holds the ids of each question and of
-    its true answer."""
-
-    def text(ids: list[int]) -> str:
-        return tokenizer.decode(i for i in ids if i < tokenizer.end_of_text).strip()
+    """Returns the function that answers questions greedily, given the ids of each and of its true answer."""
 
     def examine(state: TrainingState) -> list[dict[str, str]]:
         if state.processes.rank:
@@ -50,54 +45,44 @@ def answers(tokenizer: Tokenizer, exchanges: list[tuple[list[int], list[int]]]) 
         with parametrize.cached():  # forms each weight with its LoRA correction once
             outputs = [text_model.write(question, config).strip() for question, _ in exchanges]
         return [
-            {"input": text(question), "expected": text(answer), "output": output}
+            {"input": plain_text(question, tokenizer), "expected": plain_text(answer, tokenizer), "output": output}
             for (question, answer), output in zip(exchanges, outputs, strict=True)
         ]
 
     return examine
 
 
-def before_and_after(history: list[Entry], width: int = 160) -> str:
-    """Returns the examples before training and those of the best later evaluation, as text; "" if there are none."""
-    later = [entry for entry in history if entry["step"]]
-    if not later or not all(any(e["expected"] for e in entry.get("examples", [])) for entry in (history[0], *later)):
+def plain_text(ids: Iterable[int], tokenizer: Tokenizer) -> str:
+    """Returns the text of tokens, without control tokens."""
+    return tokenizer.decode(i for i in ids if i < tokenizer.end_of_text).strip()
+
+
+def before_and_after(first: Entry, kept: Entry) -> str:
+    """Returns the examples of two evaluations, before training and of the kept weights, as text; "" without answers."""
+    pairs = list(zip(first.get("examples", []), kept.get("examples", []), strict=False))
+    if not any(after["expected"] for _, after in pairs):
         return ""
-    first, last = history[0], min(later, key=lambda entry: entry["val_loss"])
-    lines = [f"the same examples before, and at step {last['step']:,}:"]
-    for before, after in zip(first["examples"], last["examples"], strict=False):
-        lines.append(f"> {shorten(after['input'], width)}")
+    lines = [f"the same examples before, and at step {kept['step']:,}:"]
+    for before, after in pairs:
+        lines.append(f"> {shorten(after['input'], 160)}")
         for label, text in (("before", before["output"]), ("after", after["output"]), ("wanted", after["expected"])):
-            lines.append(f"  {label:7} {shorten(text, width)}")
+            lines.append(f"  {label:7} {shorten(text, 160)}")
     return "\n".join(lines)
 
 
-def example_prompts(train_data: Windows | Sequences, val_data: Windows | Sequences, tokenizer: Tokenizer) -> list[str]:
-    """Returns a few short prompts out of a run's data, held-out ones if possible: for a language model beginnings of
-    paragraphs, for a chat model questions, for a classifier none."""
-    if isinstance(val_data, Windows):
-        ids = np.asarray(val_data.shards[0][:_TOKENS_READ])
-        text = tokenizer.decode(ids[ids < tokenizer.end_of_text].tolist())
-        separator = "\n\n" if text.count("\n\n") >= MAX_PROMPTS else "\n"
-        paragraphs = text.split(separator)
-        beginnings = map(_first_words, paragraphs[1:] or paragraphs)  # the first may begin inside a word
-        return _spread(text for text in beginnings if sum(word.isalpha() for word in text.split()) >= 2)
-    for data in (val_data, train_data):
-        if isinstance(data, Conversations):
-            exchanges = data.first_exchanges(_EXCHANGES_READ)
-            texts = [tokenizer.decode(i for i in ids if i < tokenizer.end_of_text).strip() for ids, _ in exchanges]
-            questions = [text.removeprefix("### Instruction:").removesuffix("### Response:").strip() for text in texts]
-            if chosen := _spread(questions):
-                return chosen
-    return []
-
-
-def _first_words(paragraph: str) -> str:
-    line = paragraph.strip().partition("\n")[0]
-    return line if len(line) <= _BEGINNING else line[:_BEGINNING].rpartition(" ")[0]
-
-
-def _spread(texts: Iterable[str]) -> list[str]:
-    """Returns a few of the texts that fit onto a button, evenly spaced."""
-    fitting = [text for text in dict.fromkeys(texts) if 4 <= len(text) <= MAX_PROMPT_LENGTH and text.isprintable()]
-    n = min(MAX_PROMPTS, len(fitting))
-    return [fitting[i * len(fitting) // n] for i in range(n)]
+def example_prompts(data: Windows | Sequences, tokenizer: Tokenizer) -> list[str]:
+    """Returns a few short prompts out of validation data: for a language model beginnings of paragraphs, for a chat
+    model questions, for a classifier none."""
+    texts: list[str] = []
+    if isinstance(data, Windows):
+        text = plain_text(np.asarray(data.shards[0][: 2**17]).tolist(), tokenizer)
+        paragraphs = text.split("\n\n" if text.count("\n\n") >= N_PROMPTS else "\n")
+        lines = [paragraph.strip().partition("\n")[0] for paragraph in paragraphs[1:]]  # the first may begin in a word
+        texts = [line if len(line) <= 60 else line[:60].rpartition(" ")[0] for line in lines]
+        texts = [text for text in texts if sum(map(str.isalpha, text.split())) >= 2]
+    elif isinstance(data, Conversations):
+        questions = [plain_text(question, tokenizer) for question, _ in data.first_exchanges(100)]
+        texts = [text.removeprefix("### Instruction:").removesuffix("### Response:").strip() for text in questions]
+    fitting = [text for text in dict.fromkeys(texts) if 4 <= len(text) <= 80 and text.isprintable()]  # on a button
+    n = min(N_PROMPTS, len(fitting))
+    return [fitting[i * len(fitting) // n] for i in range(n)]  # evenly spaced

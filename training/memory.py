@@ -27,44 +27,29 @@ def fewest_micro_batches(
     which needs somewhat more memory and saves a compilation for each size. Raises UserError if single sequences do not
     fit.
     """
-    processes, device = state.processes, state.processes.device
+    processes, device, block_size = state.processes, state.processes.device, state.model.config.block_size
     limit = 0.9 * total_memory(device) if limit is None else limit
     n = n_rows = -(-len(rows) // processes.world_size)
     free_memory(device)
     size, peak = 0, peak_memory(device)
-    with torch.compiler.set_stance("force_eager"):
-        while True:
-            try_step(state, rows, n, forward_backward)
-            smaller, size, peak_of_smaller, peak = size, -(-n_rows // n), peak, peak_memory(device)
-            free_memory(device)
-            n_next = -(-n // 2)
-            growth = (-(-n_rows // n_next) - size) * (peak - peak_of_smaller) / (size - smaller)
-            if n == 1 or processes.any(peak + growth > limit):
-                return n
-            n = n_next
-
-
-def try_step(
-    state: TrainingState, rows: list[Batch], n: int, forward_backward: Callable[[list[Batch], float, bool], Any]
-) -> None:
-    """Computes the gradients of a step in `n` micro-batches, beside memory for AdamW's state, and drops them.
-
-    Raises UserError if they do not fit into memory.
-    """
-    processes, parameters = state.processes, state.trained_parameters
-    share = micro_batches(rows, n, processes.rank, processes.world_size, state.model.config.block_size)
     try:
-        # AdamW allocates two means per parameter at its first step.
-        means = [] if state.step else [torch.empty_like(p) for p in (*parameters, *parameters)]
-        forward_backward(share[:2], 1, False)
-        del means
+        with torch.compiler.set_stance("force_eager"):
+            while True:
+                # AdamW allocates two means per parameter at its first step.
+                means = [] if state.step else [torch.empty_like(p) for p in 2 * state.trained_parameters]
+                share = micro_batches(rows, n, processes.rank, processes.world_size, block_size)
+                forward_backward(share[:2], 1, False)
+                state.clear_gradients()
+                del means
+                smaller, size, peak_of_smaller, peak = size, -(-n_rows // n), peak, peak_memory(device)
+                free_memory(device)
+                n_next = -(-n // 2)
+                growth = (-(-n_rows // n_next) - size) * (peak - peak_of_smaller) / (size - smaller)
+                if n == 1 or processes.any(peak + growth > limit):
+                    return n
+                n = n_next
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(
-            f"out of memory with a batch in {n} micro-batches: try --grad-accum-steps {2 * n}, --grad-checkpointing, "
-            "a shorter context or a smaller model"
-        ) from None
-    finally:
-        for optimizer in state.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        remedy = f"--grad-accum-steps {2 * n}, --grad-checkpointing, a shorter context or a smaller model"
+        raise UserError(f"out of memory with a batch in {n} micro-batches: try {remedy}") from None

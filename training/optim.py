@@ -31,8 +31,8 @@ def build_optimizers(
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     embeddings = {p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
-    in_blocks = {p for p in model.h.parameters() if p.dim() == 2} - embeddings
-    for_muon = [p for p in trained if p in in_blocks] if config.optimizer == "muon" else []
+    in_blocks = [p for p in model.h.parameters() if p.dim() == 2 and p.requires_grad]
+    for_muon = in_blocks if config.optimizer == "muon" else []
     scaled = [p for p in trained if p in embeddings] if config.embedding_lr_scale != 1 else []
     rest = set(trained).difference(for_muon, scaled)
     decay, learning_rate = config.weight_decay, config.learning_rate
@@ -44,9 +44,7 @@ def build_optimizers(
         groups.append({"params": scaled, "weight_decay": decay, "lr_scale": config.embedding_lr_scale})
     is_fused = trained[0].device.type != "mps"
     adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, config.beta2), fused=is_fused)
-    if not for_muon:
-        return [adamw]
-    return [Muon(for_muon, learning_rate, decay, dtype=dtype, compiled=compiled, sharding=sharding), adamw]
+    return [Muon(for_muon, learning_rate, decay, dtype, compiled, sharding), adamw] if for_muon else [adamw]
 
 
 def learning_rate_at(step: int, config: TrainerConfig) -> float:
@@ -84,17 +82,13 @@ class Muon(torch.optim.Optimizer):
         params: Iterable[nn.Parameter],
         lr: float,
         weight_decay: float = 0.1,
-        momentum: float = 0.95,
         dtype: torch.dtype = torch.float32,
         compiled: bool = False,
         sharding: Sharding | None = None,
     ) -> None:
-        """Orthogonalizes in `dtype`. `compiled` compiles that, once for each shape.
-
-        With `sharding` each process holds a slice of every matrix and of its momentum, and orthogonalizes some whole
-        matrices for all: see `Sharding.map_whole`.
-        """
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        """Orthogonalizes in `dtype`. `compiled` compiles that, once for each shape. With `sharding` each process holds
+        a shard of every matrix and of its momentum, and orthogonalizes some whole matrices for all."""
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
         self.dtype, self.sharding = dtype, sharding
         self.orthogonalize = torch.compile(orthogonalize, dynamic=False) if compiled else orthogonalize
 
@@ -128,12 +122,12 @@ class Muon(torch.optim.Optimizer):
         return [self.sharding.local(tensor) for tensor in tensors] if self.sharding else tensors
 
 
-def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Returns matrices (n, rows, columns) whose singular values are near 1, by Newton–Schulz steps of degree 5."""
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Returns matrices (n, rows, columns) whose singular values are near 1, by 5 Newton–Schulz steps of degree 5."""
     if matrices.size(1) > matrices.size(2):
-        return orthogonalize(matrices.transpose(1, 2), steps).transpose(1, 2)
+        return orthogonalize(matrices.transpose(1, 2)).transpose(1, 2)
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
+    for _ in range(5):
         gram = x @ x.transpose(1, 2)  # (n, rows, rows)
         # x = 3.4445 x + (-4.7750 gram + 2.0315 gram²) x, with the coefficients of Jordan et al.
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)

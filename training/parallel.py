@@ -2,9 +2,7 @@
 
 `torchrun` starts the processes, and starts them again if one dies. `training/sharding.py` shards a model (FSDP).
 
-One step of DDP exchanges with the last micro-batch an all-reduce of the gradients in float32, 4 bytes for each
-parameter, in buckets of 25 MB while the backward pass goes on; then one of the loss, 4 bytes. Every `--log-every` steps
-the ranks ask each other for stop signals, 4 bytes.
+DDP adds up the gradients with the last micro-batch, in float32, while the backward pass goes on.
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from system.cli import shorten
 from system.device import choose_device
 from system.errors import UserError
 
@@ -48,10 +47,8 @@ class Processes:
         try:
             dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
         except (ValueError, RuntimeError) as error:  # such as a wrong MASTER_ADDR, or another process that is missing
-            raise UserError(
-                f"the {world_size} processes cannot meet ({str(error).partition(chr(10))[0][:200]}): "
-                "start the run with torchrun, or unset RANK and WORLD_SIZE"
-            ) from None
+            problem = f"the {world_size} processes cannot meet ({shorten(str(error), 200)})"
+            raise UserError(f"{problem}: start the run with torchrun, or unset RANK and WORLD_SIZE") from None
         return cls(device, dist.get_rank(), world_size)
 
     def leave(self) -> None:
@@ -66,26 +63,17 @@ class Processes:
             print(text)
 
     def on_first(self, action: Callable[[], object]) -> None:
-        """Runs an action on rank 0 while the other ranks wait.
-
-        If the action raises UserError, rank 0 raises it, and the other ranks exit with status 1 and without a message.
-        """
-        error = None
-        if self.rank == 0:
-            try:
+        """Runs an action on rank 0 while the others wait. If it raises UserError, the others exit with status 1."""
+        try:
+            if self.rank == 0:
                 action()
-            except UserError as refusal:
-                error = refusal
-        if self.any(error is not None):
+        except UserError:
+            self.any(True)
             self.leave()
-            if error:
-                raise error
+            raise
+        if self.any(False):
+            self.leave()
             sys.exit(1)
-
-    def require_divisible(self, batch_size: int) -> None:
-        """Raises UserError if the sequences of a batch do not divide evenly among the processes."""
-        if batch_size % self.world_size:
-            raise UserError(f"--batch-size {batch_size} does not divide among {self.world_size} processes")
 
     def sum_in_place(self, tensor: Tensor) -> None:
         """Replaces a tensor by its sum over the processes."""
@@ -102,10 +90,7 @@ class Processes:
 
 
 def replicate(model: nn.Module, processes: Processes) -> nn.Module:
-    """Returns the module to call in training: the model itself, or DDP around it, which averages gradients.
-
-    The model has no buffers to broadcast, and every parameter gets a gradient, so DDP has nothing else to do.
-    """
+    """Returns the module to call in training: the model itself, or DDP around it, which averages gradients."""
     if processes.world_size == 1:
         return model
     return DistributedDataParallel(model, gradient_as_bucket_view=True)  # no second copy of the gradients

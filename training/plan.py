@@ -6,25 +6,18 @@ import math
 import shutil
 import statistics
 import time
-from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from system.cli import duration
 from system.device import peak_memory, total_memory
-from training.loader import Batch, StepBatch, Windows, micro_batches
+from training.loader import StepBatch, micro_batches
 from training.optim import learning_rate_at
-from training.reporting import MANY_EPOCHS
 from training.trainer import Trainer
 from weights import checkpoint
 
 COMPUTE_OPTIMAL = 20
 """Training tokens per parameter (Hoffmann et al. 2022)."""
 
-_MAX_STEPS, _MIN_STEPS = 50, 3
-_SECONDS = 20.0
-"""After this time, no further step is measured."""
+_MEASURED_STEPS, _MAX_SECONDS = 8, 3.0
 
 
 def print_plan(trainer: Trainer, kind: str) -> None:
@@ -34,7 +27,7 @@ def print_plan(trainer: Trainer, kind: str) -> None:
     """
     state, config, data = trainer.state, trainer.config, trainer.train_data
     n_rows, memory = rows_to_measure(trainer)
-    n_measured, seconds = measure_steps(trainer, n_rows)
+    seconds = measure_steps(trainer, n_rows)
     if state.processes.rank > 0:
         return
     n, tokens_per_step = state.model.n_parameters(), data.n_tokens / data.batches_per_epoch
@@ -45,12 +38,11 @@ def print_plan(trainer: Trainer, kind: str) -> None:
     evaluations = n_evaluations * max(1.0, share * trainer.val_data.batches_per_epoch) * seconds / 3  # forward alone
     part = "" if n_rows >= config.batch_size else f" with {n_rows} of {config.batch_size} sequences"
     split = f", in {state.n_micro_batches} micro-batches" if state.n_micro_batches > 1 else ""
-    compiled = ", compiled" if state.is_compiled else ""
     precision = f"{str(state.dtype).removeprefix('torch.')} on {state.processes.device.type}"
-    memorizes = ", in which a model memorizes it" if epochs > MANY_EPOCHS and isinstance(data, Windows) else ""
-    (best, last), free = file_sizes(trainer, kind), free_space(config.out)
+    best, last = file_sizes(trainer, kind)
+    free = shutil.disk_usage(next(folder for folder in config.out.absolute().parents if folder.is_dir())).free
     n_snapshots = config.max_steps // config.snapshot_every if config.snapshot_every else 0
-    disk = best + last + max(best, last) + n_snapshots * best  # a new file is whole before it replaces the old one
+    disk = best + 2 * last + n_snapshots * best  # a new file is whole before it replaces the old one
     problems = []
     if memory > limit:
         problems.append(f"the memory: {size(memory)} of {size(limit)}; try {config.memory_savers}smaller model")
@@ -58,17 +50,16 @@ def print_plan(trainer: Trainer, kind: str) -> None:
         problems.append(f"the disk space: {size(disk)}, and {size(free)} are free; try another disk with --out")
     rows = {
         "model": f"{n:,} parameters",
-        "data": f"{data.n_tokens:,} training tokens; {config.max_steps:,} steps are {epochs:,.2f} epochs{memorizes}",
+        "data": f"{data.n_tokens:,} training tokens; {config.max_steps:,} steps are {epochs:,.2f} epochs",
         "tokens": f"{tokens:,.0f}, {tokens / n:.2g} per parameter; compute-optimal are about {COMPUTE_OPTIMAL} "
         f"(Hoffmann et al. 2022), after {COMPUTE_OPTIMAL * n / tokens_per_step:,.0f} steps",
         "speed": f"{seconds:.3g} s a step, {tokens_per_step / seconds:,.0f} tokens/s: "
-        f"{n_measured} steps measured{part}, {precision}{compiled}{split}",
+        f"{_MEASURED_STEPS} steps measured{part}, {precision}{split}",
         "time": f"{duration(seconds * config.max_steps + evaluations)} to the end, {duration(evaluations)} "
         f"of it for {n_evaluations:,} evaluations",
         "memory": f"{size(memory)} at the peak, of {size(limit)}",
-        "disk": f"{size(best)} for {config.out}, {size(last)} for {config.last_path} (for --resume)"
-        + (f", {size(best)} for each of {n_snapshots:,} snapshots" if n_snapshots else "")
-        + f"; {size(free)} are free",
+        "disk": f"{size(best)} for {config.out} and each of {n_snapshots:,} snapshots, {size(last)} for "
+        f"{config.last_path} (for --resume); {size(free)} are free",
         "does not fit" if problems else "fits": "; ".join(problems) or "everything",
     }
     for name, text in rows.items():
@@ -87,68 +78,47 @@ def rows_to_measure(trainer: Trainer) -> tuple[int, int]:
         return len(rows), 0
     n_wanted = -(-len(rows) // processes.world_size // state.n_micro_batches)
     fixed = 12 * sum(p.numel() for p in state.trained_parameters)  # gradients and AdamW's two means
-    n, growth = 1, 0.0
-    before = peak_memory(device)
+    n, growth, before = 1, 0.0, peak_memory(device)
     while True:
         start = time.perf_counter()
-        forward_backward(trainer, rows[:n])
-        seconds = torch.tensor(time.perf_counter() - start)
-        processes.sum_in_place(seconds)  # all ranks take as many sequences, so that collective calls match
+        trainer.forward_backward(micro_batches(rows[:n], 1, max_length=state.model.config.block_size), 1, False)
+        state.clear_gradients()
+        is_slow = 2 * (time.perf_counter() - start) > _MAX_SECONDS
         peak = peak_memory(device)
         growth, before = max(growth, (peak - before) / max(1, n // 2)), peak
         n_next = min(2 * n, n_wanted)
-        is_slow = 2 * seconds.item() / processes.world_size > _SECONDS / _MIN_STEPS
         expected = peak + fixed + growth * (n_next - n)
-        if n == n_wanted or processes.any(is_slow or expected > total_memory(device)):
+        if n == n_wanted or processes.any(is_slow or expected > total_memory(device)):  # the same on all ranks
             return len(rows) if n == n_wanted else n, int(peak + fixed + growth * (n_wanted - n))
         n = n_next
 
 
-def measure_steps(trainer: Trainer, n_rows: int) -> tuple[int, float]:
-    """Takes steps with the first `n_rows` sequences of each batch; returns how many were timed, after those that
-    compile or allocate memory, and the median seconds of a step with the whole batch."""
+def measure_steps(trainer: Trainer, n_rows: int) -> float:
+    """Takes steps with the first `n_rows` sequences of each batch. Returns the median seconds of a step with the whole
+    batch, without the first steps, which compile and allocate memory."""
     state, config = trainer.state, trainer.config
     scale = max(1.0, config.batch_size / n_rows)
-    n_warmup, seconds, begin = 3 if state.is_compiled else 1, list[float](), time.perf_counter()
-    for step in range(_MAX_STEPS):
+    n_warmup, seconds = 3 if state.is_compiled else 1, []
+    for step in range(n_warmup + _MEASURED_STEPS):
         batch = trainer.load_batch(step)
         if scale > 1:
             rows = trainer.train_data.batch(step)[:n_rows]
             batches = micro_batches(rows, 1, max_length=state.model.config.block_size)
             batch = StepBatch(batches, sum(row.total_weight for row in rows), 0)
-        if step == n_warmup:
-            begin = time.perf_counter()
         start = time.perf_counter()
         trainer.forward_backward(batch.micro_batches, batch.total_weight).item()  # waits for the device
         between = time.perf_counter()
         trainer.update_weights(learning_rate_at(0, config)).item()  # so small that the model stays as it is
         seconds.append(scale * (between - start) + time.perf_counter() - between)
-        is_over = time.perf_counter() - begin > _SECONDS and len(seconds) >= _MIN_STEPS + n_warmup
-        if state.processes.any(is_over):
-            break
-    return len(seconds) - n_warmup, statistics.median(seconds[n_warmup:])
-
-
-def forward_backward(trainer: Trainer, rows: list[Batch]) -> None:
-    """Computes the gradients of a few sequences, and drops them."""
-    trainer.forward_backward(micro_batches(rows, 1, max_length=trainer.state.model.config.block_size), 1, False)
-    for optimizer in trainer.state.optimizers:
-        optimizer.zero_grad(set_to_none=True)
+    return statistics.median(seconds[n_warmup:])
 
 
 def file_sizes(trainer: Trainer, kind: str) -> tuple[int, int]:
     """Returns the bytes of a checkpoint's tensors, and of those in the file for `--resume`, after a step."""
     state = trainer.state
     best = sum(4 * tensor.numel() for tensor in checkpoint.pack(state.model, kind=kind)["model"].values())
-    moments = [
-        tensor for optimizer in state.optimizers for kept in optimizer.state.values() for tensor in kept.values()
-    ]
-    return best, best + sum(tensor.numel() * tensor.element_size() for tensor in moments if isinstance(tensor, Tensor))
-
-
-def free_space(path: Path) -> int:
-    """Returns the free bytes on the disk of a file that need not exist."""
-    return shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.is_dir())).free
+    kept = [values for optimizer in state.optimizers for values in optimizer.state.values()]
+    return best, best + sum(4 * tensor.numel() for values in kept for tensor in values.values())
 
 
 def size(n_bytes: float) -> str:

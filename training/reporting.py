@@ -8,8 +8,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +21,21 @@ from training.config import TrainerConfig
 from training.examples import before_and_after
 from training.loader import Sequences, Windows
 from training.plots import draw_losses
-from training.state import Callback, Entry, StepRecord, StopReason, TrainingState
+from training.state import Callback, Entry, StopReason, TrainingState
 from weights import checkpoint
-from weights.describe import evaluation, facts
+from weights.describe import evaluation, facts, markdown_table
 
 SECONDS_BETWEEN_LINES = 30
-MANY_EPOCHS = 10
-"""Passes over a text from which on a model memorizes it."""
+
+Sink = Callable[[int, dict[str, float]], None]
+"""Receives the numbers of a step."""
 
 
 class Console(Callback):
     """Prints the model, a progress bar, a line per evaluation, and what the run came to."""
 
-    def __init__(
-        self, log: Log, train_data: Windows | Sequences, metadata: dict[str, Any], first_loss: float | None = None
-    ):
-        """`metadata` is that of the checkpoints; `first_loss` is the loss that random weights should have."""
-        self.log, self.train_data, self.metadata, self.first_loss = log, train_data, metadata, first_loss
+    def __init__(self, log: Log, train_data: Windows | Sequences, metadata: dict[str, Any]):
+        self.log, self.train_data, self.metadata = log, train_data, metadata
 
     def on_start(self, state: TrainingState) -> None:
         config, data, model = state.config, self.train_data, state.model
@@ -53,11 +50,8 @@ class Console(Callback):
             f"{data.n_tokens:,} training tokens, {data.batches_per_epoch:,.0f} steps of {config.batch_size} sequences "
             f"an epoch; {config.max_steps:,} steps are {n_epochs:,.1f} epochs, at {flops / 1e12:.3g} TFLOP a step"
         )
-        if n_epochs > MANY_EPOCHS and isinstance(data, Windows):
-            print(
-                f"warning: in {n_epochs:,.0f} passes over so little text a model memorizes it; the best weights are "
-                "kept, and fewer --max-steps give better ones"
-            )
+        if n_epochs > 10 and isinstance(data, Windows):
+            print(f"warning: in {n_epochs:,.0f} passes over so little text a model memorizes it: try fewer --max-steps")
         if state.n_micro_batches > 1:
             print(f"each step adds up the gradients of {state.n_micro_batches} micro-batches")
         self.peak_flops = (peak_flops(state.processes.device) or 0.0) * state.processes.world_size
@@ -65,15 +59,15 @@ class Console(Callback):
         self.start, self.tokens_before = time.perf_counter(), state.tokens
         self.next_line = self.start + SECONDS_BETWEEN_LINES
 
-    def on_step(self, state: TrainingState, record: StepRecord) -> None:
-        rate = (record.tokens - self.tokens_before) / (time.perf_counter() - self.start)
-        text = f"loss {record.loss:.3f}, {rate:,.0f} tokens/s"
+    def on_step(self, state: TrainingState, entry: Entry) -> None:
+        rate = (entry["tokens"] - self.tokens_before) / (time.perf_counter() - self.start)
+        text = f"loss {entry['loss']:.3f}, {rate:,.0f} tokens/s"
         if self.peak_flops:
             text += f", MFU {rate * state.model.flops_per_token() / self.peak_flops:.0%}"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
         if self.bar.disable and time.perf_counter() >= self.next_line:  # no terminal: plain lines
-            print(f"step {record.step:,} of {state.config.max_steps:,}: {text}", file=sys.stderr)
+            print(f"step {entry['step']:,} of {state.config.max_steps:,}: {text}", file=sys.stderr)
             self.next_line += SECONDS_BETWEEN_LINES
 
     def on_evaluation(self, state: TrainingState, entry: Entry, is_best: bool) -> None:
@@ -82,8 +76,6 @@ class Console(Callback):
         if "bits_per_byte" in entry:
             text += f", {entry['bits_per_byte']:.3f} bits per byte"
         print(text + (" (the best so far)" if is_best and state.config.keep == "best" else ""))
-        if state.step == 0 and self.first_loss and abs(entry["val_loss"] - self.first_loss) > 0.5:
-            print(f"warning: the loss of random weights should be about ln(vocabulary) = {self.first_loss:.2f}")
         for example in entry.get("examples", []):
             if example["input"] and not example["expected"]:  # the user's --sample-prompt
                 print(printable(f"  {example['input']!r} → {shorten(example['output'], 300)!r}"))
@@ -92,12 +84,9 @@ class Console(Callback):
         self.bar.close()
 
     def on_end(self, state: TrainingState, reason: StopReason) -> None:
-        config, kind, seconds = state.config, self.metadata["kind"], self.log.seconds
+        config, kind, memory = state.config, self.metadata["kind"], peak_memory(state.processes.device) / 1e6
         print(f"{reason.value} at step {state.step:,}; curves in {config.plot_path()}")
-        print(
-            f"{state.tokens:,} tokens in {duration(seconds)}: {state.tokens / max(seconds, 1e-9):,.0f} tokens/s, peak "
-            f"memory {peak_memory(state.processes.device) / 1e6:,.0f} MB"
-        )
+        print(f"{state.tokens:,} tokens in {speed(state, self.log.seconds)}, peak memory {memory:,.0f} MB")
         kept = kept_evaluation(state)
         if kept is None:
             print(f"no evaluation after training began yet, so {config.out} is not written")
@@ -105,15 +94,12 @@ class Console(Callback):
         figures = ", ".join(f"{name} {value}" for name, value in evaluation(self.metadata, kept).items())
         print(f"model in {config.out}, of step {kept['step']:,}: {figures}")
         if kind == "base" and state.step == state.history[-1]["step"] and kept["step"] < 0.7 * state.step:
-            print(
-                f"after step {kept['step']:,} it only memorized: a run with --max-steps {kept['step']} probably gives "
-                "a better model, since the learning rate falls until the last step"
-            )
+            print(f"after step {kept['step']:,} it only memorized: --max-steps {kept['step']} gives a better model")
         elif kind == "base":
             per_parameter = state.tokens / state.model.n_parameters()
             print(f"{per_parameter:.2g} tokens per parameter; compute-optimal are about 20 (Hoffmann et al. 2022)")
-        text = before_and_after(state.history)
-        if kind == "base" and (examples := state.history[-1].get("examples")):
+        text = before_and_after(state.history[0], kept)
+        if kind == "base" and (examples := kept.get("examples")):
             text = f"it writes, for example:\n  {shorten(examples[0]['output'], 300)!r}"
         if text:
             print(printable(text))
@@ -130,23 +116,31 @@ def kept_evaluation(state: TrainingState) -> Entry | None:
     return min(later, key=lambda entry: entry["val_loss"], default=None)
 
 
+def speed(state: TrainingState, seconds: float) -> str:
+    """Returns the time that a run took, and its tokens in a second, as text."""
+    return f"{duration(seconds)}: {state.tokens / max(seconds, 1e-9):,.0f} tokens/s"
+
+
 def parameter_table(model: GPT) -> str:
     """Returns the number of parameters of each part of a model, as a table."""
-    parts = {
-        "LoRA": ("lora_", "role_rows"),
-        "token embedding": ("wte",),
-        "position embedding": ("wpe",),
-        f"attention, {model.config.n_layer} layers": (".attn.",),
-        f"MLP, {model.config.n_layer} layers": (".mlp.",),
-        "LayerNorms": ("ln_",),
-        "head": ("lm_head",),
-    }
-    counts = dict.fromkeys(parts, 0)
+    counts = dict.fromkeys(PARTS.values(), 0)
     for name, parameter in model.named_parameters():  # lists a tied head once, as the embedding
-        part = next(part for part, marks in parts.items() if any(mark in name for mark in marks))
-        counts[part] += parameter.numel()
+        counts[next(part for mark, part in PARTS.items() if mark in name)] += parameter.numel()
     counts["in all"] = model.n_parameters()
     return "\n".join(f"{part:22}{n:>15,}" for part, n in counts.items() if n)
+
+
+PARTS = {
+    "lora_": "LoRA",
+    "role_rows": "LoRA",
+    "wte": "token embedding",
+    "wpe": "position embedding",
+    ".attn.": "attention",
+    ".mlp.": "MLP",
+    "ln_": "LayerNorms",
+    "lm_head": "head",
+}
+"""A part of a model by what its parameters have in their names; the first that fits counts."""
 
 
 class Log(Callback):
@@ -154,13 +148,13 @@ class Log(Callback):
     `max_steps`. TensorBoard and Weights & Biases get the same numbers."""
 
     def __init__(self) -> None:
-        self.seconds_before, self.start = 0.0, time.perf_counter()
-        self.sinks: list[Callable[[Entry], None]] = []
+        self.start = time.perf_counter()
+        self.sinks: list[Sink] = []
 
     @property
     def seconds(self) -> float:
         """Time since the run began, without interruptions."""
-        return self.seconds_before + time.perf_counter() - self.start
+        return time.perf_counter() - self.start
 
     def on_start(self, state: TrainingState) -> None:
         """Drops what a killed run logged after the current step. Raises UserError for a missing library."""
@@ -172,15 +166,14 @@ class Log(Callback):
         kept = [entry for entry in read_log(config.log_path) if entry["step"] <= state.step] if state.step else []
         with atomic_write(config.log_path, "w") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in kept)
-        self.seconds_before = max((entry.get("seconds", 0.0) for entry in kept), default=0.0)
-        self.start = time.perf_counter()
+        self.start = time.perf_counter() - max((entry.get("seconds", 0.0) for entry in kept), default=0.0)
 
     def on_log(self, state: TrainingState, entry: Entry) -> None:
         line = {**entry, "seconds": round(self.seconds, 3), "max_steps": state.config.max_steps}
         with open(state.config.log_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         for sink in self.sinks:
-            sink({name: value for name, value in entry.items() if name != "examples"})
+            sink(entry["step"], {name: value for name, value in entry.items() if name not in ("step", "examples")})
 
     def on_evaluation(self, state: TrainingState, entry: Entry, is_best: bool) -> None:
         self.on_log(state, entry)
@@ -188,19 +181,14 @@ class Log(Callback):
 
 def read_log(path: Path) -> list[Entry]:
     """Returns the entries of a log, none if there is no such file. Skips a last line that a kill cut short."""
-    return list(_entries(path)) if path.is_file() else []
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
+    return entries
 
 
-def _entries(path: Path) -> Iterator[Entry]:
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            with contextlib.suppress(ValueError):
-                entry = json.loads(line)
-                if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-                    yield entry
-
-
-def tensorboard_sink(config: TrainerConfig) -> Callable[[Entry], None]:
+def tensorboard_sink(config: TrainerConfig) -> Sink:
     """Returns a sink that writes event files beside the log. Raises UserError if TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -208,81 +196,69 @@ def tensorboard_sink(config: TrainerConfig) -> Callable[[Entry], None]:
         raise UserError("--tensorboard needs the package: pip install tensorboard") from None
     writer = SummaryWriter(f"{config.out.with_suffix('')}_tensorboard")
 
-    def add(entry: Entry) -> None:
-        for name, value in entry.items():
-            if name != "step":
-                writer.add_scalar(name, value, entry["step"])
+    def add(step: int, figures: dict[str, float]) -> None:
+        for name, value in figures.items():
+            writer.add_scalar(name, value, step)
         writer.flush()
 
     return add
 
 
-def wandb_sink(config: TrainerConfig) -> Callable[[Entry], None]:
+def wandb_sink(config: TrainerConfig) -> Sink:
     """Returns a sink that sends entries to Weights & Biases. Raises UserError if that fails."""
     try:
         import wandb
+
+        run = wandb.init(project="gpt2", name=config.out.stem, config=plain(config))
     except ImportError:
         raise UserError("--wandb needs the package: pip install wandb") from None
-    try:
-        run = wandb.init(project="gpt2", name=config.out.stem, config=plain(config))
-    except wandb.Error as error:
+    except wandb.Error as error:  # such as a missing API key
         raise UserError(f"--wandb: {error}") from None
-    return lambda entry: run.log({name: value for name, value in entry.items() if name != "step"}, step=entry["step"])
+    return lambda step, figures: run.log(figures, step=step)
 
 
 class Report(Callback):
-    """Draws the plot and writes `checkpoints/NAME.md`, a page in Markdown, whenever the run is saved.
-
-    A thread does both, so training does not wait. If one fails, the run goes on.
-    """
+    """Draws the plot and writes `checkpoints/NAME.md`, a page in Markdown, whenever the run is saved."""
 
     def __init__(self, log: Log, metadata: dict[str, Any]):
-        """`metadata` is that of the checkpoints."""
         self.log, self.metadata = log, metadata
-        self.writer = ThreadPoolExecutor(1)
 
     def on_save(self, state: TrainingState) -> None:
-        self.writer.submit(self.write, state.config, self.page(state, None))
-
-    def close(self) -> None:
-        self.writer.shutdown()
+        self.write(state, "not finished yet")
 
     def on_end(self, state: TrainingState, reason: StopReason) -> None:
-        self.write(state.config, self.page(state, reason))
+        self.write(state, reason.value)
 
-    def write(self, config: TrainerConfig, page: str) -> None:
+    def write(self, state: TrainingState, status: str) -> None:
         """Draws the plot and writes the page."""
+        config = state.config
         try:
             draw_losses(read_log(config.log_path), config.out.stem, config.plot_path())
             with atomic_write(config.report_path, "w") as file:
-                file.write(page)
+                file.write(self.page(state, status))
         except Exception as error:  # a missing font or a full disk must not end a run
             print(f"warning: no plot or report of {config.out}: {error}")
 
-    def page(self, state: TrainingState, reason: StopReason | None) -> str:
-        """Returns the report. `reason` is why the run ended, if it did."""
-        config, seconds, kept = state.config, self.log.seconds, kept_evaluation(state)
+    def page(self, state: TrainingState, status: str) -> str:
+        """Returns the report."""
+        config, processes, kept = state.config, state.processes, kept_evaluation(state)
         plot = Path(os.path.relpath(config.plot_path(), config.report_path.parent)).as_posix()
         packed = checkpoint.pack(state.model, **self.metadata, step=state.step, tokens=state.tokens)
         known = facts({**packed, "train_config": plain(config), "history": [kept] if kept else []})
-        known["time"] = f"{duration(seconds)}, {state.tokens / max(seconds, 1e-9):,.0f} tokens/s"
-        known["machine"] = machine(state.processes.device)
-        if state.processes.world_size > 1:
-            known["processes"] = str(state.processes.world_size)
-        rows = "\n".join(f"| {name} | {_cell(text)} |" for name, text in known.items())
-        examples = "\n".join(
-            f"| {entry['step']:,} | {entry['val_loss']:.4f} | {_cell(example['input'])} | {_cell(example['output'])} |"
+        known["time"] = speed(state, self.log.seconds)
+        known["machine"] = machine(processes.device)
+        known["processes"] = str(processes.world_size)
+        examples = [
+            (f"{entry['step']:,}", f"{entry['val_loss']:.4f}", example["input"], example["output"])
             for entry in state.history
             for example in entry.get("examples", [])[:1]
+        ]
+        parts = (
+            f"# {config.out}",
+            f"{status.capitalize()}, {time.strftime('%Y-%m-%d %H:%M')}.",
+            f"    {printable(command_line())}",
+            markdown_table(["", ""], known.items()),
+            f"![losses over the steps](<{plot}>)",
+            markdown_table(["step", "validation loss", "input", "output"], examples),
         )
-        return (
-            f"# {config.out}\n\n{(reason.value if reason else 'not finished yet').capitalize()}, "
-            f"{time.strftime('%Y-%m-%d %H:%M')}.\n\n    {printable(command_line())}\n\n| | |\n| --- | --- |\n{rows}\n\n"
-            f"![losses over the steps](<{plot}>)\n\n| step | validation loss | input | output |\n"
-            f"| --- | --- | --- | --- |\n{examples}\n"
-        )
-
-
-def _cell(text: object) -> str:
-    """Returns a text for one cell of a table in Markdown."""
-    return shorten(printable(str(text)), 300).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+        return "\n\n".join(parts) + "\n"

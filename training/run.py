@@ -16,7 +16,7 @@ from training.parallel import Processes
 from training.plan import print_plan
 from training.reporting import Console, Log, Report
 from training.saving import ORDER, Checkpointer, changed_options, restore
-from training.state import Callback, Examine, StopReason, TrainingState
+from training.state import Examine, StopReason, TrainingState
 from training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -34,21 +34,19 @@ def train(
     resumed: dict[str, Any] | None = None,
     sharding: Sharding | None = None,
     examine: Examine | None = None,
-    has_random_weights: bool = False,
 ) -> StopReason:
     """Trains a model, and writes `--out`, the resume file, the log, the plot and the report. `--plan` measures only.
 
     `metadata` (kind, tokenizer, template and the like) is stored in the checkpoints. `resumed` is a loaded resume file,
-    whose weights `model` has. `examine` gives the examples of an evaluation. `has_random_weights` says that the first
-    loss is known. Raises UserError for data that cannot be used, and for a loss that is not finite. On the CPU,
-    resuming changes no bit of the result.
+    whose weights `model` has. `examine` gives the examples of an evaluation. Raises UserError for data that cannot be
+    used, and for a loss that is not finite. On the CPU, resuming changes no bit of the result.
     """
     if config.patience:  # needs an evaluation in each epoch
         config = dataclasses.replace(config, eval_every=min(config.eval_every, math.ceil(train_data.batches_per_epoch)))
     if config.dtype == "auto" and processes.device.type == "cpu" and not sharding:
         config = with_cpu_precision(config, model, processes, resumed)
     metadata = {**metadata, "data": [train_data.fingerprint(), val_data.fingerprint()], "order": ORDER}
-    metadata["prompts"] = example_prompts(train_data, val_data, from_spec(metadata["tokenizer"]))
+    metadata["prompts"] = example_prompts(val_data, from_spec(metadata["tokenizer"]))
     if resumed:
         changes = changed_options(config, resumed, metadata["data"])
         if isinstance(train_data, Windows) and resumed.get("order") != ORDER:
@@ -67,14 +65,7 @@ def train(
     if processes.rank > 0:
         return trainer.run([Checkpointer(metadata)] if sharding else [])
     log = Log()
-    first_loss = math.log(model.config.vocab_size) if has_random_weights else None
-    callbacks: list[Callback] = [
-        Console(log, train_data, metadata, first_loss),
-        log,
-        Checkpointer(metadata),
-        Report(log, metadata),
-    ]
-    return trainer.run(callbacks)
+    return trainer.run([Console(log, train_data, metadata), log, Checkpointer(metadata), Report(log, metadata)])
 
 
 def with_cpu_precision(

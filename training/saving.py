@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +19,7 @@ from system.errors import UserError
 from system.files import locked
 from training.config import TrainerConfig
 from training.parallel import Processes
-from training.state import Callback, Entry, StepRecord, StopReason, TrainingState
+from training.state import Callback, Entry, StopReason, TrainingState
 from weights import checkpoint
 from weights.loading import load_checkpoint
 
@@ -45,7 +44,7 @@ def claim_output(
 
     def claim() -> None:
         for path in inputs:
-            if any(os.path.realpath(path) == os.path.realpath(output) for output in outputs):
+            if path.resolve() in [output.resolve() for output in outputs]:
                 raise UserError(f"the run would write to {path}, which it reads: choose another --out")
         stack.enter_context(locked(config.out))
         existing = [path for path in outputs if path.exists()]
@@ -63,8 +62,8 @@ class Checkpointer(Callback):
     """Writes a run's weights to `--out`, its resume file and its snapshots. With `--fsdp` needed on every rank.
 
     Training waits only while tensors are copied. A thread writes the files, in the order of the calls: before the
-    resume file of a step, `--out` is complete. A file that cannot be written raises UserError at the next step, or at
-    the end; then no later file is written.
+    resume file of a step, `--out` is complete. After a file that cannot be written no other is, and the next step, or
+    the end, raises OSError.
     """
 
     def __init__(self, metadata: dict[str, Any]):
@@ -72,14 +71,13 @@ class Checkpointer(Callback):
         self.metadata = metadata
         self.writer = ThreadPoolExecutor(1)
         self.jobs: list[Future[None]] = []
-        self.last_step = -1
-        """the step of the files that were written last"""
+        self.last_step = -1  # of the files that were written last
 
     def on_start(self, state: TrainingState) -> None:
         if state.step == 0 and state.processes.rank == 0:
             state.config.last_path.unlink(missing_ok=True)  # of an older run that nobody should resume by mistake
 
-    def on_step(self, state: TrainingState, record: StepRecord) -> None:
+    def on_step(self, state: TrainingState, entry: Entry) -> None:
         for job in self.jobs:
             if job.done():
                 job.result()
@@ -89,17 +87,12 @@ class Checkpointer(Callback):
             self.write(state, state.config.out)
 
     def on_save(self, state: TrainingState) -> None:
-        config = state.config
-        if state.is_due(config.snapshot_every):
-            self.write(state, config.out.parent / "snapshots" / f"{config.out.stem}_step_{state.step}.pt")
-        self.write(
-            state,
-            config.last_path,
-            optimizer=[optimizer.state_dict() for optimizer in state.optimizers],
-            scaler=state.scaler.state_dict(),
-            bad_evaluations=state.evaluations_since_best,
-            recent_losses=state.recent_losses,
-        )
+        out = state.config.out
+        if state.is_due(state.config.snapshot_every):
+            self.write(state, out.parent / "snapshots" / f"{out.stem}_step_{state.step}.pt")
+        optimizers, scaler = [optimizer.state_dict() for optimizer in state.optimizers], state.scaler.state_dict()
+        progress = {"bad_evaluations": state.evaluations_since_best, "recent_losses": state.recent_losses}
+        self.write(state, state.config.last_path, optimizer=optimizers, scaler=scaler, **progress)
 
     def close(self) -> None:  # comes before `on_end`, which says where the files are
         self.writer.shutdown()
@@ -110,7 +103,7 @@ class Checkpointer(Callback):
             print(f"continue with:\n  {command_line('--resume', drop=('--overwrite',))}")
 
     def wait(self) -> None:
-        """Waits until all files are written. Raises UserError if one was not."""
+        """Waits until all files are written. Raises OSError if one was not."""
         for job in self.jobs:
             job.result()
         self.jobs.clear()
@@ -120,16 +113,10 @@ class Checkpointer(Callback):
         if self.last_step != state.step:  # memory holds the copies of one step only
             self.wait()
             self.last_step = state.step
-        packed = checkpoint.pack(
-            state.model,
-            **self.metadata,
-            step=state.step,
-            tokens=state.tokens,
-            best_val_loss=state.best_val_loss,
-            train_config=plain(state.config),
-            history=list(state.history),
-            **more,
-        )
+        progress = {name: getattr(state, name) for name in ("step", "tokens", "best_val_loss")}
+        history, options = list(state.history), plain(state.config)
+        metadata = {**self.metadata, **progress, "train_config": options, "history": history}
+        packed = checkpoint.pack(state.model, **metadata, **more)
         if state.sharding:
             copied = state.sharding.gathered(packed)  # all ranks take part
         else:
@@ -138,8 +125,9 @@ class Checkpointer(Callback):
 
         def write_file() -> None:
             wait_for_copies()
-            if not any(job.exception() for job in earlier):
-                checkpoint.save(path, copied)
+            for job in earlier:
+                job.result()  # no file is written after one that failed
+            checkpoint.save(path, copied)
 
         if state.processes.rank == 0:
             self.jobs.append(self.writer.submit(write_file))
@@ -163,19 +151,13 @@ def changed_options(config: TrainerConfig, resumed: dict[str, Any], data: list[s
         raise UserError(f"a resumed run cannot change {', '.join(fixed)}: resume with the flags of that run")
     if resumed.get("data", data) != data:
         because = f" (changed: {', '.join(changes.values())})" if changes else ""
-        raise UserError(
-            f"the data is not what {config.last_path} was trained on{because}: resume with the data and the flags of "
-            "that run, or start a new run"
-        )
+        raise UserError(f"the data is not what {config.last_path} was trained on{because}: resume with that data")
     return list(changes.values())
 
 
 def restore(state: TrainingState, resumed: dict[str, Any]) -> None:
-    """Continues from a loaded resume file, whose weights the model already has.
-
-    Options such as `--weight-decay` stay those of this run. Raises UserError if the file belongs to a run with another
-    optimizer, or is damaged.
-    """
+    """Continues from a loaded resume file, whose weights the model already has. Options such as `--weight-decay` stay
+    those of this run. Raises UserError if the file belongs to a run with another optimizer, or is damaged."""
     try:
         for optimizer, saved in zip(state.optimizers, resumed["optimizer"], strict=True):
             own = optimizer.state_dict()["param_groups"]
@@ -189,6 +171,5 @@ def restore(state: TrainingState, resumed: dict[str, Any]) -> None:
         state.best_val_loss, state.evaluations_since_best = resumed["best_val_loss"], resumed["bad_evaluations"]
         state.recent_losses = resumed["recent_losses"]
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError):
-        raise UserError(
-            f"{state.config.last_path} does not fit this run, or is damaged: resume with the --optimizer of that run"
-        ) from None
+        problem = f"{state.config.last_path} does not fit this run, or is damaged"
+        raise UserError(f"{problem}: resume with the --optimizer of that run") from None

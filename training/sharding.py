@@ -1,18 +1,8 @@
 """A model sharded over processes (ZeRO, Rajbhandari et al. 2019), by PyTorch's `fully_shard`.
 
-What one step exchanges, for N parameters in b bytes each (2 in bfloat16) and L layers:
-
-- all-gathers of the parameters, in b bytes: of each layer before its forward pass and again before its backward pass,
-  of embeddings, head and last LayerNorm once. Every micro-batch needs them: 2 L + 1 collectives, up to 2 b N bytes.
-- reduce-scatters of the gradients in float32, with the last micro-batch only: L + 1 collectives, 4 N bytes.
-- one all-reduce of the norms of the gradients, 4 bytes for each tensor, and one of the loss, 4 bytes.
-- with Muon two all-to-alls for each shape of matrices in the layers, 4 shapes in all: their gradients to the processes
-  that orthogonalize them and the updates back, each process its shards, in the precision of the orthogonalization.
-
-Until the last micro-batch, each process adds up gradients of the whole model in float32, so several micro-batches take
-4 N bytes of memory more than one, and save 4 N bytes of exchange each.
-
-Imported only for `--fsdp`, since its imports take half a second.
+Every micro-batch gathers each layer before its forward and its backward pass. The last one scatters the sums of the
+gradients in float32; until then each process adds up gradients of the whole model. Muon needs two all-to-alls for each
+shape of matrices. Imported only for `--fsdp`, since its imports take half a second.
 """
 
 from __future__ import annotations
@@ -40,24 +30,16 @@ from weights import checkpoint
 class Sharding:
     """Shards a model in place; gathers what is saved, and cuts what is loaded.
 
-    Checkpoints hold whole tensors, and optimizer state by the parameter's number, as without sharding. That is why
-    `full_tensor` and `distribute_tensor` are used here and not `torch.distributed.checkpoint.state_dict`, which keys
-    the optimizer state by name: files would have a second format.
+    Checkpoints hold whole tensors, and optimizer state by the parameter's number, as without sharding. That is why this
+    class does not use `torch.distributed.checkpoint.state_dict`, which keys the optimizer state by name.
     """
 
     def __init__(self, model: GPT, config: TrainerConfig, processes: Processes):
         """Leaves every process a shard of each parameter. A layer is whole only while it computes, then in the dtype of
-        the forward pass; gradients are added over processes in float32.
-
-        Raises UserError for a run that cannot be sharded.
-        """
+        the forward pass. Raises UserError for a run that cannot be sharded."""
         self.dtype = choose_dtype(config.dtype, processes.device)
         require(processes.world_size > 1, "--fsdp shards over several processes: start the run with torchrun")
-        require(
-            self.dtype != torch.float16,
-            "--fsdp does not train in float16, whose gradient scaler would have to skip a step on all processes at "
-            "once: use --dtype bfloat16 or float32, or leave --fsdp away",
-        )
+        require(self.dtype != torch.float16, "--fsdp does not train in float16: use --dtype bfloat16 or float32")
         self.mesh = init_device_mesh(processes.device.type, (processes.world_size,))
         # Inputs are not cast: hidden states are in `dtype` already, and rotary angles must stay in float32.
         precision = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -69,25 +51,22 @@ class Sharding:
         if compiled:
             model.compiled = model.hidden, torch.compile(chunk_loss)
 
-    def gathered(self, state: Any) -> Any:
-        """Returns a copy of nested dicts and lists with whole tensors, on the host of rank 0; see `copy_to_host`.
+    def gathered(self, state: Any, copy: Callable[[Tensor], Tensor] = copy_to_host) -> Any:
+        """Returns nested dicts and lists with whole tensors on rank 0, each copied by `copy`, and None on other ranks.
 
-        Other ranks get None for each tensor. All ranks take part.
+        One tensor is whole at a time. All ranks take part.
         """
 
         def gather(tensor: Tensor) -> Tensor | None:
-            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            return copy_to_host(full) if dist.get_rank() == 0 else None
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            return copy(whole) if dist.get_rank() == 0 else None
 
         return tree_map_only(Tensor, gather, state)
 
     def gathered_model(self, model: GPT) -> GPT | None:
         """Returns a whole copy of the model on the device of rank 0, in evaluation mode and the dtype of the forward
         pass; on other ranks None. All ranks take part."""
-        packed = checkpoint.pack(model, kind="base")
-        for name, tensor in packed["model"].items():
-            full = tensor.full_tensor()  # one at a time, so that other ranks need little memory
-            packed["model"][name] = full.to(self.dtype) if dist.get_rank() == 0 else None
+        packed = self.gathered(checkpoint.pack(model, kind="base"), lambda tensor: tensor.to(self.dtype))
         return checkpoint.build(packed, self.mesh.device_type) if dist.get_rank() == 0 else None
 
     def local(self, tensor: Tensor) -> Tensor:
@@ -120,11 +99,8 @@ class Sharding:
         """Returns a whole optimizer state, cut into shards like the optimizer's parameters."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-        def shard_like(value: Tensor, parameter: DTensor) -> Tensor:
-            if value.shape != parameter.shape:  # a step counter
-                return value
-            return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        def shard(value: Tensor, p: DTensor) -> Tensor:
+            is_counter = value.shape != p.shape  # of steps
+            return value if is_counter else distribute_tensor(value, p.device_mesh, p.placements)
 
-        return {
-            i: {name: shard_like(value, parameters[i]) for name, value in values.items()} for i, values in state.items()
-        }
+        return {i: {name: shard(x, parameters[i]) for name, x in values.items()} for i, values in state.items()}

@@ -12,6 +12,7 @@ import torch
 
 from model import GPT
 from system.device import choose_dtype, keep_memory, uses_compile
+from system.errors import UserError
 from training.config import TrainerConfig
 from training.optim import build_optimizers
 from training.parallel import Processes
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     from training.sharding import Sharding
 
 Entry = dict[str, Any]
-"""A line of the log: `step` and numbers. That of an evaluation has `val_loss`, and perhaps `examples`: what the model
-makes of the same few inputs each time, as dicts of `input`, `expected` and `output`."""
+"""A line of the log. A step has `step` and `tokens` (both with this one), `learning_rate`, `loss` in nats per token and
+`grad_norm` before clipping. An evaluation has `step`, `val_loss` and perhaps `bits_per_byte` and `examples`: what the
+model makes of the same few inputs each time, as dicts of `input`, `expected` and `output`."""
 Examine = Callable[["TrainingState"], list[dict[str, str]]]
 """Returns the examples of an evaluation. All ranks call it; only rank 0 needs a result."""
 
@@ -67,27 +69,20 @@ class TrainingState:
     def create(
         cls, model: GPT, config: TrainerConfig, processes: Processes, sharding: Sharding | None = None
     ) -> TrainingState:
-        """Puts the model on its device, in training mode, and builds its optimizers.
-
-        Raises UserError for a batch that does not divide among the processes.
-        """
-        processes.require_divisible(config.batch_size)
+        """Puts the model on its device, in training mode, and builds its optimizers. Raises UserError for a batch that
+        does not divide among the processes."""
+        if config.batch_size % processes.world_size:
+            raise UserError(f"--batch-size {config.batch_size} does not divide among {processes.world_size} processes")
         device, dtype = processes.device, choose_dtype(config.dtype, processes.device)
         if device.type == "cpu":
             keep_memory()
         model = model.train().to(device)
         model.gradient_checkpointing = config.grad_checkpointing
         muon_dtype = torch.bfloat16 if device.type == "cuda" else dtype
-        return cls(
-            config,
-            processes,
-            dtype,
-            model,
-            build_optimizers(model, config, muon_dtype, uses_compile(config.compile, device), sharding),
-            torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-            sharding,
-            n_micro_batches=1 if config.grad_accum_steps == "auto" else config.grad_accum_steps,
-        )
+        optimizers = build_optimizers(model, config, muon_dtype, uses_compile(config.compile, device), sharding)
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        n = 1 if config.grad_accum_steps == "auto" else config.grad_accum_steps
+        return cls(config, processes, dtype, model, optimizers, scaler, sharding, n_micro_batches=n)
 
     @property
     def is_compiled(self) -> bool:
@@ -99,24 +94,14 @@ class TrainingState:
         """The parameters that require a gradient."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
+    def clear_gradients(self) -> None:
+        """Drops the gradients of all parameters."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
     def is_due(self, every: int) -> bool:
         """Whether something that happens `every` so many steps happens now; 0 means never."""
         return every > 0 and self.step % every == 0
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What an optimizer step measured."""
-
-    step: int
-    """steps taken, this one included"""
-    tokens: int
-    """tokens seen, this step included"""
-    learning_rate: float
-    loss: float
-    """nats per token"""
-    grad_norm: float
-    """before clipping"""
 
 
 class Callback:
@@ -128,11 +113,11 @@ class Callback:
     def on_start(self, state: TrainingState) -> None:
         """Before the first step of this process."""
 
-    def on_step(self, state: TrainingState, record: StepRecord) -> None:
+    def on_step(self, state: TrainingState, entry: Entry) -> None:
         """After the loss of a step is known. `state` may be one step ahead."""
 
     def on_log(self, state: TrainingState, entry: Entry) -> None:
-        """After every `--log-every` steps."""
+        """After every `--log-every` steps, with the mean of their losses."""
 
     def on_evaluation(self, state: TrainingState, entry: Entry, is_best: bool) -> None:
         """After an evaluation."""

@@ -24,7 +24,7 @@ from training.loader import Batch, Sequences, StepBatch, Windows, micro_batches,
 from training.memory import fewest_micro_batches
 from training.optim import learning_rate_at, set_learning_rate
 from training.parallel import local_gradients, replicate
-from training.state import Callback, Entry, Examine, StepRecord, StopReason, TrainingState
+from training.state import Callback, Entry, Examine, StopReason, TrainingState
 
 MAX_LOSS = 1_000.0
 """Nats per token. Random weights have a loss of about 11."""
@@ -169,8 +169,7 @@ class Trainer:
         for optimizer in state.optimizers:
             state.scaler.step(optimizer)
         state.scaler.update()
-        for optimizer in state.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        state.clear_gradients()
         return norm
 
     def record(self, unread: tuple[int, int, float, Callable[[], list[float]]] | None) -> StopReason | None:
@@ -188,16 +187,15 @@ class Trainer:
                 f"the loss is not finite at step {step} (loss {loss}, gradient norm {grad_norm}); the last save, if "
                 f"any, is in {config.last_path}: try a lower --learning-rate, or --dtype float32"
             )
-        record = StepRecord(step, tokens, learning_rate, loss, grad_norm)
+        entry = {"step": step, "tokens": tokens, "learning_rate": learning_rate, "loss": loss, "grad_norm": grad_norm}
         state.recent_losses.append(loss)
         for callback in self.callbacks:
-            callback.on_step(state, record)
+            callback.on_step(state, entry)
         if step % config.log_every:
             return None
         mean, state.recent_losses = sum(state.recent_losses) / len(state.recent_losses), []
-        entry = {**vars(record), "loss": mean}
         for callback in self.callbacks:
-            callback.on_log(state, entry)
+            callback.on_log(state, {**entry, "loss": mean})
         return StopReason.TARGET_LOSS if config.target_loss is not None and mean <= config.target_loss else None
 
     def evaluate(self) -> StopReason | None:

@@ -3,10 +3,9 @@
 Files are read with `weights_only=True`, so nothing in them is executed.
 """
 
-import contextlib
 import dataclasses
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,21 +35,15 @@ like its training data), and in a `.last.pt` file the state of the optimizer."""
 
 
 def save(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Writes a checkpoint atomically, and adds `format_version` and `created` (UTC, ISO 8601).
-
-    Raises UserError if the disk is full or the folder is not writable; an older file at `path` then stays unchanged.
-    """
+    """Writes a checkpoint atomically, and adds `format_version` and `created` (UTC, ISO 8601). Raises OSError."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
     config = dataclasses.asdict(checkpoint["config"])
     stored = {**checkpoint, "format_version": FORMAT_VERSION, "created": created, "config": config}
-    try:
-        with atomic_write(path) as file:
+    with atomic_write(path) as file:
+        try:
             torch.save(stored, file)
-    except (OSError, RuntimeError) as error:
-        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides the OSError
-        if not isinstance(cause, OSError):
-            raise
-        raise UserError(f"cannot write {path}: {cause.strerror}; the old file, if any, is unchanged") from None
+        except RuntimeError as error:  # hides the OSError of a full disk
+            raise error.__context__ or error from None
 
 
 def read_contents(path: str | Path, verify: bool = False) -> dict[str, Any]:
@@ -59,22 +52,15 @@ def read_contents(path: str | Path, verify: bool = False) -> dict[str, Any]:
     `verify` compares the checksums first. Raises UserError if the file is damaged or holds anything but a dict.
     """
     try:
-        if verify:
-            with zipfile.ZipFile(path) as archive:
-                if entry := archive.testzip():
-                    raise UserError(f"{path} is damaged (checksum of {entry}): restore the file from a copy")
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if not isinstance(contents, dict):
-            raise TypeError
-        return contents
-    except UserError:
-        raise
+        damaged = zipfile.ZipFile(path).testzip() if verify else None
     except Exception as error:  # damaged and foreign files make torch and zipfile raise many types
         if is_out_of_memory(error):
             raise
-        if isinstance(error, OSError) and error.filename:  # it cannot be opened
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
         raise _not_a_checkpoint(path, type(error).__name__) from None  # torch's text advises to execute the file
+    if damaged or not isinstance(contents, dict):
+        raise _not_a_checkpoint(path, f"checksum of {damaged}" if damaged else f"a {type(contents).__name__}")
+    return contents
 
 
 def from_contents(contents: dict[str, Any], path: str | Path) -> Checkpoint:
@@ -85,10 +71,7 @@ def from_contents(contents: dict[str, Any], path: str | Path) -> Checkpoint:
     try:
         config = dict(contents["config"])
         if config.pop("value_embeddings", False):
-            raise UserError(
-                f"{path} has value embeddings, which version 0.2 was the last to read: "
-                "use that version, or train the model again"
-            )
+            raise UserError(f"{path} has value embeddings, which version 0.2 was the last to read: use that version")
         unknown = sorted(map(str, config.keys() - {field.name for field in dataclasses.fields(GPTConfig)}))
         if unknown or contents.get("format_version", 0) > FORMAT_VERSION:
             because = f" (its config has the unknown field {unknown[0]!r})" if unknown else ""
@@ -126,16 +109,13 @@ def checked(checkpoint: Checkpoint, path: str | Path) -> Checkpoint:
     if not least <= config.n_tokens <= tokenizer.n_tokens:
         raise ValueError(f"its n_tokens is {config.n_tokens:,}, its tokenizer has {tokenizer.n_tokens:,} tokens")
     if kind != "lora":  # whoever merges an adapter checks its tensors
-        with meta_device():
-            expected = pack(GPT(config), kind=kind)["model"]
-        require_fit(weights, expected, path)
+        require_fit(weights, pack(empty_model(config), kind=kind)["model"], path)
     weights = {name: tensor.detach().to(torch.float32).contiguous() for name, tensor in weights.items()}
     return {**checkpoint, "model": weights}
 
 
 def require_fit(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str | Path) -> None:
-    """Raises UserError, with the first misfit, unless `weights` are tensors of floats that have the names and shapes of
-    `expected`."""
+    """Raises UserError unless `weights` are tensors of floats that have the names and shapes of `expected`."""
     problems = [f"it has no tensor {name}" for name in weights if name not in expected]
     for name, tensor in expected.items():
         found = weights.get(name)
@@ -162,14 +142,12 @@ def pack(model: GPT, *, kind: str, **metadata: object) -> Checkpoint:
 
 
 def build(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> GPT:
-    """Builds the model of a loaded checkpoint, in evaluation mode. Loading has checked that the weights fit the config.
+    """Builds the model of a loaded checkpoint, in evaluation mode.
 
-    On the CPU, the weights of a checkpoint from a file are pages of that file: they are read at their first use, and
-    copied when they are written to.
+    On the CPU, its weights are pages of the file: they are read at their first use, and copied when written to.
     """
     config, weights = checkpoint["config"], checkpoint["model"]
-    with meta_device():
-        model = GPT(config)
+    model = empty_model(config)
     if config.tie_weights:
         weights = {**weights, "lm_head.weight": weights["wte.weight"]}
     model.load_state_dict(weights, assign=True)
@@ -178,21 +156,18 @@ def build(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> GPT:
     return model.eval().to(device)
 
 
-@contextlib.contextmanager
-def meta_device() -> Iterator[None]:
-    """Models that are built inside have names and shapes, but no memory and no values."""
+def empty_model(config: GPTConfig) -> GPT:
+    """Returns a model whose parameters have names and shapes, but no memory and no values."""
     with torch.device("meta"), _SkipInitialization():
-        yield
+        return GPT(config)
 
 
 class _SkipInitialization(TorchFunctionMode):
-    """Leaves out `torch.nn.init`: on the device "meta", random numbers import `torch._dynamo`, which takes a second."""
+    """Leaves out `torch.nn.init`: on the device "meta", random numbers import `torch._dynamo`, which takes seconds."""
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", None) == torch.nn.init.__name__:
-            return args[0] if args else (kwargs or {})["tensor"]
+            return None  # nothing reads the result: the functions of `init` change their tensor in place
         return func(*args, **(kwargs or {}))
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from system.cli import printable
+from system.cli import printable, shorten
 from system.errors import UserError
 from weights.checkpoint import Checkpoint
 from weights.files import FOLDER, CheckpointFile, checkpoint_files
@@ -62,6 +61,7 @@ def facts(checkpoint: Checkpoint) -> dict[str, str]:
     """Returns the metadata of a checkpoint as text to show, name by name; missing metadata is left out."""
     config, options = checkpoint["config"], checkpoint.get("train_config") or {}
     vocabulary = "GPT-2's" if checkpoint["tokenizer"] == "gpt2" else "its own"
+    parent = options.get("model") or options.get("init_from")
     metadata = {
         "kind": _TASKS[checkpoint["kind"]],
         "labels": ", ".join(checkpoint.get("labels", [])),
@@ -69,8 +69,8 @@ def facts(checkpoint: Checkpoint) -> dict[str, str]:
         "shape": f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide",
         "context": f"{config.block_size:,} tokens",
         "vocabulary": f"{config.n_tokens:,} tokens, {vocabulary}",
-        "data": data_of(options),
-        "made from": parent_of(options),
+        "data": next((str(options[name]) for name in ("data", "input", "dataset") if options.get(name)), ""),
+        "made from": "" if parent in (None, "scratch") else str(parent),
         "training steps": f"{checkpoint['step']:,}" if checkpoint.get("step") else "",
         "training tokens": f"{checkpoint['tokens']:,}" if checkpoint.get("tokens") else "",
         **evaluation(checkpoint, (checkpoint.get("history") or [{}])[-1]),
@@ -82,9 +82,7 @@ def facts(checkpoint: Checkpoint) -> dict[str, str]:
 
 def evaluation(metadata: Mapping[str, Any], entry: Mapping[str, float]) -> dict[str, str]:
     """Returns an entry of the history as text to show, name by name: loss in nats per token, perplexity, bits per byte.
-
-    `metadata` is a checkpoint, or what it will store beside its weights.
-    """
+    `metadata` is a checkpoint, or what it will store beside its weights."""
     loss, bits_per_byte = entry.get("val_loss"), entry.get("bits_per_byte")
     if loss is None:
         return {}
@@ -97,17 +95,6 @@ def evaluation(metadata: Mapping[str, Any], entry: Mapping[str, float]) -> dict[
 def loss_name(metadata: Mapping[str, Any]) -> str:
     """Returns the name of a checkpoint's validation loss: with few conversations, none are held out."""
     return "validation loss" if metadata.get("is_held_out", True) else "loss on its training conversations"
-
-
-def data_of(train_config: Mapping[str, Any]) -> str:
-    """Returns the data that a run with these options reads: a folder, a file, the name of a data set, or ""."""
-    return next((str(train_config[name]) for name in ("data", "input", "dataset") if train_config.get(name)), "")
-
-
-def parent_of(train_config: Mapping[str, Any]) -> str:
-    """Returns the model that a run with these options starts from, or "" for random weights."""
-    parent = train_config.get("model") or train_config.get("init_from") or "scratch"
-    return "" if parent == "scratch" else str(parent)
 
 
 def n_parameters(checkpoint: Checkpoint) -> int:
@@ -131,13 +118,22 @@ def model_card(checkpoint: Checkpoint, name: str) -> str:
     """Returns the model card, in Markdown, of a checkpoint (base, sft or classifier) that is exported under a name."""
     kind, options = checkpoint["kind"], checkpoint.get("train_config") or {}
     rows = {**facts(checkpoint), **{key.replace("_", " "): options[key] for key in _CARD_OPTIONS if key in options}}
-    table = "\n".join(f"| {key} | {str(value).replace('|', '&#124;')} |" for key, value in rows.items())
     task = "text-classification" if kind == "classifier" else "text-generation"
     use = "```python\nfrom transformers import pipeline\n" + _USE[kind].format(name=name)
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags: [gpt2]\n---\n\n"
-        f"# {name}\n\n{introduction(checkpoint)}\n\n| | |\n| --- | --- |\n{table}\n\n## Use\n\n{use}"
+        f"# {name}\n\n{introduction(checkpoint)}\n\n{markdown_table(['', ''], rows.items())}\n\n## Use\n\n{use}"
     )
+
+
+def markdown_table(heading: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Returns a table in Markdown; each cell is cut to 300 characters."""
+
+    def line(cells: Sequence[object]) -> str:
+        texts = [shorten(printable(str(cell)), 300).replace("\\", "\\\\").replace("|", "\\|") for cell in cells]
+        return f"| {' | '.join(texts).replace('<', '&lt;')} |"
+
+    return "\n".join([line(heading), line(["---"] * len(heading)), *map(line, rows)])
 
 
 def fine_tuning_command(name: object, n: int) -> str:
@@ -152,55 +148,43 @@ def newest(wanted: Wanted) -> str:
 
     Snapshots and damaged files do not count. Raises UserError, which says what there is instead, and how to get one.
     """
-    others = []
+    others, command = [], {"classifier": "python train_classifier.py", "chat model": "make demo"}.get(wanted, _MAKE_ONE)
     for file, checkpoint, _ in _checkpoints():
+        kind = checkpoint["kind"] if checkpoint else "damaged"
         if file.path.parent.name == "snapshots":
             continue
-        if checkpoint and checkpoint["kind"] in _FITTING[wanted]:
+        if kind in _FITTING[wanted]:
             print(printable(f"model: {file.path}, the newest {wanted} in {FOLDER}/"), file=sys.stderr)
             return str(file.path)
-        others.append((file.path, checkpoint))
-    base = next(((path, state) for path, state in others if state and state["kind"] == "base"), None)
-    command = "python train_classifier.py" if wanted == "classifier" else _MAKE_ONE
-    if wanted == "classifier" and base:
-        command += f" --model {base[0]}"
-    elif wanted == "chat model":
-        command = fine_tuning_command(base[0], n_parameters(base[1])) if base else "make demo"
-    named = [f"{path} ({_KINDS[state['kind']] if state else 'damaged'})" for path, state in others]
-    there_is = f", only {', '.join(named[:5])}" if named else ""
+        if checkpoint and kind == "base" and command == "make demo":
+            command = fine_tuning_command(file.path, n_parameters(checkpoint))
+        others.append(f"{file.path} ({_KINDS.get(kind, kind)})")
+    there_is = f", only {', '.join(others[:5])}" if others else ""
     raise UserError(f"no {wanted} in {FOLDER}/{there_is}: make one with {command}, or name one with --model")
 
 
 def table() -> str:
     """Returns a line for each checkpoint under `checkpoints/`, the newest first: name, kind, parameters, the validation
-    loss of its weights, data, time, and the model that it was fine-tuned from. A damaged file has a line that says so.
+    loss of its weights, data, time, and the model that it was fine-tuned from. A damaged file has a line that says why.
     """
-    rows, problems = [("name", "kind", "parameters", "loss", "data", "written", "made from")], dict[int, str]()
+    rows = [("name", "kind", "parameters", "loss", "data", "written", "made from")]
     for file, checkpoint, problem in _checkpoints():
+        written = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.modified))
         if checkpoint is None:
-            problems[len(rows)] = problem.removeprefix(str(file.path)).lstrip(": ")
-            rows.append((str(file.path), "", "", "", "", "", ""))
+            rows.append((str(file.path), "damaged", "", "", "", written, problem))
             continue
         known = facts(checkpoint)
         loss = known.get(loss_name(checkpoint), "-") + ("" if checkpoint.get("is_held_out", True) else " (training)")
-        written = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.modified))
         origin = known.get("data", "-"), written, known.get("made from", "-")
         rows.append((str(file.path), _KINDS[checkpoint["kind"]], known["parameters"], loss, *origin))
     if len(rows) == 1:
         return f"no model in {FOLDER}/: make one with {_MAKE_ONE}"
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    layout = "{:{}}  {:{}}  {:>{}}  {:>{}}  {:{}}  {:{}}  {:{}}"  # a cell and its width, seven times
-    lines = [layout.format(*itertools.chain(*zip(row, widths, strict=True))) for row in rows]
-    for i, problem in problems.items():
-        lines[i] = f"{rows[i][0]:{widths[0]}}  {problem}"
-    return "\n".join(printable(line).rstrip() for line in lines)
+    columns = [[f"{cell:<{max(map(len, column))}}" for cell in column] for column in zip(*rows, strict=True)]
+    return "\n".join(printable("  ".join(cells)).rstrip() for cells in zip(*columns, strict=True))
 
 
 def _checkpoints() -> Iterator[tuple[CheckpointFile, Checkpoint | None, str]]:
-    """Yields each checkpoint file, the newest first, with its content, or with None and what is wrong with it.
-
-    The weights stay on the disk: they are mapped, and nothing reads them.
-    """
+    """Yields each checkpoint file, the newest first, with its content, or with None and what is wrong with it."""
     for file in checkpoint_files():
         try:
             yield file, load_file(file.path), ""

@@ -1,7 +1,5 @@
 """Models in the format of Hugging Face's `transformers`: reads a folder or a model of the Hub, and writes a folder."""
 
-import contextlib
-import dataclasses
 import functools
 import json
 import re
@@ -35,14 +33,8 @@ FILES_WRITTEN = {
     *("README.md", "config.json", "generation_config.json"),
     *("model.safetensors", "tokenizer.json", "tokenizer_config.json"),
 }
-EXPORTED_FIELDS = {
-    *("block_size", "vocab_size", "n_tokens", "n_layer", "n_head", "n_embd"),
-    *("dropout", "bias", "tie_weights", "n_classes"),
-}
-"""Fields of GPTConfig that the GPT-2 of `transformers` can express with any value."""
-
-
-# ---- reading
+MODERN_FIELDS = ("rotary", "qk_norm", "squared_relu")
+"""Fields of GPTConfig that the GPT-2 of `transformers` does not have."""
 
 
 def find_folder(name: str | Path) -> Path | None:
@@ -66,10 +58,8 @@ def _snapshot(name: str) -> Path:
     try:
         return Path(snapshot_download(HUB_NAMES.get(name, name), allow_patterns=FILES_READ))
     except Exception as error:  # the client of the Hub raises many types
-        raise UserError(
-            f"cannot get {name} from the Hugging Face Hub, nor is it in the cache ({type(error).__name__}: "
-            f"{shorten(str(error), 200)}); without a network, name a local folder or checkpoint"
-        ) from None
+        problem = f"cannot get {name} from the Hugging Face Hub, nor is it in the cache ({type(error).__name__})"
+        raise UserError(f"{problem}: check the name and the network, or name a local folder or checkpoint") from None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -97,15 +87,12 @@ def read_folder(folder: Path) -> Checkpoint:
         if "score.weight" in weights:
             raise UserError(f"{folder} holds a classifier: only language models are read from such a folder")
         weights = {name: tensor.mT if name.endswith(CONV1D) else tensor for name, tensor in weights.items()}
-        vocab_size, n_embd = weights["wte.weight"].shape
-        tokenizer, template = _read_tokenizer(folder, vocab_size), _read_template(folder)
+        vocab_size, tokenizer, template = len(weights["wte.weight"]), _read_tokenizer(folder), _read_template(folder)
         config = GPTConfig(
             block_size=len(weights["wpe.weight"]),
             vocab_size=vocab_size,
             n_tokens=min(vocab_size, tokenizer.n_tokens),
-            n_layer=hf_config["n_layer"],
-            n_head=hf_config["n_head"],
-            n_embd=n_embd,
+            **{name: hf_config[name] for name in ("n_layer", "n_head", "n_embd")},
             tie_weights=hf_config.get("tie_word_embeddings", True),
         )
         metadata = {"kind": "sft" if template else "base", "tokenizer": tokenizer.spec, "template": template}
@@ -113,10 +100,8 @@ def read_folder(folder: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
-        raise UserError(
-            f"cannot read a GPT-2 from {folder} ({type(error).__name__}: {shorten(str(error), 200)}): "
-            "download or export the model again"
-        ) from None
+        problem = f"{type(error).__name__}: {shorten(str(error), 200)}"
+        raise UserError(f"cannot read a GPT-2 from {folder} ({problem}): download or export the model again") from None
 
 
 def _require_gpt2(hf_config: dict[str, Any], folder: Path) -> None:
@@ -135,17 +120,10 @@ def _require_gpt2(hf_config: dict[str, Any], folder: Path) -> None:
             raise UserError(f"{folder} is not a GPT-2 like OpenAI's: its {name} is {found}; choose another model")
 
 
-def _read_tokenizer(folder: Path, vocab_size: int) -> tokenizers.Tokenizer:
-    tokenizer = gpt2 = tokenizers.gpt2()
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = tokenizers.load_tokenizer(folder / "tokenizer.json")
-        if tokenizer.mergeable_ranks == gpt2.mergeable_ranks:
-            tokenizer = gpt2
-    if vocab_size <= tokenizer.end_of_text:
-        raise UserError(
-            f"{folder} has {vocab_size:,} embeddings, fewer than its tokenizer has tokens: use its own tokenizer"
-        )
-    return tokenizer
+def _read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
+    gpt2, path = tokenizers.gpt2(), folder / "tokenizer.json"
+    own = tokenizers.load_tokenizer(path) if path.is_file() else gpt2
+    return gpt2 if own.mergeable_ranks == gpt2.mergeable_ranks else own
 
 
 def _read_template(folder: Path) -> str | None:
@@ -153,24 +131,16 @@ def _read_template(folder: Path) -> str | None:
 
     `transformers` saves the template to a file of its own; our export writes it into tokenizer_config.json.
     """
-    chat_template = None
-    with contextlib.suppress(FileNotFoundError):
-        chat_template = read_json(folder / "tokenizer_config.json").get("chat_template")
-    with contextlib.suppress(FileNotFoundError):
-        chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    return next((name for name in ("chat", "alpaca") if chat_template == jinja_template(name)), None)
-
-
-# ---- writing
+    settings, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    found = read_json(settings).get("chat_template") if settings.is_file() else None
+    if template.is_file():
+        found = template.read_text(encoding="utf-8")
+    return next((name for name in ("chat", "alpaca") if found == jinja_template(name)), None)
 
 
 def check_export_folder(folder: Path, overwrite: bool) -> None:
     """Raises UserError unless `folder` is missing or empty, or `overwrite` is given and it holds only an export."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise UserError(f"--out {folder} is a file: name a folder")
-    names = {path.name for path in folder.iterdir() if not path.name.startswith(".config.json.")}  # of a killed export
+    names = {path.name for path in folder.glob("*") if not path.name.startswith(".config.json.")}  # of a killed export
     if names and not overwrite:
         raise UserError(f"{folder} is not empty: choose another --out, or add --overwrite to replace an earlier export")
     if names and not {"README.md", "model.safetensors"} <= names <= FILES_WRITTEN:
@@ -182,31 +152,25 @@ def write_folder(
 ) -> None:
     """Writes a checkpoint (base, sft or classifier) as a folder that `transformers` loads, whole or not at all.
 
-    `card` is the text of README.md. `generation` holds further settings for generation_config.json. Files of an earlier
-    export that the new one does not have are removed. Raises UserError if `transformers` cannot express the model, or
-    the disk is full.
+    `card` is the text of README.md. `generation` holds further settings for generation_config.json. Raises UserError if
+    `transformers` cannot express the model, or the disk is full.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    for name, value in inexpressible_fields(checkpoint["config"]).items():
-        raise UserError(
-            f"cannot export the model: the GPT-2 of transformers has no setting for {name}={value!r}; "
-            "use the checkpoint with this project's own scripts, or train one with --no-rotary --no-qk-norm "
-            "--no-squared-relu"
-        )
-    if checkpoint["kind"] == "classifier":
+    if modern := [name for name in MODERN_FIELDS if getattr(checkpoint["config"], name)]:
+        flags = " ".join(f"--no-{name.replace('_', '-')}" for name in modern)
+        raise UserError(f"the GPT-2 of transformers has no setting for {', '.join(modern)}: train a model with {flags}")
+    is_classifier = checkpoint["kind"] == "classifier"
+    if is_classifier:
         checkpoint = grow_vocabulary(checkpoint)  # <|user|> becomes its padding token
-    tokenizer, is_classifier = tokenizer_of(checkpoint), checkpoint["kind"] == "classifier"
+    tokenizer, n_tokens = tokenizer_of(checkpoint), checkpoint["config"].n_tokens
     settings = {"config.json": _model_config(checkpoint, tokenizer, dtype)}
     settings["tokenizer_config.json"] = _tokenizer_config(checkpoint, tokenizer)
     if not is_classifier:
-        settings["generation_config.json"] = {
-            **_generation_config(checkpoint["config"], tokenizer),
-            **(generation or {}),
-        }
+        settings["generation_config.json"] = {**_generation_config(checkpoint["config"], tokenizer), **generation}
     texts = {file: json.dumps(values, indent=2) + "\n" for file, values in settings.items()}
-    texts["tokenizer.json"] = tokenizers.to_json(tokenizer, checkpoint["config"].n_tokens, ends_texts=is_classifier)
+    texts["tokenizer.json"] = tokenizers.to_json(tokenizer, n_tokens, ends_texts=is_classifier)
     texts["README.md"] = card
     try:
         with atomic_folder(folder, "config.json") as temporary:
@@ -219,12 +183,6 @@ def write_folder(
         raise UserError(f"cannot write to {folder}: {error}; the old files, if any, are unchanged") from None
     for name in FILES_WRITTEN - texts.keys() - {"model.safetensors"}:
         (folder / name).unlink(missing_ok=True)
-
-
-def inexpressible_fields(config: GPTConfig) -> dict[str, object]:
-    """Returns the fields, with their values, that make a model one that `transformers` has no architecture for."""
-    defaults = {field.name: field.default for field in dataclasses.fields(config) if field.name not in EXPORTED_FIELDS}
-    return {name: getattr(config, name) for name, default in defaults.items() if getattr(config, name) != default}
 
 
 def _with_hf_names(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -245,25 +203,18 @@ def _model_config(checkpoint: Checkpoint, tokenizer: tokenizers.Tokenizer, dtype
     hf_config = {
         "architectures": ["GPT2ForSequenceClassification" if labels else "GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.block_size,
-        "n_ctx": config.block_size,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
+        **{name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")},
+        **dict.fromkeys(("n_positions", "n_ctx"), config.block_size),
         "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,
         **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
         "tie_word_embeddings": bool(labels) or config.tie_weights,
-        "bos_token_id": tokenizer.end_of_text,
-        "eos_token_id": tokenizer.end_of_text,
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text),
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     if labels:
-        hf_config["pad_token_id"] = tokenizer.user
-        hf_config["problem_type"] = "single_label_classification"
-        hf_config["id2label"] = dict(enumerate(labels))
-        hf_config["label2id"] = {label: i for i, label in enumerate(labels)}
+        hf_config |= {"pad_token_id": tokenizer.user, "problem_type": "single_label_classification"}
+        hf_config |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     return hf_config
 
 
@@ -271,9 +222,8 @@ def _generation_config(config: GPTConfig, tokenizer: tokenizers.Tokenizer) -> di
     """Returns settings for sampling: each control token ends a text, and padding ids are never sampled."""
     padding = list(range(config.n_tokens, config.vocab_size))
     return {
-        "bos_token_id": tokenizer.end_of_text,
+        **dict.fromkeys(("bos_token_id", "pad_token_id"), tokenizer.end_of_text),
         "eos_token_id": list(range(tokenizer.end_of_text, config.n_tokens)),
-        "pad_token_id": tokenizer.end_of_text,
         "do_sample": True,
         **({"suppress_tokens": padding} if padding else {}),
     }

@@ -31,10 +31,7 @@ def load_checkpoint(name: str | Path, verify: bool = False, kinds: tuple[str, ..
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
-    """Loads the tokenizer that the user names: a `tokenizer.json`, "gpt2", or any model that `load_checkpoint` knows.
-
-    Raises UserError as that function does, or if the file is no tokenizer.
-    """
+    """Loads a tokenizer by name: a `tokenizer.json`, "gpt2", or any model that `load_checkpoint` knows."""
     if Path(name).suffix == ".json":
         return tokenizers.load_tokenizer(name)
     if str(name) == "gpt2":
@@ -43,17 +40,14 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
 
 
 def load_base(adapter: Checkpoint, path: str | Path) -> Checkpoint:
-    """Returns the base model of the adapter in the file `path`, with the vocabulary grown as for training it.
-
-    Raises UserError if the base model is missing or has changed since.
-    """
+    """Returns the base model of the adapter in the file `path`, with the vocabulary grown as for training it."""
     return grow_vocabulary(load_checkpoint(lora.find_base(adapter, path)))
 
 
 def load_file(path: Path, verify: bool = False) -> Checkpoint:
     """Loads a `.pt` file, ours or nanoGPT's, of any kind; an adapter stays apart from its base model."""
     contents = read_contents(path, verify)
-    return nanogpt.from_nanogpt(contents, path) if nanogpt.is_nanogpt(contents) else from_contents(contents, path)
+    return nanogpt.from_nanogpt(contents, path) if "model_args" in contents else from_contents(contents, path)
 
 
 def _load_folder(path: Path) -> Checkpoint:

@@ -68,27 +68,20 @@ def add_adapter(model: GPT, rank: int, alpha: float, dropout: float, first_role:
 
 
 def restore_adapter(model: GPT, adapter: Checkpoint, path: str | Path) -> None:
-    """Puts the tensors of the adapter in the file `path` into a model that `add_adapter` prepared.
-
-    Raises UserError if they do not fit.
-    """
+    """Puts an adapter from the file `path` into a model that `add_adapter` prepared; UserError if it does not fit."""
     require_fit(adapter["model"], pack(model, kind="lora")["model"], path)
     model.load_state_dict(adapter["model"], strict=False)
 
 
 def merge_into_base(adapter: Checkpoint, base: Checkpoint, path: str | Path) -> Checkpoint:
     """Returns the whole model, of the kind "sft", that the adapter in the file `path` makes of its base model.
-
-    Raises UserError if the two do not fit.
-    """
+    Raises UserError if the two do not fit."""
     rank, first_role, weights = adapter["lora"]["rank"], tokenizer_of(adapter).user, {**base["model"]}
     layers = {name.removesuffix("weight"): W for name, W in weights.items() if name.startswith("h.") and W.dim() == 2}
     expected = {"role_rows": weights["wte.weight"][:2]}
     for name, W in layers.items():
-        expected[name + "lora_A"], expected[name + "lora_B"] = (
-            torch.empty(rank, W.size(1)),
-            torch.empty(W.size(0), rank),
-        )
+        expected[name + "lora_A"] = torch.empty(rank, W.size(1))
+        expected[name + "lora_B"] = torch.empty(W.size(0), rank)
     require_fit(adapter["model"], expected, path)
     weights["wte.weight"] = weights["wte.weight"].clone()
     weights["wte.weight"][first_role : first_role + 2] = adapter["model"]["role_rows"]
@@ -105,24 +98,20 @@ def find_base(adapter: Checkpoint, path: str | Path) -> Path:
     Raises UserError if the base model is missing, or if its SHA-256 sum is not that in the adapter.
     """
     base, sha256 = Path(adapter["lora"]["base"]), adapter["lora"]["base_sha256"]
-    candidates = [file for file in (base, Path(path).parent / base.name) if file.is_file()]
-    if not candidates and huggingface.find_folder(base):
-        candidates = [base]
-    for candidate in candidates:
+    files = [file for file in (base, Path(path).parent / base.name) if file.is_file()]
+    found = [base] if huggingface.find_folder(base) else files
+    for candidate in found:
         if sha256_of(candidate) == sha256:
             return candidate
-    problem = f"{candidates[0]} has changed since" if candidates else "it is missing"
+    problem = f"{found[0]} has changed since" if found else "it is missing"
     raise UserError(f"{path} adapts the model {base} (SHA-256 {sha256[:12]}…), but {problem}: put that file back")
 
 
 def sha256_of(model: str | Path) -> str:
-    """Returns the SHA-256 sum, in hexadecimal, of a checkpoint's file or of the weights of a Hugging Face model.
-
-    For weights in several files, the SHA-256 sum of their concatenated sums is returned.
-    """
-    path = Path(model)
-    folder = None if path.is_file() else huggingface.find_folder(path)
-    files = huggingface.weight_files(folder) if folder else [path]
+    """Returns the SHA-256 sum of a checkpoint's file, or of the weights of a Hugging Face model; for several files, the
+    sum of their concatenated sums."""
+    folder = huggingface.find_folder(model)
+    files = huggingface.weight_files(folder) if folder else [Path(model)]
     sums = []
     for file in files:
         with open(file, "rb") as opened:

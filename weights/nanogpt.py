@@ -9,11 +9,6 @@ from text import tokenizer as tokenizers
 from weights.checkpoint import Checkpoint, checked
 
 
-def is_nanogpt(contents: dict[str, Any]) -> bool:
-    """Whether nanoGPT wrote the file that has these contents."""
-    return "model_args" in contents
-
-
 def from_nanogpt(contents: dict[str, Any], path: str | Path) -> Checkpoint:
     """Returns the checkpoint in the contents of nanoGPT's file `path`.
 
@@ -25,15 +20,12 @@ def from_nanogpt(contents: dict[str, Any], path: str | Path) -> Checkpoint:
         args, n_tokens = contents["model_args"], tokenizer.end_of_text + 1
         if args["vocab_size"] < n_tokens:
             raise UserError(
-                f"{path} has a vocabulary of {args['vocab_size']:,} tokens, but the file holds no tokenizer: "
-                "only models with GPT-2's 50,257 tokens can be read"
+                f"{path} has a vocabulary of {args['vocab_size']:,} tokens: only GPT-2's 50,257 can be read"
             )
         names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
         config = GPTConfig(**{name: args[name] for name in names}, n_tokens=n_tokens)
-        weights = {
-            name.removeprefix("_orig_mod.").removeprefix("transformer."): tensor
-            for name, tensor in contents["model"].items()
-        }
+        found = contents["model"].items()
+        weights = {name.removeprefix("_orig_mod.").removeprefix("transformer."): tensor for name, tensor in found}
         metadata = {"kind": "base", "tokenizer": tokenizer.spec, "template": None, "step": contents.get("iter_num", 0)}
         return checked({**metadata, "model": weights, "config": config}, path)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
