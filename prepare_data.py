@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
-from system.cli import run, without_secrets
+from system.cli import run
 from system.errors import require, require_at_least
 from text.sources import TEXTS
 
@@ -76,11 +76,11 @@ def main(config: Config) -> None:
     """Prepares one corpus, and prints what its token files hold."""
     from text.corpus import open_corpus
     from text.prepare import prepare
-    from text.token_files import count_tokens, report
+    from text.token_files import inspect
     from text.tokenizer import gpt2
 
     if config.inspect:
-        print(report(*count_tokens(config.inspect), config.inspect))
+        print(*inspect(config.inspect), sep="\n")
         return
     tokenizer = config.vocab_size or gpt2()
     if config.tokenizer:
@@ -88,11 +88,10 @@ def main(config: Config) -> None:
 
         tokenizer = load_tokenizer(config.tokenizer)
     corpus = open_corpus(config.dataset, config.input, config.text_column, config.config, config.split, config.revision)
-    counts, tokenizer = prepare(
+    lines = prepare(
         corpus,
         tokenizer,
         config.out,
-        source=[without_secrets(name) for name in config.input] or config.dataset,
         val_fraction=config.val_fraction,
         seed=config.seed,
         workers=config.workers,
@@ -100,8 +99,7 @@ def main(config: Config) -> None:
         max_tokens=config.max_tokens,
         overwrite=config.overwrite,
     )
-    print(report(counts, tokenizer, config.out))
-    print(*corpus.notes.lines(), f"wrote {config.out}, tokenizer {tokenizer.name}", sep="\n")
+    print(*lines, sep="\n")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,10 @@ from text.corpus import open_corpus
 from text.sources import find_files
 from text.token_files import read_tokens
 from text.tokenizer import gpt2
+from training.parallel import Processes
 from training.prepared import prepared_text
 
+ONE, TWO = Processes(), Processes(world_size=2)
 TEXTS = [f"Document {i}: naïve 日本 🙂 " + "word " * (i % 40) for i in range(60)]
 NAMES = ["a.txt", "b.txt.gz", "c.jsonl", "d.jsonl.zst", "e.parquet", "f.json", "g.csv"]
 
@@ -153,7 +155,7 @@ def test_a_script_data_set_is_read_from_the_hubs_parquet_files(serve, tmp_path):
         path = root / f"refs/convert/parquet/plain_text/train/000{k}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"text": TEXTS[k::2]}), path)
-    run_on_hub(serve, tmp_path, "--dataset", "org/name")
+    run_on_hub(serve, tmp_path, "--dataset", "org/name", "--revision", "refs/convert/parquet")
     text = "".join(gpt2().decode(read_tokens(tmp_path / f"data/{split}.bin").tolist()) for split in ("train", "val"))
     assert sorted(text.split("<|endoftext|>")[:-1]) == sorted(TEXTS)
 
@@ -185,7 +187,7 @@ def test_no_secret_of_a_url_is_printed_or_written(folder, address, tmp_path, mon
         assert not any(secret in said.stdout + said.stderr for said in (result, refused))
         assert len(files) >= 3 and not any(secret.encode() in content for content in files)
     monkeypatch.chdir(tmp_path)  # a resumed run needs neither the text nor the secrets
-    assert prepared_text(shown, train.Config(resume=True), gpt2(), 1) == Path("data/b.txt")
+    assert prepared_text(shown, train.Config(resume=True), gpt2(), ONE) == Path("data/b.txt")
 
 
 @pytest.mark.parametrize(
@@ -208,24 +210,24 @@ def test_secrets_are_cut_out_of_any_text(text, expected):
 @pytest.mark.parametrize("url", ["https://host/texts/", "s3://bucket/*.txt", "https://host"])
 def test_a_training_script_takes_the_url_of_one_file(url):
     with pytest.raises(UserError, match=r"takes the URL of one file, not .*prepare_data\.py"):
-        prepared_text(url, train.Config(), gpt2(), 1)
+        prepared_text(url, train.Config(), gpt2(), ONE)
 
 
 def test_a_training_script_prepares_a_file_once_and_never_over_other_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("book.txt", "book.md"):
         Path(name).write_text("Some text. " * 100)
-    folder = prepared_text("./book.txt", train.Config(), 280, 1)
-    assert folder == Path("data/book") and "to train on" in capsys.readouterr().out
+    folder = prepared_text("./book.txt", train.Config(), 280, ONE)
+    assert folder == Path("data/book") and "bytes per token" in capsys.readouterr().out
     assert (
-        prepared_text("book.txt", train.Config(), 280, 1)
+        prepared_text("book.txt", train.Config(), 280, ONE)
         == folder
-        == prepared_text(str(folder), train.Config(), 280, 2)
+        == prepared_text(str(folder), train.Config(), 280, TWO)
     )
     with pytest.raises(UserError, match="which holds other data: rename book.md"):
-        prepared_text("book.md", train.Config(overwrite=True), 280, 1)
+        prepared_text("book.md", train.Config(overwrite=True), 280, ONE)
     with pytest.raises(UserError, match="several processes cannot prepare book.txt"):
-        prepared_text("book.txt", train.Config(), 280, 2)
+        prepared_text("book.txt", train.Config(), 280, TWO)
     capsys.readouterr()
-    plan = prepared_text("book.md", train.Config(plan=True), 280, 1)
+    plan = prepared_text("book.md", train.Config(plan=True), 280, ONE)
     assert (plan / "train.bin").exists() and tmp_path not in plan.parents and not capsys.readouterr().out

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from system.errors import UserError
 from text.sources import LABELLED, Notes, Row, hub_rows, load_hub, read_rows, text_of
 
 SPLITS = ("train", "val", "test")
-_CONTRADICTS = "rows whose text has another label elsewhere were dropped"
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,8 @@ def _examples(rows: Iterable[Row], text_column: str, label_column: str, notes: N
         elif labels[text] == label:
             notes.add("rows that repeat another one were dropped, or training and test would share them", where)
         else:
-            notes.add(_CONTRADICTS, where, 1 if labels[text] is None else 2)
+            n = 1 if labels[text] is None else 2
+            notes.add("rows whose text has another label elsewhere were dropped", where, n)
             labels[text] = None
     return [Example(text, label) for text, label in labels.items() if label is not None]
 
@@ -103,11 +102,12 @@ def split(examples: list[Example], val_fraction: float, test_fraction: float, se
 
 def one_of_each(examples: list[Example], n: int) -> list[Example]:
     """Returns at most `n` examples: one of each label, then another one of each, and so on."""
-    by_label: dict[str, list[Example]] = defaultdict(list)
+    seen: Counter[str] = Counter()
+    rounds = []
     for example in examples:
-        by_label[example.label].append(example)
-    rounds = zip_longest(*by_label.values())
-    return [example for example in chain.from_iterable(rounds) if example][:n]
+        rounds.append((seen[example.label], example))
+        seen[example.label] += 1
+    return [example for _, example in sorted(rounds, key=lambda pair: pair[0])][:n]
 
 
 def counts(examples: list[Example]) -> str:

@@ -13,11 +13,9 @@ import json
 import os
 import random
 import re
-import urllib.request
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from types import UnionType
 from typing import Any, Literal, TypeVar
@@ -284,12 +282,7 @@ def load_hub(
     try:
         if not Path(name).is_dir():  # fails at once, while `load_dataset` would try again and again
             HfApi().dataset_info(name, revision=revision, timeout=20)
-        try:
-            return datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
-        except RuntimeError as error:
-            if revision or "scripts are no longer supported" not in str(error):
-                raise  # otherwise the Hub's own conversion takes the script's place
-            return datasets.load_dataset(name, config, split=split, revision="refs/convert/parquet", streaming=True)
+        return datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
     except Exception as error:  # whatever the Hub's client raises
         raise _hub_error(name, instead, error) from None
 
@@ -311,22 +304,20 @@ def _hub_error(name: str, instead: str, error: Exception) -> UserError:
     return UserError(f"cannot load {name} from the Hugging Face Hub ({reason}); without a network, {instead}")
 
 
-def download(dataset: Dataset, instead: str, folder: Path = Path("data/raw")) -> Path:
+def download(dataset: Dataset, folder: Path = Path("data/raw")) -> Path:
     """Returns the path of a text with a URL, fetched once. Raises UserError if it cannot be had unchanged."""
-    name, url = dataset.name, dataset.url
-    path = folder / f"{name}.txt"
-    is_new = not path.exists()
+    path = folder / f"{dataset.name}.txt"
+    source = str(path) if path.exists() else dataset.url
     try:
-        content = urllib.request.urlopen(url, timeout=30).read() if is_new else path.read_bytes()
-    except (OSError, HTTPException) as error:
+        with opened(source) as file:
+            content = file.read()
+    except UserError as error:
         raise UserError(
-            f"cannot fetch {name} from {url} ({getattr(error, 'reason', error)}); "
-            f"put it at {path} by hand; without a network, {instead}"
+            f"cannot fetch {dataset.name}: {error}; put it at {path} by hand; without a network, {INSTEAD}"
         ) from None
     if hashlib.sha256(content).hexdigest() != dataset.sha256:
-        remedy = instead if is_new else "remove it to fetch it again"
-        raise UserError(f"{url if is_new else path} is not the published {name} (another SHA-256): {remedy}")
-    if is_new:
+        raise UserError(f"{source} is not the published {dataset.name} (another SHA-256): remove it, or {INSTEAD}")
+    if source == dataset.url:
         with atomic_write(path) as file:
             file.write(content)
     return path
