@@ -64,10 +64,6 @@ class Config:
             "--config, --split and --revision belong to data sets of the Hub, named org/name",
         )
         require(1e-6 <= self.val_fraction <= 0.5, "--val-fraction must be at least 0.000001 and at most 0.5")
-        require(
-            self.vocab_size is None or 256 < self.vocab_size <= 65_000,
-            "--vocab-size must be between 257 (256 bytes and one merge) and 65000 (token files have 16 bits)",
-        )
         require(not (self.vocab_size and self.tokenizer), "--vocab-size and --tokenizer exclude each other")
         require_at_least(1, self, "max_tokens", "shard_tokens", "workers")
 

@@ -93,9 +93,14 @@ def test_alpaca_gpt4_gives_instructions_with_inputs(hub, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "columns", [("question", "answer"), ("prompt", "response"), ("prompt", "completion"), ("instruction", "output")]
+    ("name", "columns"),
+    [
+        ("a.csv", ("question", "answer")),
+        ("a.tsv", ("prompt", "response")),
+        ("a.jsonl.gz", ("prompt", "completion")),
+        ("a.parquet", ("instruction", "output")),
+    ],
 )
-@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl.gz", "a.parquet"])
 def test_a_table_of_questions_and_answers_becomes_conversations(tmp_path, columns, name):
     rows = [dict(zip(("id", *columns), (str(i), f"What is {i},\u2028 really?", f'"{i}"'), strict=True)) for i in (1, 2)]
     if name == "a.parquet":
@@ -178,7 +183,7 @@ def test_unusable_conversations_are_dropped_and_counted_by_reason():
     assert [[message["content"] for message in messages] for messages in kept] == [["Say hello.", "Hello."]]
     found = {reason: next(count for what, count in notes.items() if reason in what) for reason in bad}
     assert list(found.values()) == [(3, "row 0"), (3, "row 5"), (1, "row 8"), (3, "row 3")]
-    with pytest.raises(UserError, match=r"row 1: expected an object or a row with `messages`, .* not colour"):
+    with pytest.raises(UserError, match=r"row 1: expected `messages`, .* not colour"):
         list(usable([("row 1", {"colour": "blue"})], notes))
 
 

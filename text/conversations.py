@@ -16,7 +16,7 @@ from system.errors import UserError
 from system.files import atomic_folder, atomic_write, require_no_files, write_json
 from text import lessons
 from text.chat import Message, encode_conversation
-from text.sources import CONVERSATIONS, Notes, Row, draw_held_out, hub_rows, load_hub, read_rows
+from text.sources import CONVERSATIONS, Notes, Row, draw_held_out, hub_rows, read_rows
 from text.token_files import SPLITS
 from text.tokenizer import Tokenizer
 
@@ -28,7 +28,6 @@ QUESTIONS, ANSWERS = ("instruction", "prompt", "question"), ("output", "response
 """Columns of a table in which each row is one question and its answer."""
 COLUMNS = ["messages", *QUESTIONS, "input", *ANSWERS]
 VAL_FRACTION, FEW = 0.05, 100  # of fewer than FEW conversations none is held out: the user wants each to be learnt
-_INSTEAD = "--dataset pydocs-qa and --input FILE work"
 
 
 def prepare_conversations(
@@ -121,8 +120,8 @@ def open_conversations(
 ) -> tuple[Pairs, bool]:
     """Returns the conversations of a file, or without it those of a data set, and whether some are held out.
 
-    With a `val_fraction` of 0, and without one if there are fewer than FEW, all are in both splits. If they are few and
-    `joins` is set, those with one exchange are also `joined` for training. Raises UserError if only one is usable.
+    Otherwise all are in both splits: with a `val_fraction` of 0, and without one if they are fewer than FEW. If `joins`
+    is set, few conversations of one exchange are also `joined` for training. Raises UserError if only one is usable.
     """
     named = CONVERSATIONS.get(dataset)
     if not file and dataset == "oasst1":
@@ -130,11 +129,7 @@ def open_conversations(
     if not file and named and not named.hub:
         found_lessons = lessons.lessons(builtins_only=dataset == "builtins-qa")
         return lessons.conversations(list(islice(found_lessons, max_conversations)), seed), True
-    if file:
-        rows = read_rows(file, COLUMNS)
-    else:
-        name = named.hub if named else dataset
-        rows = hub_rows(name, load_hub(name, _INSTEAD, split="train"))
+    rows = read_rows(file, COLUMNS) if file else hub_rows(named.hub if named else dataset)
     conversations = list(islice(usable(rows, notes), max_conversations))
     if len(conversations) < 2:
         raise UserError(f"{file or dataset} holds fewer than two usable conversations: add more{notes.in_brackets()}")
@@ -187,10 +182,9 @@ def _messages_of(row: object, where: str) -> object:
     if questions and answers:
         turn = {"role": "user", "content": columns[questions[0]], "input": columns.get("input") or ""}
         return [turn, {"role": "assistant", "content": columns[answers[0]]}]
-    raise UserError(
-        f"{where}: expected an object or a row with `messages`, or with a question (column {', '.join(QUESTIONS)}) and "
-        f"its answer ({', '.join(ANSWERS)}), not {shorten(', '.join(map(str, columns)), 100) or type(row).__name__}"
-    )
+    found = shorten(", ".join(map(str, columns)), 100) or type(row).__name__
+    expected = f"`messages`, or a question ({', '.join(QUESTIONS)}) and its answer ({', '.join(ANSWERS)})"
+    raise UserError(f"{where}: expected {expected}, not {found}")
 
 
 def _is_new(conversation: Conversation, seen: set[str]) -> bool:
@@ -206,10 +200,9 @@ def load_oasst1(max_conversations: int | None, notes: Notes) -> Pairs:
     if max_conversations:
         n_val = max(1, round(max_conversations * VAL_FRACTION))
         n_train = max_conversations - n_val
-    rows = load_hub(name, _INSTEAD)
     seen: set[str] = set()
-    for split, rows_of_split, n in (("train", rows["train"], n_train), ("val", rows["validation"], n_val)):
-        conversations = oasst1_conversations(hub_rows(name, rows_of_split), notes)
+    for split, split_of_hub, n in (("train", "train", n_train), ("val", "validation", n_val)):
+        conversations = oasst1_conversations(hub_rows(name, split=split_of_hub), notes)
         new = (conversation for conversation in conversations if _is_new(conversation, seen))
         yield from ((split, conversation) for conversation in islice(new, n))
 

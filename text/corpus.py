@@ -12,7 +12,7 @@ import numpy as np
 
 from system.cli import without_secrets
 from text import pydocs, sources
-from text.sources import INSTEAD, TABLES, TEXTS, Dataset, Notes, Row, content_suffix, draw_held_out, hub_rows, load_hub
+from text.sources import TABLES, TEXTS, Dataset, Notes, Row, content_suffix, draw_held_out, hub_rows
 
 Document = tuple[str, Iterable[str]]
 """A split ("train" or "val", or "" if it is to be drawn), and the text as an iterable of strings."""
@@ -87,16 +87,14 @@ def open_corpus(
         )
     if not named.hub:
         return Corpus(lambda notes: (("", [text]) for text in pydocs.documents()), dataset)
-    rows = load_hub(named.hub, INSTEAD, named.config, split, revision)
-    validation = load_hub(named.hub, INSTEAD, named.config, "validation") if named.held_out == "own" else None
     is_val: Iterable[bool] = nanogpt_held_out(OPENWEBTEXT_ROWS) if named.held_out == "nanogpt" else []
     has_split = named.held_out != "share"
 
     def read(notes: Notes) -> Iterator[Document]:
-        if validation:
-            yield from _texts(hub_rows(named.hub, validation), named.text_column, notes, repeat("val"))
+        if named.held_out == "own":
+            yield from _texts(hub_rows(named.hub, named.config, "validation"), named.text_column, notes, repeat("val"))
         splits = chain(("val" if held_out else "train" for held_out in is_val), repeat("train" if has_split else ""))
-        yield from _texts(hub_rows(named.hub, rows), named.text_column, notes, splits)
+        yield from _texts(hub_rows(named.hub, named.config, split, revision), named.text_column, notes, splits)
 
     return Corpus(read, dataset, has_split, named.held_out == "first shard")
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from system.errors import UserError
-from text.sources import LABELLED, Notes, Row, hub_rows, load_hub, read_rows, text_of
+from text.sources import LABELLED, Notes, Row, hub_rows, read_rows, text_of
 
 SPLITS = ("train", "val", "test")
 
@@ -36,19 +36,11 @@ def read_examples(
     else:
         if named := LABELLED.get(dataset):
             dataset, text_column = named.hub, named.text_column
-        rows = _rows_of_hub(dataset, label_column)
+        rows = hub_rows(dataset)
     examples = _examples(rows, text_column, label_column, notes)
     if not examples:
         raise UserError(f"{file or dataset} holds no labelled text{notes.in_brackets()}")
     return examples, notes
-
-
-def _rows_of_hub(name: str, label_column: str) -> Iterator[Row]:
-    """Yields the rows of the split "train". Labels that the data set stores as numbers are given their names."""
-    rows = load_hub(name, "--input FILE works", split="train")
-    names = dict(enumerate(getattr((rows.features or {}).get(label_column), "names", [])))  # -1 is no label
-    for where, row in hub_rows(name, rows):
-        yield where, {**row, label_column: names.get(row[label_column])} if names else row
 
 
 def _examples(rows: Iterable[Row], text_column: str, label_column: str, notes: Notes) -> list[Example]:
@@ -82,10 +74,8 @@ def split(examples: list[Example], val_fraction: float, test_fraction: float, se
         raise UserError(f"all rows have the label {next(iter(by_label), '')!r}: add texts with other labels")
     rarest = min(by_label, key=lambda label: len(by_label[label]))
     if len(by_label[rarest]) < 3:
-        raise UserError(
-            f"the label {rarest!r} has fewer than three texts: one each is needed to train, to validate and to test; "
-            "add texts with that label, or remove it"
-        )
+        remedy = "one each is needed to train, to validate and to test; add texts with that label, or remove it"
+        raise UserError(f"the label {rarest!r} has fewer than three texts: {remedy}")
 
     # scikit-learn's `train_test_split(stratify=…)` only rounds shares: it leaves a label of three texts out of a split.
     random = np.random.default_rng(seed)

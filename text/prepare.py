@@ -60,7 +60,13 @@ def prepare(
         _write(groups, tokenizer, folder, state, workers, shard_tokens, max_tokens, corpus.first_shard_val)
         files = files_by_split(path.name for path in folder.iterdir())
         counts = count_tokens(folder, files, tokenizer)
-        _require_text(counts, tokenizer, corpus)
+        for split, purpose, remedy in (
+            ("train", "train on", "a smaller --shard-tokens"),
+            ("val", "validate with", "a larger --val-fraction or --max-tokens"),
+        ):
+            if not counts[split][: tokenizer.end_of_text].any():
+                notes = corpus.notes.in_brackets()
+                raise UserError(f"there is no text to {purpose}: use more text, or {remedy}{notes}")
         names = dict(files)
         if tokenizer.spec != "gpt2":
             names["tokenizer"] = ["tokenizer.json"]
@@ -156,33 +162,22 @@ def train_tokenizer(pieces: Iterable[Piece], vocab_size: int) -> Tokenizer:
     return train_bpe(progress(texts(), desc=f"training a tokenizer of {vocab_size:,} tokens"), vocab_size)
 
 
-def _require_text(counts: dict[str, np.ndarray], tokenizer: Tokenizer, corpus: Corpus) -> None:
-    """Raises UserError if a split has no token of text."""
-    has_text = {split: counts[split][: tokenizer.end_of_text].any() for split in SPLITS}
-    notes = corpus.notes.in_brackets()
-    if not has_text["train"]:
-        remedy = ": try a smaller --shard-tokens, since the first shard is for validation" if has_text["val"] else ""
-        raise UserError(f"there is no text to train on{remedy}{notes}")
-    if not has_text["val"]:
-        remedy = "use more text, a larger --val-fraction or a larger --max-tokens"
-        raise UserError(f"nothing is left to validate with: {remedy}{notes}")
-
-
 def tokenized(groups: Iterable[Group], tokenizer: Tokenizer, workers: int) -> Iterator[tuple[Group, np.ndarray]]:
     """Yields groups in order, each with its ids, uint16 (n,).
 
-    The workers are threads, each with its own tokenizer. tiktoken runs outside Python's global lock, so threads use as
-    many cores as processes would, and neither text nor ids are copied between processes.
+    The workers are threads: tiktoken runs outside Python's global lock. Each has its own tokenizer: threads that share
+    one wait for its compiled pattern.
     """
     pending: deque[Future[tuple[Group, np.ndarray]]] = deque()
     local = threading.local()
 
     def start_thread() -> None:
-        local.tokenizer = tokenizer.copy()
+        local.tokenizer = Tokenizer(tokenizer.mergeable_ranks, tokenizer.spec)
 
     def encode(group: Group) -> tuple[Group, np.ndarray]:
         _, texts, last_goes_on = group
-        return group, local.tokenizer.encode_documents(texts, last_goes_on)
+        ids = local.tokenizer.encode_documents(texts)
+        return group, ids[:-1] if last_goes_on else ids
 
     with ThreadPoolExecutor(workers, initializer=start_thread) as pool:
         try:

@@ -36,7 +36,7 @@ ROWS = 256  # rows of Parquet and of the Hub to read at a time
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 TEXT_FILES = (".txt", ".md", ".py")  # each file is one document
 TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # each row is one document
-INSTEAD = "--dataset pydocs and --input FILE work"
+INSTEAD = "without a network, --input FILE and --hellaswag FILE work, and so do --dataset pydocs and pydocs-qa"
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,8 @@ class Dataset:
     config: str | None = None
     url: str = ""
     sha256: str = ""
-    held_out: Literal["share", "nanogpt", "first shard", "own", "paraphrases"] = "share"
-    """a share of the documents; nanoGPT's rows of OpenWebText; the first shard; the Hub's split "validation"; or
-    paraphrases of the questions"""
+    held_out: Literal["share", "nanogpt", "first shard", "own"] = "share"
+    """of text: a share of the documents; nanoGPT's rows of OpenWebText; the first shard; or the split "validation\""""
     text_column: str = "text"
 
 
@@ -78,10 +77,10 @@ TEXTS = _by_name(
     Dataset("pydocs"),
 )
 CONVERSATIONS = _by_name(
-    Dataset("oasst1", "OpenAssistant/oasst1", held_out="own"),
+    Dataset("oasst1", "OpenAssistant/oasst1"),
     Dataset("alpaca-gpt4", "vicgalle/alpaca-gpt4"),
-    Dataset("builtins-qa", held_out="paraphrases"),
-    Dataset("pydocs-qa", held_out="paraphrases"),
+    Dataset("builtins-qa"),
+    Dataset("pydocs-qa"),
 )
 LABELLED = _by_name(Dataset("sms-spam", "ucirvine/sms_spam", text_column="sms"))
 
@@ -267,41 +266,31 @@ def text_of(row: object, column: str, where: str, flag: str = "--text-column", t
     return "" if value is None else str(value)
 
 
-def load_hub(
-    name: str, instead: str, config: str | None = None, split: str | None = None, revision: str | None = None
-) -> Any:
-    """Returns a data set of the Hub as an IterableDataset, or without `split` a dict of them by split.
+def hub_rows(name: str, config: str | None = None, split: str = "train", revision: str | None = None) -> Iterator[Row]:
+    """Streams the rows of a data set of the Hub with their places. Labels stored as numbers get their names.
 
-    Raises UserError if the data set cannot be had; `instead` says what works without a network.
+    Raises UserError if the data set cannot be had, or if the network fails.
     """
     import datasets
     from huggingface_hub import HfApi
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()
+    number = 0
     try:
         if not Path(name).is_dir():  # fails at once, while `load_dataset` would try again and again
             HfApi().dataset_info(name, revision=revision, timeout=20)
-        return datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
-    except Exception as error:  # whatever the Hub's client raises
-        raise _hub_error(name, instead, error) from None
-
-
-def hub_rows(name: str, rows: Any) -> Iterator[Row]:
-    """Yields the rows of an IterableDataset with their places. Raises UserError if the network fails."""
-    number = 0
-    try:
+        rows = datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
+        labels = {key: f.names for key, f in (rows.features or {}).items() if isinstance(f, datasets.ClassLabel)}
         for batch in rows.iter(ROWS):  # much faster than row by row
+            for column, names in labels.items():  # -1 is no label
+                batch[column] = [None if i is None or i < 0 else names[i] for i in batch[column]]
             for values in zip(*batch.values(), strict=True):
                 number += 1
                 yield f"{name}, row {number}", dict(zip(batch, values, strict=True))
     except Exception as error:  # whatever the Hub's client raises
-        raise _hub_error(name, "local files work", error) from None
-
-
-def _hub_error(name: str, instead: str, error: Exception) -> UserError:
-    reason = f"{type(error).__name__}: {shorten(str(error), 200)}"
-    return UserError(f"cannot load {name} from the Hugging Face Hub ({reason}); without a network, {instead}")
+        reason = f"{type(error).__name__}: {shorten(str(error), 200)}"
+        raise UserError(f"cannot load {name} from the Hugging Face Hub ({reason}); {INSTEAD}") from None
 
 
 def download(dataset: Dataset, folder: Path = Path("data/raw")) -> Path:
@@ -312,11 +301,9 @@ def download(dataset: Dataset, folder: Path = Path("data/raw")) -> Path:
         with opened(source) as file:
             content = file.read()
     except UserError as error:
-        raise UserError(
-            f"cannot fetch {dataset.name}: {error}; put it at {path} by hand; without a network, {INSTEAD}"
-        ) from None
+        raise UserError(f"cannot fetch {dataset.name}: {error}; put it at {path} by hand; {INSTEAD}") from None
     if hashlib.sha256(content).hexdigest() != dataset.sha256:
-        raise UserError(f"{source} is not the published {dataset.name} (another SHA-256): remove it, or {INSTEAD}")
+        raise UserError(f"{source} is not the published {dataset.name} (another SHA-256): replace {path}")
     if source == dataset.url:
         with atomic_write(path) as file:
             file.write(content)

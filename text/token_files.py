@@ -15,7 +15,7 @@ from system.files import read_json
 from text.tokenizer import Tokenizer, load_tokenizer, require_same_tokenizer, tokenizer_of_data
 
 SPLITS = ("train", "val")
-_SHARD_MAGIC, _LLAMA_SHARD_MAGIC, _SHARD_HEADER_BYTES = 20240520, 20240801, 1024  # of llm.c
+_SHARD_MAGIC, _LLAMA_SHARD_MAGIC, _HEADER = 20240520, 20240801, 512  # of llm.c; the header's length in uint16
 # train.bin; train_000001.bin; fineweb_train_000001.bin (llm.c, modded-nanogpt); train_00000_shuffled.ds (datatrove)
 _NAME = re.compile(r"(train|val)\.bin|(?:.+_)?(train|val)_\d+\.bin|(train|val)_\d+_\w*shuffled\.ds")
 
@@ -37,24 +37,18 @@ def read_meta(path: str | Path, command: str) -> dict[str, Any]:
     path = Path(path)
     try:
         meta = read_json(path)
-        if isinstance(meta["tokenizer"], str) and all(counts["tokens"] >= 0 for counts in meta["splits"].values()):
-            return meta
+        if not isinstance(meta["tokenizer"], str) or any(n["tokens"] < 0 for n in meta["splits"].values()):
+            raise ValueError
     except FileNotFoundError:
         raise UserError(f"no prepared data in {path.parent} ({path.name} is missing): run {command} first") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError, AttributeError):
-        pass
-    raise UserError(f"{path} is damaged: run {command} again")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise UserError(f"{path} is damaged: run {command} again") from None
+    return meta
 
 
 def read_sft_meta(folder: Path) -> dict[str, Any]:
-    """Reads the `sft_meta.json` of a folder, which has a `template`. Raises UserError if it is missing or damaged."""
-    path = folder / "sft_meta.json"
-    meta = read_meta(path, "prepare_sft_data.py")
-    if meta.get("template") not in ("chat", "alpaca"):
-        raise UserError(f"{path} is damaged (template): run prepare_sft_data.py again")
-    return meta
+    """Reads the `sft_meta.json` of a folder, which has a `template`. Raises UserError as `read_meta` does."""
+    return read_meta(folder / "sft_meta.json", "prepare_sft_data.py")
 
 
 def read_token_meta(folder: Path) -> dict[str, Any]:
@@ -72,29 +66,24 @@ def read_token_meta(folder: Path) -> dict[str, Any]:
     files: Any = meta.get("files")
     if isinstance(files, list):  # up to version 0.2
         files = files_by_split(map(str, files))
-    try:
-        meta["files"] = {split: [Path(name).name for name in files[split]] for split in SPLITS}
-        if all(meta["files"].values()):
-            return meta
-    except (LookupError, TypeError):
-        pass
-    raise UserError(f"{path} is damaged (files): run prepare_data.py again")
+    if not isinstance(files, dict) or not all(files.get(split) for split in SPLITS):
+        raise UserError(f"{path} is damaged (files): run prepare_data.py again")
+    meta["files"] = {split: [Path(name).name for name in files[split]] for split in SPLITS}
+    return meta
 
 
 def read_prepared_tokens(path: Path, tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     """Returns the ids of one token file (.bin), or of the validation split in a folder, uint16 (n,).
 
-    Raises UserError if the folder was prepared with another tokenizer, or if the file holds ids that a vocabulary
-    lacks.
+    Raises UserError if they were prepared with another tokenizer, or if a vocabulary lacks them.
     """
-    if path.suffix == ".bin":
-        ids = read_tokens(path)
-    else:
+    paths, remedy = [path], "prepare the text with the model's tokenizer"
+    if path.suffix != ".bin":
         meta = read_token_meta(path)
-        found = tokenizer_of_data(path, meta).name
-        require_same_tokenizer(tokenizer.name, found, path, "prepare the text with the model's tokenizer")
-        ids = np.concatenate([read_tokens(path / name) for name in meta["files"]["val"]])
-    require_ids_below(ids, vocab_size, path, "prepare the text with the model's tokenizer")
+        require_same_tokenizer(tokenizer.name, tokenizer_of_data(path, meta).name, path, remedy)
+        paths = [path / name for name in meta["files"]["val"]]
+    ids = np.concatenate([read_tokens(path) for path in paths])
+    require_ids_below(ids, vocab_size, path, remedy)
     return ids
 
 
@@ -104,19 +93,15 @@ def read_tokens(path: Path) -> np.ndarray:
     Raises UserError if it is missing, if its size is wrong, or if its tokens have another width.
     """
     tokens = memory_map(path, np.uint16)
-    header = tokens[: _SHARD_HEADER_BYTES // 2].view("<i4") if len(tokens) >= _SHARD_HEADER_BYTES // 2 else [0]
+    header = tokens[:_HEADER].view("<i4") if len(tokens) >= _HEADER else [0]
     if header[0] not in (_SHARD_MAGIC, _LLAMA_SHARD_MAGIC):
         return tokens
     if header[0] == _LLAMA_SHARD_MAGIC or header[1] != 1:
-        raise UserError(
-            f"{path} holds llm.c's tokens of another kind than GPT-2's (version {header[1]}): prepare the text again"
-        )
-    tokens = tokens[_SHARD_HEADER_BYTES // 2 :]
+        raise UserError(f"{path} has another format of llm.c (version {header[1]}): prepare the text again")
+    tokens = tokens[_HEADER:]
     if len(tokens) != header[2]:
-        raise UserError(
-            f"{path} is damaged: its header announces {header[2]:,} tokens, it holds {len(tokens):,}; "
-            "copy or prepare it again"
-        )
+        announced = f"its header announces {header[2]:,} tokens, it holds {len(tokens):,}"
+        raise UserError(f"{path} is damaged: {announced}; copy or prepare it again")
     return tokens
 
 
@@ -209,14 +194,8 @@ def report(folder: Path, files: dict[str, list[str]], counts: dict[str, np.ndarr
         statistics(count, tokenizer) for count in (counts["train"], counts["val"], counts["train"] + counts["val"])
     ]
     lines = [f"{'':16}{'train':>17}{'val':>17}{'total':>17}"]
-    for name, key in (
-        ("documents", "documents"),
-        ("characters", "characters"),
-        ("bytes", "bytes"),
-        ("tokens", "tokens"),
-        ("unique tokens", "unique"),
-    ):
-        lines.append(f"{name:16}" + "".join(f"{column[key]:>17,}" for column in columns))
+    for name in ("documents", "characters", "bytes", "tokens", "unique"):
+        lines.append(f"{name:16}" + "".join(f"{column[name]:>17,}" for column in columns))
     ratios = (column["bytes"] / max(1, column["tokens"] - column["documents"]) for column in columns)
     lines.append(f"{'bytes per token':16}" + "".join(f"{ratio:>17.3f}" for ratio in ratios))
     text = printable(tokenizer.decode(read_tokens(folder / files["train"][0])[:1500].tolist()))
