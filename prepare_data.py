@@ -32,15 +32,12 @@ class Config:
     revision: str | None = None
     """for a data set org/name: branch, tag or commit"""
     vocab_size: int | None = None
-    """train a byte-level BPE of this many tokens on the first 200 million characters of the training text; by default
-    GPT-2's tokenizer is used"""
+    """train a byte-level BPE of this many tokens on the text, instead of using GPT-2's tokenizer"""
     tokenizer: Path | None = None
-    """use the tokenizer of this checkpoint, for example of a model that you want to train further, or a
-    tokenizer.json"""
+    """use the tokenizer of this checkpoint, or this tokenizer.json"""
     val_fraction: float = 0.1
-    """share of the text to hold out for validation. With 20 documents or more, random documents are held out; with
-    fewer, the end of each document. openwebtext has nanoGPT's split and tinystories its own; fineweb-edu
-    and climbmix hold out their first shard"""
+    """share of the text to hold out for validation: random documents, or the end of each if there are fewer than 20.
+    openwebtext has nanoGPT's split and tinystories its own; fineweb-edu and climbmix hold out their first shard"""
     max_tokens: int | None = None
     """stop after this many tokens, training and validation together"""
     shard_tokens: int | None = None
@@ -59,10 +56,8 @@ class Config:
             on_hub or self.dataset in TEXTS,
             f"no data set {self.dataset!r}: choose {', '.join(TEXTS)}, or name one of the Hub as org/name",
         )
-        require(
-            on_hub or (self.config, self.split, self.revision) == (None, "train", None),
-            "--config, --split and --revision belong to data sets of the Hub, named org/name",
-        )
+        has_hub_flags = (self.config, self.split, self.revision) != (None, "train", None)
+        require(on_hub or not has_hub_flags, "--config, --split and --revision belong to data sets named org/name")
         require(1e-6 <= self.val_fraction <= 0.5, "--val-fraction must be at least 0.000001 and at most 0.5")
         require(not (self.vocab_size and self.tokenizer), "--vocab-size and --tokenizer exclude each other")
         require_at_least(1, self, "max_tokens", "shard_tokens", "workers")
@@ -83,9 +78,8 @@ def main(config: Config) -> None:
         from weights.loading import load_tokenizer  # imports torch: a second
 
         tokenizer = load_tokenizer(config.tokenizer)
-    corpus = open_corpus(config.dataset, config.input, config.text_column, config.config, config.split, config.revision)
     lines = prepare(
-        corpus,
+        open_corpus(config.dataset, config.input, config.text_column, config.config, config.split, config.revision),
         tokenizer,
         config.out,
         val_fraction=config.val_fraction,

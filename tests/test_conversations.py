@@ -196,7 +196,7 @@ def test_repeated_conversations_and_lone_surrogates_are_counted(tmp_path, capsys
     assert counts == {"train": 2, "val": 1}
 
 
-@pytest.mark.parametrize("which", ["no conversation to train on", "no conversation is left to validate with"])
+@pytest.mark.parametrize("which", ["no conversation is left for train", "no conversation is left for val"])
 def test_a_split_without_conversations_is_refused(tmp_path, which):
     rows = [chat("q0", "a0"), chat("q1", "a1")]  # the seed draws which of the two is held out
     rows[0 if "train" in which else 1]["messages"][1]["content"] = "long " * 3000

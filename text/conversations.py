@@ -13,7 +13,7 @@ import numpy as np
 
 from system.cli import command_line, progress, shorten, without_secrets
 from system.errors import UserError
-from system.files import atomic_folder, atomic_write, require_no_files, write_json
+from system.files import atomic_folder, require_no_files, write_json
 from text import lessons
 from text.chat import Message, encode_conversation
 from text.sources import CONVERSATIONS, Notes, Row, draw_held_out, hub_rows, read_rows
@@ -93,18 +93,16 @@ def _write(
                 notes.add(f"conversations longer than {block_size:,} tokens {outcome}", f"conversation {i:,}")
         if ids:
             rows[split].append((np.array(ids, "<u2"), np.array(mask, "u1")))
-    if not rows["train"]:
-        raise UserError(f"there is no conversation to train on{notes.in_brackets()}")
-    if not rows["val"]:
-        remedy = "use more conversations, a larger --val-fraction or a larger --block-size"
-        raise UserError(f"no conversation is left to validate with: {remedy}{notes.in_brackets()}")
     counts = {}
-    for split in SPLITS:
+    for split, remedy in (("train", "a larger --block-size"), ("val", "a larger --val-fraction or --block-size")):
+        if not rows[split]:
+            raise UserError(
+                f"no conversation is left for {split}: use more conversations, or {remedy}{notes.in_brackets()}"
+            )
         tokens, masks = (np.concatenate(arrays) for arrays in zip(*rows[split], strict=True))
         offsets = np.cumsum([0, *(len(ids) for ids, _ in rows[split])], dtype="<u8")
         for kind, content in (("", tokens), ("_mask", masks), ("_index", offsets)):
-            with atomic_write(folder / f"sft_{split}{kind}.bin") as file:
-                file.write(content.tobytes())
+            content.tofile(folder / f"sft_{split}{kind}.bin")
         counts[split] = {"conversations": len(rows[split]), "tokens": len(tokens), "counted": int(masks.sum())}
     return counts
 

@@ -53,11 +53,7 @@ class Dataset:
     text_column: str = "text"
 
 
-def _by_name(*datasets: Dataset) -> dict[str, Dataset]:
-    return {dataset.name: dataset for dataset in datasets}
-
-
-TEXTS = _by_name(
+_TEXTS = (
     Dataset("openwebtext", "Skylion007/openwebtext", held_out="nanogpt"),
     Dataset("fineweb-edu", "HuggingFaceFW/fineweb-edu", "sample-10BT", held_out="first shard"),
     Dataset("climbmix", "karpathy/climbmix-400b-shuffle", held_out="first shard"),
@@ -76,13 +72,14 @@ TEXTS = _by_name(
     ),
     Dataset("pydocs"),
 )
-CONVERSATIONS = _by_name(
+_CONVERSATIONS = (
     Dataset("oasst1", "OpenAssistant/oasst1"),
     Dataset("alpaca-gpt4", "vicgalle/alpaca-gpt4"),
     Dataset("builtins-qa"),
     Dataset("pydocs-qa"),
 )
-LABELLED = _by_name(Dataset("sms-spam", "ucirvine/sms_spam", text_column="sms"))
+LABELLED = {"sms-spam": Dataset("sms-spam", "ucirvine/sms_spam", text_column="sms")}
+TEXTS, CONVERSATIONS = ({dataset.name: dataset for dataset in group} for group in (_TEXTS, _CONVERSATIONS))
 
 
 class Notes(dict[str, tuple[int, str]]):
@@ -180,10 +177,7 @@ def opened(file: str) -> Iterator[io.BufferedReader]:
 
 
 def _options(file: str) -> dict[str, Any]:
-    """Returns what `fsspec` needs to know for a URL on the web.
-
-    By default, a download ends after five minutes, and needs a server that sends parts of a file. Parquet needs one.
-    """
+    """Returns the options of `fsspec` for a URL on the web: no limit of five minutes, and byte ranges only for Parquet."""
     if not file.lower().startswith("http"):
         return {}
     import aiohttp

@@ -78,13 +78,12 @@ def _folder_of(
     if config.plan:
         folder = Path(tempfile.mkdtemp())
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    exists = (folder / meta).exists()
-    is_prepared = exists and read_meta(folder / meta, "the preparation").get("source") in (shown, [shown])
-    if config.resume and is_prepared:
+    source = read_meta(folder / meta, "the preparation").get("source") if (folder / meta).exists() else None
+    if config.resume and source in (shown, [shown]):
         processes.print(f"reading {folder}, which was prepared from {shown}; later changes of {shown} are ignored")
         return data, folder, False
     if processes.world_size > 1:
         raise UserError(f"several processes cannot prepare {shown} together: start with one, or name a prepared folder")
-    if exists and not is_prepared:  # not even with --overwrite, which is for the checkpoint
+    if source not in (None, shown, [shown]):  # not even with --overwrite, which is for the checkpoint
         raise UserError(f"{shown} belongs in {folder}, which holds other data: rename {path.name}, or that folder")
     return data, folder, True
