@@ -97,7 +97,8 @@ def test_a_table_of_questions_and_answers_becomes_conversations(tmp_path, column
     rows = [dict(zip(("id", *columns), (str(i), f"What is {i},\u2028 really?", "yes"), strict=True)) for i in (1, 2)]
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     if name == "a.csv":
-        content = "".join(f'"{'","'.join(row)}"\n' for row in (rows[0], *(row.values() for row in rows))).encode()
+        table = [list(rows[0]), *(row.values() for row in rows)]
+        content = "".join('"' + '","'.join(fields) + '"\n' for fields in table).encode()
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     assert list(read_file(tmp_path / name, Notes())) == [
         [{**turn("user", f"What is {i},\u2028 really?"), "input": ""}, turn("assistant", "yes")] for i in (1, 2)

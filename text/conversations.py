@@ -112,7 +112,7 @@ def open_conversations(
     val_fraction: float | None,
     seed: int,
     notes: Notes,
-    joins: bool = True,
+    joins: bool,
 ) -> tuple[Pairs, bool]:
     """Returns the conversations of a file, or without it those of a data set, and whether some are held out.
 

@@ -47,9 +47,7 @@ def prepare(
     core; it never changes the output. Raises UserError if there are old files and no `overwrite`, or if a split gets no
     text.
     """
-    is_gpt2 = isinstance(tokenizer, Tokenizer) and tokenizer.spec == "gpt2"
-    written = ["train*.bin", "val*.bin", "meta.json"]
-    require_no_files(out, written if is_gpt2 else [*written, "tokenizer.json"], overwrite)
+    require_no_files(out, ["train*.bin", "val*.bin", "meta.json", "tokenizer.json"], overwrite)
     if isinstance(tokenizer, int):
         tokenizer = train_tokenizer(corpus.pieces(val_fraction, seed), tokenizer)
     if corpus.first_shard_val:

@@ -254,9 +254,8 @@ def text_of(row: object, column: str, where: str, flag: str = "--text-column", t
         raise UserError(f"{where}: no column {column!r}, but {content or 'nothing'}: name the right one with {flag}")
     value = row[column]
     if not isinstance(value, types | None):
-        raise UserError(
-            f"{where}: column {column!r} holds a {type(value).__name__}, not text: name another one with {flag}"
-        )
+        kind = type(value).__name__
+        raise UserError(f"{where}: column {column!r} holds a {kind}, not text: name another one with {flag}")
     return "" if value is None else str(value)
 
 
