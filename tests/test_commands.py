@@ -273,7 +273,7 @@ BAD_INPUT = [  # exit status, a part of the message, the command
     (1, "with an empty turn were dropped", "PREPARE_SFT --input bad/empty_turn.jsonl"),
     (1, "a role other than system, user and assistant", "PREPARE_SFT --input bad/role.jsonl"),
     (1, "one exchange alone is too long", "PREPARE_SFT --dataset builtins-qa --max-conversations 9 --block-size 2"),
-    (1, "expected an object", "PREPARE_SFT --input bad/other.json"),
+    (1, "expected `messages`", "PREPARE_SFT --input bad/other.json"),
     (1, "expected messages", "PREPARE_SFT --input bad/number.json"),
     (1, "fewer than two", "PREPARE_SFT --input bad/one.jsonl"),
     (1, "cannot read none.json: No such file", "PREPARE_SFT --dataset pydocs-qa --tokenizer none.json"),

@@ -329,8 +329,8 @@ def test_climbmix_keeps_complete_shards_after_an_interruption(hub, tmp_path, mon
 
 @pytest.mark.parametrize("name", ["tinystories", "stories"])
 def test_a_named_data_set_is_one_entry_and_may_come_with_its_own_split(hub, tmp_path, monkeypatch, name):
-    stories = Dataset("stories", hub="org/stories", held_out="own", text_column="story")
-    monkeypatch.setitem(TEXTS, stories.name, stories)
+    stories = Dataset("org/stories", held_out="own", text_column="story")
+    monkeypatch.setitem(TEXTS, "stories", stories)
     for split in ("train", "validation"):
         rows = [{TEXTS[name].text_column: f"{split} {i}"} for i in range(3)]
         hub(f"{TEXTS[name].hub}/{split}.parquet", rows)
@@ -355,15 +355,15 @@ def test_downloads_are_checked_and_kept(tmp_path):
     source.write_text("First Citizen")
     text = replace(TEXTS["shakespeare"], url=source.as_uri(), sha256="0" * 64)
     with pytest.raises(UserError, match="another SHA-256"):
-        sources.download(text, tmp_path / "raw")
+        sources.download("shakespeare", text, tmp_path / "raw")
     assert not list(tmp_path.glob("raw/*"))
     text = replace(text, sha256=hashlib.sha256(b"First Citizen").hexdigest())
-    path = sources.download(text, tmp_path / "raw")
+    path = sources.download("shakespeare", text, tmp_path / "raw")
     source.unlink()
-    assert sources.download(text, tmp_path / "raw").read_text() == "First Citizen"
+    assert sources.download("shakespeare", text, tmp_path / "raw").read_text() == "First Citizen"
     path.unlink()
     with pytest.raises(UserError, match=r"cannot fetch shakespeare: cannot read .*; put it at .* by hand"):
-        sources.download(text, tmp_path / "raw")
+        sources.download("shakespeare", text, tmp_path / "raw")
 
 
 def test_a_full_disk_prints_one_line_and_keeps_the_old_files(tmp_path):

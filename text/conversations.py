@@ -119,13 +119,13 @@ def open_conversations(
     Otherwise all are in both splits: with a `val_fraction` of 0, and without one if they are fewer than FEW. If `joins`
     is set, few conversations of one exchange are also `joined` for training. Raises UserError if only one is usable.
     """
-    named = CONVERSATIONS.get(dataset)
+    hub_name = CONVERSATIONS.get(dataset, dataset)
     if not file and dataset == "oasst1":
         return load_oasst1(max_conversations, notes), True
-    if not file and named and not named.hub:
+    if not file and not hub_name:
         found_lessons = lessons.lessons(builtins_only=dataset == "builtins-qa")
         return lessons.conversations(list(islice(found_lessons, max_conversations)), seed), True
-    rows = read_rows(file, COLUMNS) if file else hub_rows(named.hub if named else dataset)
+    rows = read_rows(file, COLUMNS) if file else hub_rows(hub_name or dataset)
     conversations = list(islice(usable(rows, notes), max_conversations))
     if len(conversations) < 2:
         raise UserError(f"{file or dataset} holds fewer than two usable conversations: add more{notes.in_brackets()}")
@@ -192,13 +192,13 @@ def _is_new(conversation: Conversation, seen: set[str]) -> bool:
 
 def load_oasst1(max_conversations: int | None, notes: Notes) -> Pairs:
     """Yields OpenAssistant's English conversations (Köpf et al. 2023) with the Hub's own split."""
-    name, n_train, n_val = CONVERSATIONS["oasst1"].hub, None, None
+    n_train, n_val = None, None
     if max_conversations:
         n_val = max(1, round(max_conversations * VAL_FRACTION))
         n_train = max_conversations - n_val
     seen: set[str] = set()
     for split, split_of_hub, n in (("train", "train", n_train), ("val", "validation", n_val)):
-        conversations = oasst1_conversations(hub_rows(name, split=split_of_hub), notes)
+        conversations = oasst1_conversations(hub_rows("OpenAssistant/oasst1", split=split_of_hub), notes)
         new = (conversation for conversation in conversations if _is_new(conversation, seen))
         yield from ((split, conversation) for conversation in islice(new, n))
 

@@ -79,9 +79,9 @@ def open_corpus(
 
     `config`, `split` and `revision` are for a data set org/name. Raises UserError if the corpus cannot be found.
     """
-    named = TEXTS.get(dataset) or Dataset(dataset, dataset, config, text_column=text_column)
+    named = TEXTS.get(dataset) or Dataset(dataset, config, text_column=text_column)
     if inputs or named.url:
-        files = sources.find_files(inputs) if inputs else [str(sources.download(named))]
+        files = sources.find_files(inputs) if inputs else [str(sources.download(dataset, named))]
         return Corpus(
             lambda notes: _documents(files, text_column, notes), [without_secrets(name) for name in inputs] or dataset
         )

@@ -30,8 +30,8 @@ def read_examples(
     Raises UserError if nothing is left, or, naming the place, for a row that lacks one of the columns.
     """
     notes = Notes()
-    if named := LABELLED.get(dataset) if not file else None:
-        dataset, text_column = named.hub, named.text_column
+    if not file:
+        dataset, text_column = LABELLED.get(dataset, (dataset, text_column))
     labels: dict[str, str | None] = {}  # by text; None if labels contradict each other
     for where, row in read_rows(str(file), [text_column, label_column]) if file else hub_rows(dataset):
         text = notes.clean(text_of(row, text_column, where), where).strip()

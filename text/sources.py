@@ -41,45 +41,41 @@ INSTEAD = "without a network, --input FILE and --hellaswag FILE work, and so do 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A named data set: on the Hub (org/name), at a URL, or, without both, made from what this machine has."""
+    """A named text: on the Hub (org/name), at a URL, or, without both, made from what this machine has."""
 
-    name: str
     hub: str = ""
     config: str | None = None
     url: str = ""
     sha256: str = ""
     held_out: Literal["share", "nanogpt", "first shard", "own"] = "share"
-    """of text: a share of the documents; nanoGPT's rows of OpenWebText; the first shard; or the split "validation\""""
+    """a share of the documents; nanoGPT's rows of OpenWebText; the first shard; or the Hub's split "validation\""""
     text_column: str = "text"
 
 
-_TEXTS = (
-    Dataset("openwebtext", "Skylion007/openwebtext", held_out="nanogpt"),
-    Dataset("fineweb-edu", "HuggingFaceFW/fineweb-edu", "sample-10BT", held_out="first shard"),
-    Dataset("climbmix", "karpathy/climbmix-400b-shuffle", held_out="first shard"),
-    Dataset("tinystories", "roneneldan/TinyStories", held_out="own"),
-    Dataset(
-        "shakespeare",
+TEXTS = {
+    "openwebtext": Dataset("Skylion007/openwebtext", held_out="nanogpt"),
+    "fineweb-edu": Dataset("HuggingFaceFW/fineweb-edu", "sample-10BT", held_out="first shard"),
+    "climbmix": Dataset("karpathy/climbmix-400b-shuffle", held_out="first shard"),
+    "tinystories": Dataset("roneneldan/TinyStories", held_out="own"),
+    "shakespeare": Dataset(
         url="https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e"
         "/data/tinyshakespeare/input.txt",
         sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
     ),
-    Dataset(
-        "war-and-peace",
+    "war-and-peace": Dataset(
         url="https://raw.githubusercontent.com/enerrio/jax-transformer/e00617e4555a0dc4d64d819307f917206aeec31c"
         "/war-and-peace.txt",
         sha256="fef5d84055533ae89c5df8f8334f5bcf9110a5d36e0a01f0e587b847c9d5444e",
     ),
-    Dataset("pydocs"),
-)
-_CONVERSATIONS = (
-    Dataset("oasst1", "OpenAssistant/oasst1"),
-    Dataset("alpaca-gpt4", "vicgalle/alpaca-gpt4"),
-    Dataset("builtins-qa"),
-    Dataset("pydocs-qa"),
-)
-LABELLED = {"sms-spam": Dataset("sms-spam", "ucirvine/sms_spam", text_column="sms")}
-TEXTS, CONVERSATIONS = ({dataset.name: dataset for dataset in group} for group in (_TEXTS, _CONVERSATIONS))
+    "pydocs": Dataset(),
+}
+CONVERSATIONS = {
+    "oasst1": "OpenAssistant/oasst1",
+    "alpaca-gpt4": "vicgalle/alpaca-gpt4",
+    "builtins-qa": None,  # made by text.lessons
+    "pydocs-qa": None,
+}
+LABELLED = {"sms-spam": ("ucirvine/sms_spam", "sms")}  # the name on the Hub, and the column of the text
 
 
 class Notes(dict[str, tuple[int, str]]):
@@ -286,17 +282,17 @@ def hub_rows(name: str, config: str | None = None, split: str = "train", revisio
         raise UserError(f"cannot load {name} from the Hugging Face Hub ({reason}); {INSTEAD}") from None
 
 
-def download(dataset: Dataset, folder: Path = Path("data/raw")) -> Path:
+def download(name: str, dataset: Dataset, folder: Path = Path("data/raw")) -> Path:
     """Returns the path of a text with a URL, fetched once. Raises UserError if it cannot be had unchanged."""
-    path = folder / f"{dataset.name}.txt"
+    path = folder / f"{name}.txt"
     source = str(path) if path.exists() else dataset.url
     try:
         with opened(source) as file:
             content = file.read()
     except UserError as error:
-        raise UserError(f"cannot fetch {dataset.name}: {error}; put it at {path} by hand; {INSTEAD}") from None
+        raise UserError(f"cannot fetch {name}: {error}; put it at {path} by hand; {INSTEAD}") from None
     if hashlib.sha256(content).hexdigest() != dataset.sha256:
-        raise UserError(f"{source} is not the published {dataset.name} (another SHA-256): replace {path}")
+        raise UserError(f"{source} is not the published {name} (another SHA-256): replace {path}")
     if source == dataset.url:
         with atomic_write(path) as file:
             file.write(content)
