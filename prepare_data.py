@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
-from system.cli import run, without_secrets
+from system.cli import run
 from system.errors import require, require_at_least
 from text.sources import TEXTS
 
@@ -32,15 +32,12 @@ class Config:
     revision: str | None = None
     """for a data set org/name: branch, tag or commit"""
     vocab_size: int | None = None
-    """train a byte-level BPE of this many tokens on the first 200 million characters of the training text; by default
-    GPT-2's tokenizer is used"""
+    """train a byte-level BPE of this many tokens on the text, instead of using GPT-2's tokenizer"""
     tokenizer: Path | None = None
-    """use the tokenizer of this checkpoint, for example of a model that you want to train further, or a
-    tokenizer.json"""
+    """use the tokenizer of this checkpoint, or this tokenizer.json"""
     val_fraction: float = 0.1
-    """share of the text to hold out for validation. With 20 documents or more, random documents are held out; with
-    fewer, the end of each document. openwebtext has nanoGPT's split and tinystories its own; fineweb-edu
-    and climbmix hold out their first shard"""
+    """share of the text to hold out for validation: random documents, or the end of each if there are fewer than 20.
+    openwebtext has nanoGPT's split and tinystories its own; fineweb-edu and climbmix hold out their first shard"""
     max_tokens: int | None = None
     """stop after this many tokens, training and validation together"""
     shard_tokens: int | None = None
@@ -59,15 +56,9 @@ class Config:
             on_hub or self.dataset in TEXTS,
             f"no data set {self.dataset!r}: choose {', '.join(TEXTS)}, or name one of the Hub as org/name",
         )
-        require(
-            on_hub or (self.config, self.split, self.revision) == (None, "train", None),
-            "--config, --split and --revision belong to data sets of the Hub, named org/name",
-        )
+        has_hub_flags = (self.config, self.split, self.revision) != (None, "train", None)
+        require(on_hub or not has_hub_flags, "--config, --split and --revision belong to data sets named org/name")
         require(1e-6 <= self.val_fraction <= 0.5, "--val-fraction must be at least 0.000001 and at most 0.5")
-        require(
-            self.vocab_size is None or 256 < self.vocab_size <= 65_000,
-            "--vocab-size must be between 257 (256 bytes and one merge) and 65000 (token files have 16 bits)",
-        )
         require(not (self.vocab_size and self.tokenizer), "--vocab-size and --tokenizer exclude each other")
         require_at_least(1, self, "max_tokens", "shard_tokens", "workers")
 
@@ -76,23 +67,21 @@ def main(config: Config) -> None:
     """Prepares one corpus, and prints what its token files hold."""
     from text.corpus import open_corpus
     from text.prepare import prepare
-    from text.token_files import count_tokens, report
+    from text.token_files import inspect
     from text.tokenizer import gpt2
 
     if config.inspect:
-        print(report(*count_tokens(config.inspect), config.inspect))
+        print(*inspect(config.inspect), sep="\n")
         return
     tokenizer = config.vocab_size or gpt2()
     if config.tokenizer:
         from weights.loading import load_tokenizer  # imports torch: a second
 
         tokenizer = load_tokenizer(config.tokenizer)
-    corpus = open_corpus(config.dataset, config.input, config.text_column, config.config, config.split, config.revision)
-    counts, tokenizer = prepare(
-        corpus,
+    lines = prepare(
+        open_corpus(config.dataset, config.input, config.text_column, config.config, config.split, config.revision),
         tokenizer,
         config.out,
-        source=[without_secrets(name) for name in config.input] or config.dataset,
         val_fraction=config.val_fraction,
         seed=config.seed,
         workers=config.workers,
@@ -100,8 +89,7 @@ def main(config: Config) -> None:
         max_tokens=config.max_tokens,
         overwrite=config.overwrite,
     )
-    print(report(counts, tokenizer, config.out))
-    print(*corpus.notes.lines(), f"wrote {config.out}, tokenizer {tokenizer.name}", sep="\n")
+    print(*lines, sep="\n")
 
 
 if __name__ == "__main__":

@@ -84,34 +84,40 @@ def _lock(path: Path) -> FileLock:
 
 
 @contextlib.contextmanager
-def atomic_folder(folder: str | Path, last: str, settings: object = None) -> Iterator[Path]:
+def atomic_folder(folder: str | Path, last: str, keep: bool = False) -> Iterator[Path]:
     """Yields a temporary folder inside `folder`; at the end moves its files into `folder`, the file named `last` last.
 
     `last` is the meta file that lists the others under `files`. A kill leaves either all old files or all new files.
     Only a kill while the files are being moved leaves a mixture, without a meta file. Old files that the new meta file
-    does not list are removed. With `settings`, a JSON value, an interrupted run leaves its temporary folder, and the
-    next run with equal settings gets it. Raises UserError if another process is writing the same files.
+    does not list are removed. With `keep`, an interrupted run leaves its temporary folder to the next run. Raises
+    UserError if another process is writing the same files.
     """
     folder = Path(folder)
     temporary = folder / f".{last}.tmp"
-    same = temporary / "settings.json"
     with locked(folder / last):
-        if settings is None or not same.exists() or read_json(same) != settings:
+        if not keep:
             shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
-            temporary.mkdir(parents=True)
-            write_json(same, settings)
+        temporary.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
-            same.unlink()
+            flush(temporary)
             outdated = _listed_files(folder / last)
             (folder / last).unlink(missing_ok=True)
             for path in sorted(temporary.iterdir(), key=lambda path: (path.name == last, path.name)):
                 os.replace(path, folder / path.name)
             for name in outdated - _listed_files(folder / last):
                 (folder / name).unlink(missing_ok=True)
+            keep = False
         finally:
-            if settings is None or not same.exists():
+            if not keep:
                 shutil.rmtree(temporary, ignore_errors=True)
+
+
+def flush(folder: Path) -> None:
+    """Flushes the files in a folder to the disk."""
+    for path in folder.iterdir():
+        with open(path, "r+b") as file:
+            os.fsync(file.fileno())
 
 
 def _listed_files(meta: Path) -> set[str]:

@@ -1,12 +1,9 @@
 """Conversations: from chats, tables and the Hub to tokens and loss masks; what is held out, joined and dropped."""
 
-import csv
 import gzip
 import json
 import re
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from conftest import run_script
 
@@ -95,22 +92,16 @@ def test_alpaca_gpt4_gives_instructions_with_inputs(hub, tmp_path):
 @pytest.mark.parametrize(
     "columns", [("question", "answer"), ("prompt", "response"), ("prompt", "completion"), ("instruction", "output")]
 )
-@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl.gz", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl.gz"])
 def test_a_table_of_questions_and_answers_becomes_conversations(tmp_path, columns, name):
-    rows = [dict(zip(("id", *columns), (str(i), f"What is {i},\u2028 really?", f'"{i}"'), strict=True)) for i in (1, 2)]
-    if name == "a.parquet":
-        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name)
-    elif name == "a.jsonl.gz":
-        with gzip.open(tmp_path / name, "wt", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    else:
-        with open(tmp_path / name, "w", newline="", encoding="utf-8") as file:
-            tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None}
-            writer = csv.DictWriter(file, rows[0], **(tabs if name == "a.tsv" else {}))
-            writer.writeheader()
-            writer.writerows(rows)
+    rows = [dict(zip(("id", *columns), (str(i), f"What is {i},\u2028 really?", "yes"), strict=True)) for i in (1, 2)]
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    if name == "a.csv":
+        table = [list(rows[0]), *(row.values() for row in rows)]
+        content = "".join('"' + '","'.join(fields) + '"\n' for fields in table).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     assert list(read_file(tmp_path / name, Notes())) == [
-        [{**turn("user", f"What is {i},\u2028 really?"), "input": ""}, turn("assistant", f'"{i}"')] for i in (1, 2)
+        [{**turn("user", f"What is {i},\u2028 really?"), "input": ""}, turn("assistant", "yes")] for i in (1, 2)
     ]
 
 
@@ -126,24 +117,25 @@ def test_of_few_conversations_none_is_held_out(tmp_path, capsys, n, val_fraction
 
 
 def test_few_conversations_of_one_exchange_are_joined_to_longer_ones_too(tmp_path):
-    def opened(*rows, joins=True):
+    def questions(*rows, joins=True):
+        """The first letters of the questions of each conversation, by split."""
         (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         pairs, is_held_out = open_conversations("", str(tmp_path / "chats.jsonl"), None, None, 1, Notes(), joins=joins)
-        assert not is_held_out
-        questions = {"train": [], "val": []}
+        found = {"train": [], "val": []}
         for split, messages in pairs:
-            questions[split].append("".join(message["content"] for message in messages[::2]))
-        return questions
+            found[split].append("".join(message["content"] for message in messages[::2]))
+        assert not is_held_out
+        return found
 
-    three = [chat(name, "yes") for name in "abc"]
-    assert opened(*three, joins=False) == {"train": ["a", "b", "c"], "val": ["a", "b", "c"]}
-    found = opened(*three)
+    three, longer = [chat(name, "yes") for name in "abc"], chat("c", "yes", "d", "yes")
+    assert questions(*three, joins=False) == {"train": ["a", "b", "c"], "val": ["a", "b", "c"]}
+    found = questions(*three)
     assert found["val"] == found["train"][:3] == ["a", "b", "c"]
-    assert [len(questions) for questions in found["train"][3:]] == [2, 1, 3]
+    assert [len(joined) for joined in found["train"][3:]] == [2, 1, 3]
     assert sorted("".join(found["train"][3:])) == ["a", "a", "b", "b", "c", "c"]  # each twice
-    mixed = opened(*three[:2], chat("c", "yes", "d", "yes"))  # somebody asks twice already
-    assert mixed["val"] == ["a", "b", "cd"] and all(set(questions) == {"a", "b"} for questions in mixed["train"][3:])
-    assert len(opened(three[0], chat("b", "yes", "c", "yes"))["train"]) == 2
+    mixed = questions(*three[:2], longer)  # somebody asks twice already
+    assert mixed["val"] == ["a", "b", "cd"] and all(set(joined) == {"a", "b"} for joined in mixed["train"][3:])
+    assert len(questions(three[0], longer)["train"]) == 2
 
 
 def test_conversations_are_brought_into_one_form():
@@ -178,7 +170,7 @@ def test_unusable_conversations_are_dropped_and_counted_by_reason():
     assert [[message["content"] for message in messages] for messages in kept] == [["Say hello.", "Hello."]]
     found = {reason: next(count for what, count in notes.items() if reason in what) for reason in bad}
     assert list(found.values()) == [(3, "row 0"), (3, "row 5"), (1, "row 8"), (3, "row 3")]
-    with pytest.raises(UserError, match=r"row 1: expected an object or a row with `messages`, .* not colour"):
+    with pytest.raises(UserError, match=r"row 1: expected `messages`, .* not colour"):
         list(usable([("row 1", {"colour": "blue"})], notes))
 
 
@@ -191,7 +183,7 @@ def test_repeated_conversations_and_lone_surrogates_are_counted(tmp_path, capsys
     assert counts == {"train": 2, "val": 1}
 
 
-@pytest.mark.parametrize("which", ["no conversation to train on", "no conversation is left to validate with"])
+@pytest.mark.parametrize("which", ["no conversation is left for train", "no conversation is left for val"])
 def test_a_split_without_conversations_is_refused(tmp_path, which):
     rows = [chat("q0", "a0"), chat("q1", "a1")]  # the seed draws which of the two is held out
     rows[0 if "train" in which else 1]["messages"][1]["content"] = "long " * 3000

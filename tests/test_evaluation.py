@@ -112,7 +112,7 @@ def test_hellaswag_comes_from_the_hub_if_no_file_is_named(serve, folder, tmp_pat
     assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout) == json.loads(succeed(folder, *arguments, "local.jsonl"))
     offline = run_script(folder, *arguments)
-    assert offline.returncode == 1 and "--hellaswag FILE works" in offline.stderr.splitlines()[-1]
+    assert offline.returncode == 1 and "--hellaswag FILE work" in offline.stderr.splitlines()[-1]
 
 
 def test_the_evaluator_is_the_trainers(toy):

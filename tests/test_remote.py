@@ -23,8 +23,10 @@ from text.corpus import open_corpus
 from text.sources import find_files
 from text.token_files import read_tokens
 from text.tokenizer import gpt2
+from training.parallel import Processes
 from training.prepared import prepared_text
 
+ONE, TWO = Processes(), Processes(world_size=2)
 TEXTS = [f"Document {i}: naïve 日本 🙂 " + "word " * (i % 40) for i in range(60)]
 NAMES = ["a.txt", "b.txt.gz", "c.jsonl", "d.jsonl.zst", "e.parquet", "f.json", "g.csv"]
 
@@ -137,23 +139,18 @@ def run_on_hub(serve, tmp_path: Path, *arguments: str) -> dict:
     return json.loads((tmp_path / "data/meta.json").read_text())
 
 
-def test_files_of_the_hub_are_read_by_url(folder, serve, tmp_path):
-    (tmp_path / "hub/org/name").mkdir(parents=True)
-    (tmp_path / "hub/org/name/main").symlink_to(folder)
+def test_files_of_the_hub_are_read_by_url_and_by_revision(folder, serve, tmp_path):
+    root = tmp_path / "hub/org/name"
+    root.mkdir(parents=True)
+    (root / "main").symlink_to(folder)
     url = "hf://datasets/org/name/*.parquet"
     meta = run_on_hub(serve, tmp_path, "--input", url)
     assert meta["source"] == [url] and sum(split["documents"] for split in meta["splits"].values()) == len(TEXTS)
-
-
-def test_a_script_data_set_is_read_from_the_hubs_parquet_files(serve, tmp_path):
-    root = tmp_path / "hub/org/name"
-    (root / "main").mkdir(parents=True)
-    (root / "main/name.py").write_text("raise SystemExit('never run')")
-    for k in range(2):
+    for k in range(2):  # the Hub's own conversion of a data set that is a script
         path = root / f"refs/convert/parquet/plain_text/train/000{k}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"text": TEXTS[k::2]}), path)
-    run_on_hub(serve, tmp_path, "--dataset", "org/name")
+    run_on_hub(serve, tmp_path, "--dataset", "org/name", "--revision", "refs/convert/parquet", "--overwrite")
     text = "".join(gpt2().decode(read_tokens(tmp_path / f"data/{split}.bin").tolist()) for split in ("train", "val"))
     assert sorted(text.split("<|endoftext|>")[:-1]) == sorted(TEXTS)
 
@@ -185,7 +182,7 @@ def test_no_secret_of_a_url_is_printed_or_written(folder, address, tmp_path, mon
         assert not any(secret in said.stdout + said.stderr for said in (result, refused))
         assert len(files) >= 3 and not any(secret.encode() in content for content in files)
     monkeypatch.chdir(tmp_path)  # a resumed run needs neither the text nor the secrets
-    assert prepared_text(shown, train.Config(resume=True), gpt2(), 1) == Path("data/b.txt")
+    assert prepared_text(shown, train.Config(resume=True), gpt2(), ONE) == Path("data/b.txt")
 
 
 @pytest.mark.parametrize(
@@ -205,27 +202,21 @@ def test_secrets_are_cut_out_of_any_text(text, expected):
     assert without_secrets(text) == expected == without_secrets(expected)
 
 
-@pytest.mark.parametrize("url", ["https://host/texts/", "s3://bucket/*.txt", "https://host"])
-def test_a_training_script_takes_the_url_of_one_file(url):
-    with pytest.raises(UserError, match=r"takes the URL of one file, not .*prepare_data\.py"):
-        prepared_text(url, train.Config(), gpt2(), 1)
-
-
 def test_a_training_script_prepares_a_file_once_and_never_over_other_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("book.txt", "book.md"):
         Path(name).write_text("Some text. " * 100)
-    folder = prepared_text("./book.txt", train.Config(), 280, 1)
-    assert folder == Path("data/book") and "to train on" in capsys.readouterr().out
-    assert (
-        prepared_text("book.txt", train.Config(), 280, 1)
-        == folder
-        == prepared_text(str(folder), train.Config(), 280, 2)
-    )
+    assert prepared_text("./book.txt", train.Config(), 280, ONE) == Path("data/book")
+    assert "bytes per token" in capsys.readouterr().out
+    for data, processes in (("book.txt", ONE), ("data/book", TWO)):
+        assert prepared_text(data, train.Config(), 280, processes) == Path("data/book")
     with pytest.raises(UserError, match="which holds other data: rename book.md"):
-        prepared_text("book.md", train.Config(overwrite=True), 280, 1)
+        prepared_text("book.md", train.Config(overwrite=True), 280, ONE)
     with pytest.raises(UserError, match="several processes cannot prepare book.txt"):
-        prepared_text("book.txt", train.Config(), 280, 2)
+        prepared_text("book.txt", train.Config(), 280, TWO)
+    for url in ("https://host/texts/", "s3://bucket/*.txt", "https://host"):
+        with pytest.raises(UserError, match=r"takes the URL of one file, not .*prepare_data\.py"):
+            prepared_text(url, train.Config(), gpt2(), ONE)
     capsys.readouterr()
-    plan = prepared_text("book.md", train.Config(plan=True), 280, 1)
+    plan = prepared_text("book.md", train.Config(plan=True), 280, ONE)
     assert (plan / "train.bin").exists() and tmp_path not in plan.parents and not capsys.readouterr().out

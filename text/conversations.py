@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -15,10 +13,10 @@ import numpy as np
 
 from system.cli import command_line, progress, shorten, without_secrets
 from system.errors import UserError
-from system.files import atomic_folder, atomic_write, require_no_files, write_json
+from system.files import atomic_folder, require_no_files, write_json
 from text import lessons
 from text.chat import Message, encode_conversation
-from text.sources import CONVERSATIONS, Notes, Row, draw_held_out, hub_rows, load_hub, read_rows
+from text.sources import CONVERSATIONS, Notes, Row, draw_held_out, hub_rows, read_rows
 from text.token_files import SPLITS
 from text.tokenizer import Tokenizer
 
@@ -30,12 +28,6 @@ QUESTIONS, ANSWERS = ("instruction", "prompt", "question"), ("output", "response
 """Columns of a table in which each row is one question and its answer."""
 COLUMNS = ["messages", *QUESTIONS, "input", *ANSWERS]
 VAL_FRACTION, FEW = 0.05, 100  # of fewer than FEW conversations none is held out: the user wants each to be learnt
-_INSTEAD = "--dataset pydocs-qa and --input FILE work"
-_REPEATED = "conversations that repeat another one were dropped"
-
-
-class Unusable(Exception):
-    """A conversation that cannot be trained on. The message, in the plural, says which conversations were dropped."""
 
 
 def prepare_conversations(
@@ -76,16 +68,13 @@ def prepare_conversations(
         }
         write_json(folder / "sft_meta.json", meta)
     lines = [
-        f"{split}: {n['conversations']:,} conversations, {n['tokens']:,} tokens, "
-        f"{n['counted']:,} of them in the assistant's answers"
+        f"{split}: {n['conversations']:,} conversations, {n['tokens']:,} tokens, {n['counted']:,} of them in answers"
         for split, n in counts.items()
     ]
     if not is_held_out:
-        lines.append(
-            "all conversations are trained on, and the validation loss is theirs "
-            "(prepare_sft_data.py --val-fraction holds some out)"
-        )
-        if n_joined := counts["train"]["conversations"] - counts["val"]["conversations"]:
+        n_joined = counts["train"]["conversations"] - counts["val"]["conversations"]
+        lines.append("all conversations are trained on, and the validation loss is theirs (see --val-fraction)")
+        if n_joined:
             lines.append(f"{n_joined:,} more join two or three of them: chats go on after the first answer")
     return [*lines, *notes.lines(), f"wrote {out}, tokenizer {tokenizer.name}, template {template}"]
 
@@ -104,20 +93,14 @@ def _write(
                 notes.add(f"conversations longer than {block_size:,} tokens {outcome}", f"conversation {i:,}")
         if ids:
             rows[split].append((np.array(ids, "<u2"), np.array(mask, "u1")))
-    if not rows["train"]:
-        raise UserError(f"there is no conversation to train on{notes.in_brackets()}")
-    if not rows["val"]:
-        raise UserError(
-            "no conversation is left to validate with: use more conversations, a larger --val-fraction or a larger "
-            f"--block-size{notes.in_brackets()}"
-        )
     counts = {}
-    for split in SPLITS:
+    for split, remedy in (("train", "a larger --block-size"), ("val", "a larger --val-fraction or --block-size")):
+        if not rows[split]:
+            raise UserError(f"no conversation is left for {split}: add more, or use {remedy}{notes.in_brackets()}")
         tokens, masks = (np.concatenate(arrays) for arrays in zip(*rows[split], strict=True))
         offsets = np.cumsum([0, *(len(ids) for ids, _ in rows[split])], dtype="<u8")
         for kind, content in (("", tokens), ("_mask", masks), ("_index", offsets)):
-            with atomic_write(folder / f"sft_{split}{kind}.bin") as file:
-                file.write(content.tobytes())
+            content.tofile(folder / f"sft_{split}{kind}.bin")
         counts[split] = {"conversations": len(rows[split]), "tokens": len(tokens), "counted": int(masks.sum())}
     return counts
 
@@ -129,24 +112,20 @@ def open_conversations(
     val_fraction: float | None,
     seed: int,
     notes: Notes,
-    joins: bool = True,
+    joins: bool,
 ) -> tuple[Pairs, bool]:
     """Returns the conversations of a file, or without it those of a data set, and whether some are held out.
 
-    With a `val_fraction` of 0, and without one if there are fewer than FEW, all are in both splits. If they are few and
-    `joins` is set, those with one exchange are also `joined` for training. Raises UserError if only one is usable.
+    Otherwise all are in both splits: with a `val_fraction` of 0, and without one if they are fewer than FEW. If `joins`
+    is set, few conversations of one exchange are also `joined` for training. Raises UserError if only one is usable.
     """
-    named = CONVERSATIONS.get(dataset)
+    hub_name = CONVERSATIONS.get(dataset, dataset)
     if not file and dataset == "oasst1":
         return load_oasst1(max_conversations, notes), True
-    if not file and named and not named.hub:
+    if not file and not hub_name:
         found_lessons = lessons.lessons(builtins_only=dataset == "builtins-qa")
         return lessons.conversations(list(islice(found_lessons, max_conversations)), seed), True
-    if file:
-        rows = read_rows(file, COLUMNS)
-    else:
-        name = named.hub if named else dataset
-        rows = hub_rows(name, load_hub(name, _INSTEAD, split="train"))
+    rows = read_rows(file, COLUMNS) if file else hub_rows(hub_name or dataset)
     conversations = list(islice(usable(rows, notes), max_conversations))
     if len(conversations) < 2:
         raise UserError(f"{file or dataset} holds fewer than two usable conversations: add more{notes.in_brackets()}")
@@ -181,15 +160,13 @@ def usable(rows: Iterable[Row], notes: Notes) -> Iterator[Conversation]:
     A row has `messages`, as OpenAI and the Hub write them, or one of QUESTIONS, perhaps `input`, and one of ANSWERS. A
     conversation that repeats another one is dropped: it might be in both splits. Raises UserError for any other row.
     """
-    seen: set[bytes] = set()
+    seen: set[str] = set()
     for where, row in rows:
-        try:
-            conversation = check_messages(_messages_of(row, where), where, notes)
-            if not _is_new(conversation, seen):
-                raise Unusable(_REPEATED)
+        conversation = check_messages(_messages_of(row, where), where, notes)
+        if conversation and _is_new(conversation, seen):
             yield conversation
-        except Unusable as reason:
-            notes.add(str(reason), where)
+        elif conversation:
+            notes.add("conversations that repeat another one were dropped", where)
 
 
 def _messages_of(row: object, where: str) -> object:
@@ -201,29 +178,27 @@ def _messages_of(row: object, where: str) -> object:
     if questions and answers:
         turn = {"role": "user", "content": columns[questions[0]], "input": columns.get("input") or ""}
         return [turn, {"role": "assistant", "content": columns[answers[0]]}]
-    raise UserError(
-        f"{where}: expected an object or a row with `messages`, or with a question (column {', '.join(QUESTIONS)}) and "
-        f"its answer ({', '.join(ANSWERS)}), not {shorten(', '.join(map(str, columns)), 100) or type(row).__name__}"
-    )
+    found = shorten(", ".join(map(str, columns)), 100) or type(row).__name__
+    expected = f"`messages`, or a question ({', '.join(QUESTIONS)}) and its answer ({', '.join(ANSWERS)})"
+    raise UserError(f"{where}: expected {expected}, not {found}")
 
 
-def _is_new(conversation: Conversation, seen: set[bytes]) -> bool:
-    """Whether a conversation is not among those that were `seen`; adds its hash to them."""
-    key, n = hashlib.sha256(json.dumps(conversation, sort_keys=True).encode()).digest(), len(seen)
+def _is_new(conversation: Conversation, seen: set[str]) -> bool:
+    """Whether a conversation is not among those that were `seen`; adds it to them."""
+    key, n = json.dumps(conversation), len(seen)
     seen.add(key)
     return len(seen) > n
 
 
 def load_oasst1(max_conversations: int | None, notes: Notes) -> Pairs:
     """Yields OpenAssistant's English conversations (Köpf et al. 2023) with the Hub's own split."""
-    name, n_train, n_val = CONVERSATIONS["oasst1"].hub, None, None
+    n_train, n_val = None, None
     if max_conversations:
         n_val = max(1, round(max_conversations * VAL_FRACTION))
         n_train = max_conversations - n_val
-    rows = load_hub(name, _INSTEAD)
-    seen: set[bytes] = set()
-    for split, rows_of_split, n in (("train", rows["train"], n_train), ("val", rows["validation"], n_val)):
-        conversations = oasst1_conversations(hub_rows(name, rows_of_split), notes)
+    seen: set[str] = set()
+    for split, split_of_hub, n in (("train", "train", n_train), ("val", "validation", n_val)):
+        conversations = oasst1_conversations(hub_rows("OpenAssistant/oasst1", split=split_of_hub), notes)
         new = (conversation for conversation in conversations if _is_new(conversation, seen))
         yield from ((split, conversation) for conversation in islice(new, n))
 
@@ -243,64 +218,59 @@ def oasst1_conversations(rows: Iterable[Row], notes: Notes) -> Iterator[Conversa
             notes.add("messages that were deleted or marked as spam were left out", where)
         else:
             children[row["parent_id"]].append((where, row))
+
+    def paths(question: Row, before: Conversation) -> Iterator[Conversation]:
+        where, message = question
+        answers = sorted(children[message["message_id"]], key=lambda row: (row[1]["rank"] is None, row[1]["rank"]))
+        if not answers:
+            notes.add("questions without an answer were left out", where)
+            return
+        for other, _ in answers[1:]:
+            notes.add("answers that reviewers ranked below another one were left out", other)
+        best = answers[0][1]  # reviewers gave it rank 0
+        turns = [{"role": "user", "content": message["text"]}, {"role": "assistant", "content": best["text"]}]
+        longer = [path for row in children[best["message_id"]] for path in paths(row, [*before, *turns])]
+        yield from longer or [[*before, *turns]]
+
     for root in children[None]:
-        yield from _oasst1_paths(root, [], children, notes)
+        yield from paths(root, [])
 
 
-def _oasst1_paths(
-    question: Row, before: Conversation, children: dict[str | None, list[Row]], notes: Notes
-) -> list[Conversation]:
-    """Returns the conversations that go on after `before` with a question, down to the last answers below it."""
-    where, message = question
-    answers = sorted(  # rank 0 is the answer that reviewers liked best
-        children[message["message_id"]], key=lambda row: math.inf if row[1]["rank"] is None else row[1]["rank"]
-    )
-    if not answers:
-        notes.add("questions without an answer were left out", where)
-        return []
-    for other, _ in answers[1:]:
-        notes.add("answers that reviewers ranked below another one were left out", other)
-    best = answers[0][1]
-    turns = [{"role": "user", "content": message["text"]}, {"role": "assistant", "content": best["text"]}]
-    path = [*before, *turns]
-    longer = [_oasst1_paths(row, path, children, notes) for row in children[best["message_id"]]]
-    return list(chain(*longer)) or [path]
-
-
-def check_messages(messages: object, where: str, notes: Notes) -> Conversation:
+def check_messages(messages: object, where: str, notes: Notes) -> Conversation | None:
     """Returns a conversation in which user and assistant alternate, from a user's turn to an assistant's.
 
     The text of a leading system message is put before the first user's text: the template has no role for it. A last
-    question without an answer is dropped. Raises Unusable if a conversation cannot be brought into this form, and
-    UserError, naming `where`, if `messages` is no list of messages.
+    question without an answer is dropped. Returns None if a conversation cannot be brought into this form; `notes` says
+    why. Raises UserError, naming `where`, if `messages` is no list of messages.
     """
     try:
         turns = [
             {
                 name: notes.clean(turn[name] or "", where).strip()
                 for name in ("role", "content", "input")
-                if name in turn
+                if name in turn or name == "content"
             }
             for turn in messages  # type: ignore[attr-defined]
         ]
-        roles = [turn["role"] for turn in turns if "content" in turn or turn["content"]]
+        roles = [turn["role"] for turn in turns]
     except (TypeError, KeyError, AttributeError):
-        raise UserError(
-            f"{where}: expected messages with the strings 'role' and 'content', and perhaps 'input'"
-        ) from None
-    roles = [turn["role"] for turn in turns]
+        expected = "expected messages with the strings 'role' and 'content', and perhaps 'input'"
+        raise UserError(f"{where}: {expected}") from None
     system = ""
     if roles[:1] == ["system"]:
         system = turns[0]["content"] + "\n\n"
         turns, roles = turns[1:], roles[1:]
-    if not set(roles) <= {"user", "assistant", "system"}:
-        raise Unusable("conversations with a role other than system, user and assistant were dropped")
-    if "assistant" not in roles:
-        raise Unusable("conversations without an answer were dropped")
-    if any(role != ("user", "assistant")[i % 2] for i, role in enumerate(roles)):
-        raise Unusable("conversations in which user and assistant do not take turns, the user first, were dropped")
-    if not all(turn["content"] for turn in turns):
-        raise Unusable("conversations with an empty turn were dropped")
+    for reason, is_met in {
+        "with a role other than system, user and assistant": not set(roles) <= {"user", "assistant", "system"},
+        "without an answer": "assistant" not in roles,
+        "in which user and assistant do not take turns, the user first": any(
+            role != ("user", "assistant")[i % 2] for i, role in enumerate(roles)
+        ),
+        "with an empty turn": not all(turn["content"] for turn in turns),
+    }.items():
+        if is_met:
+            notes.add(f"conversations {reason} were dropped", where)
+            return None
     if roles[-1] == "user":
         notes.add("questions at the end of a conversation, without an answer, were dropped", where)
         turns = turns[:-1]

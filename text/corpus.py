@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice, repeat
@@ -12,7 +12,7 @@ import numpy as np
 
 from system.cli import without_secrets
 from text import pydocs, sources
-from text.sources import INSTEAD, TABLES, TEXTS, Dataset, Notes, Row, content_suffix, draw_held_out, hub_rows, load_hub
+from text.sources import TABLES, TEXTS, Dataset, Notes, Row, content_suffix, draw_held_out, hub_rows
 
 Document = tuple[str, Iterable[str]]
 """A split ("train" or "val", or "" if it is to be drawn), and the text as an iterable of strings."""
@@ -29,8 +29,8 @@ class Corpus:
 
     read: Callable[[Notes], Iterator[Document]]
     """yields the documents, and notes what was repaired or skipped; read each document before the next"""
-    origin: list
-    """names of the text and times of its files, for JSON: they change if the text changes"""
+    source: str | list[str]
+    """the name of the data set, or those of the files"""
     has_split: bool = False
     """whether the documents come with their splits"""
     first_shard_val: bool = False
@@ -43,24 +43,25 @@ class Corpus:
         return self.read(self.notes)
 
     def pieces(self, val_fraction: float, seed: int) -> Iterator[Piece]:
-        """Yields the text of all documents in pieces of about CHUNK characters, without the empty documents."""
-        is_empty = True
-        for split, text, ends in in_pieces(self.documents()) if self.has_split else self._hold_out(val_fraction, seed):
-            is_empty = is_empty and not text
-            if not is_empty:
-                yield split, text, ends
-            is_empty = is_empty or ends
+        """Yields the text of all documents in pieces of about CHUNK characters.
 
-    def _hold_out(self, fraction: float, seed: int) -> Iterator[Piece]:
-        """Holds out whole documents, or, if there are fewer than 20, the end of each."""
-        sizes = [sum(map(len, document)) for _, document in islice(self.documents(), 20)]
-        documents = (document for _, document in self.documents())
-        if len(sizes) == 20:
-            yield from in_pieces(draw_held_out(documents, fraction, seed))
-            return
-        for size, document in zip(sizes, documents, strict=True):
-            split = "train"
-            for text, ends in cut(document, split_at=int(size * (1 - fraction))):
+        Without a split of their own, whole documents are held out, or, if there are fewer than 20, the end of each.
+        """
+        documents = self.documents()
+        if not self.has_split:
+            sizes = [sum(map(len, document)) for _, document in islice(documents, 20)]
+            if len(sizes) < 20:
+                yield from self._split_pieces([int(size * (1 - val_fraction)) for size in sizes])
+                return
+            documents = draw_held_out((document for _, document in self.documents()), val_fraction, seed)
+        for split, document in documents:
+            yield from ((split, text, ends) for text, ends in cut(document))
+
+    def _split_pieces(self, lengths: list[int]) -> Iterator[Piece]:
+        """Yields the first characters of each document for training, and the rest for validation."""
+        for n_train, (_, document) in zip(lengths, self.documents(), strict=True):
+            split = "train" if n_train else "val"
+            for text, ends in cut(document, split_at=n_train):
                 yield split, text, ends
                 if ends:
                     split = "val"
@@ -78,26 +79,24 @@ def open_corpus(
 
     `config`, `split` and `revision` are for a data set org/name. Raises UserError if the corpus cannot be found.
     """
-    named = TEXTS.get(dataset) or Dataset(dataset, dataset, config, text_column=text_column)
+    named = TEXTS.get(dataset) or Dataset(dataset, config, text_column=text_column)
     if inputs or named.url:
-        files = sources.find_files(inputs) if inputs else [str(sources.download(named, INSTEAD))]
-        times = [[without_secrets(file), os.stat(file).st_mtime if os.path.exists(file) else None] for file in files]
-        return Corpus(lambda notes: _documents(files, text_column, notes), [text_column, times])
+        files = sources.find_files(inputs) if inputs else [str(sources.download(dataset, named))]
+        return Corpus(
+            lambda notes: _documents(files, text_column, notes), [without_secrets(name) for name in inputs] or dataset
+        )
     if not named.hub:
-        return Corpus(lambda notes: (("", [text]) for text in pydocs.documents()), [named.name])
-    origin = [named.hub, named.config, split, revision, named.text_column]
-    rows = load_hub(named.hub, INSTEAD, named.config, split, revision)
-    validation = load_hub(named.hub, INSTEAD, named.config, "validation") if named.held_out == "own" else None
+        return Corpus(lambda notes: (("", [text]) for text in pydocs.documents()), dataset)
     is_val: Iterable[bool] = nanogpt_held_out(OPENWEBTEXT_ROWS) if named.held_out == "nanogpt" else []
     has_split = named.held_out != "share"
 
     def read(notes: Notes) -> Iterator[Document]:
-        if validation:
-            yield from _texts(hub_rows(named.hub, validation), named.text_column, notes, repeat("val"))
+        if named.held_out == "own":
+            yield from _texts(hub_rows(named.hub, named.config, "validation"), named.text_column, notes, repeat("val"))
         splits = chain(("val" if held_out else "train" for held_out in is_val), repeat("train" if has_split else ""))
-        yield from _texts(hub_rows(named.hub, rows), named.text_column, notes, splits)
+        yield from _texts(hub_rows(named.hub, named.config, split, revision), named.text_column, notes, splits)
 
-    return Corpus(read, origin, has_split, named.held_out == "first shard")
+    return Corpus(read, dataset, has_split, named.held_out == "first shard")
 
 
 def nanogpt_held_out(n_rows: int) -> np.ndarray:
@@ -145,17 +144,11 @@ def _chunks(file: str, notes: Notes) -> Iterator[str]:
             chunk = text.read(CHUNK)
 
 
-def in_pieces(documents: Iterable[Document]) -> Iterator[Piece]:
-    """Yields the pieces of documents with their splits."""
-    for split, document in documents:
-        for text, ends in cut(document):
-            yield split, text, ends
-
-
 def cut(chunks: Iterable[str], size: int = CHUNK, split_at: int | None = None) -> Iterator[tuple[str, bool]]:
     """Yields a document of any length in pieces of about `size` characters, each with whether a document ends there.
 
-    With `split_at` the document becomes two: one of `split_at` characters, and the rest. Other pieces end at the end of
+    An empty document has no piece. With `split_at` the document becomes two: one of `split_at` characters, and the
+    rest. Other pieces end at the end of
     a word, before white space. The pattern that splits text for the BPE always splits there, so the tokens are those
     of the whole document. They may differ only if 10,000 characters hold no such place.
     """
@@ -168,19 +161,18 @@ def cut(chunks: Iterable[str], size: int = CHUNK, split_at: int | None = None) -
                 yield text[:end], False
                 text = text[end:]
             if left is not None and left <= len(part):
-                yield text + part[:left], True
+                if text or left:
+                    yield text + part[:left], True
                 text, part, left = "", part[left:], None
             elif left is not None:
                 left -= len(part)
             text += part
-    yield text, True
+    if text:
+        yield text, True
 
 
 def _last_word_end(text: str) -> int:
     """Returns where the last word before white space ends; if there is none near the end, the length of the text."""
-    end = len(text)
-    while end > max(0, len(text) - 10_000):
-        end = max(text.rfind(" ", 0, end), text.rfind("\n", 0, end))
-        if end > 0 and not text[end - 1].isspace():
-            return end
-    return len(text)
+    start = max(0, len(text) - 10_000)
+    ends = [match.end() for match in re.finditer(r"\S(?=[ \n])", text[start:])]
+    return start + ends[-1] if ends else len(text)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, zip_longest
 from pathlib import Path
 
 import numpy as np
 
 from system.errors import UserError
-from text.sources import LABELLED, Notes, Row, hub_rows, load_hub, read_rows, text_of
+from text.sources import LABELLED, Notes, hub_rows, read_rows, text_of
 
 SPLITS = ("train", "val", "test")
-_CONTRADICTS = "rows whose text has another label elsewhere were dropped"
 
 
 @dataclass(frozen=True)
@@ -33,29 +30,10 @@ def read_examples(
     Raises UserError if nothing is left, or, naming the place, for a row that lacks one of the columns.
     """
     notes = Notes()
-    if file:
-        rows = read_rows(str(file), [text_column, label_column])
-    else:
-        if named := LABELLED.get(dataset):
-            dataset, text_column = named.hub, named.text_column
-        rows = _rows_of_hub(dataset, label_column)
-    examples = _examples(rows, text_column, label_column, notes)
-    if not examples:
-        raise UserError(f"{file or dataset} holds no labelled text{notes.in_brackets()}")
-    return examples, notes
-
-
-def _rows_of_hub(name: str, label_column: str) -> Iterator[Row]:
-    """Yields the rows of the split "train". Labels that the data set stores as numbers are given their names."""
-    rows = load_hub(name, "--input FILE works", split="train")
-    names = dict(enumerate(getattr((rows.features or {}).get(label_column), "names", [])))  # -1 is no label
-    for where, row in hub_rows(name, rows):
-        yield where, {**row, label_column: names.get(row[label_column])} if names else row
-
-
-def _examples(rows: Iterable[Row], text_column: str, label_column: str, notes: Notes) -> list[Example]:
+    if not file:
+        dataset, text_column = LABELLED.get(dataset, (dataset, text_column))
     labels: dict[str, str | None] = {}  # by text; None if labels contradict each other
-    for where, row in rows:
+    for where, row in read_rows(str(file), [text_column, label_column]) if file else hub_rows(dataset):
         text = notes.clean(text_of(row, text_column, where), where).strip()
         label = notes.clean(text_of(row, label_column, where, "--label-column", str | int), where).strip()
         if not text or not label:
@@ -65,9 +43,13 @@ def _examples(rows: Iterable[Row], text_column: str, label_column: str, notes: N
         elif labels[text] == label:
             notes.add("rows that repeat another one were dropped, or training and test would share them", where)
         else:
-            notes.add(_CONTRADICTS, where, 1 if labels[text] is None else 2)
+            n = 1 if labels[text] is None else 2
+            notes.add("rows whose text has another label elsewhere were dropped", where, n)
             labels[text] = None
-    return [Example(text, label) for text, label in labels.items() if label is not None]
+    examples = [Example(text, label) for text, label in labels.items() if label is not None]
+    if not examples:
+        raise UserError(f"{file or dataset} holds no labelled text{notes.in_brackets()}")
+    return examples, notes
 
 
 def split(examples: list[Example], val_fraction: float, test_fraction: float, seed: int) -> dict[str, list[Example]]:
@@ -83,10 +65,8 @@ def split(examples: list[Example], val_fraction: float, test_fraction: float, se
         raise UserError(f"all rows have the label {next(iter(by_label), '')!r}: add texts with other labels")
     rarest = min(by_label, key=lambda label: len(by_label[label]))
     if len(by_label[rarest]) < 3:
-        raise UserError(
-            f"the label {rarest!r} has fewer than three texts: one each is needed to train, to validate and to test; "
-            "add texts with that label, or remove it"
-        )
+        remedy = "one each is needed to train, to validate and to test; add texts with that label, or remove it"
+        raise UserError(f"the label {rarest!r} has fewer than three texts: {remedy}")
 
     # scikit-learn's `train_test_split(stratify=…)` only rounds shares: it leaves a label of three texts out of a split.
     random = np.random.default_rng(seed)
@@ -103,11 +83,12 @@ def split(examples: list[Example], val_fraction: float, test_fraction: float, se
 
 def one_of_each(examples: list[Example], n: int) -> list[Example]:
     """Returns at most `n` examples: one of each label, then another one of each, and so on."""
-    by_label: dict[str, list[Example]] = defaultdict(list)
+    seen: Counter[str] = Counter()
+    rounds = []
     for example in examples:
-        by_label[example.label].append(example)
-    rounds = zip_longest(*by_label.values())
-    return [example for example in chain.from_iterable(rounds) if example][:n]
+        rounds.append((seen[example.label], example))
+        seen[example.label] += 1
+    return [example for _, example in sorted(rounds, key=lambda pair: pair[0])][:n]
 
 
 def counts(examples: list[Example]) -> str:

@@ -4,32 +4,33 @@ from __future__ import annotations
 
 import os
 import threading
+import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from system.cli import command_line, progress
 from system.errors import UserError
-from system.files import atomic_folder, require_no_files, write_json
+from system.files import atomic_folder, flush, read_json, require_no_files, write_json
 from text.corpus import CHUNK, Corpus, Piece
-from text.sources import Notes
-from text.token_files import SPLITS, TokenFiles, read_tokens, statistics
+from text.token_files import SPLITS, append_tokens, count_tokens, files_by_split, report, statistics
 from text.tokenizer import Tokenizer, train_bpe
 
 BPE_CHARACTERS = 200_000_000  # enough training text to train a tokenizer
 SHARD_TOKENS = 100_000_000  # for corpora of billions of tokens
-SplitIds = tuple[str, np.ndarray]
-"""A split and ids for it, uint16 (n,)."""
+Group = tuple[str, list[str], bool]
+"""A split, texts for it of about CHUNK characters in all, and whether the last text goes on in the next group."""
 
 
 def prepare(
     corpus: Corpus,
     tokenizer: Tokenizer | int,
     out: Path,
-    source: str | list[str],
     *,
     val_fraction: float = 0.1,
     seed: int = 1337,
@@ -37,33 +38,34 @@ def prepare(
     shard_tokens: int | None = None,
     max_tokens: int | None = None,
     overwrite: bool = False,
-) -> tuple[dict[str, np.ndarray], Tokenizer]:
-    """Tokenizes a corpus into `out`; returns how often each id was written, int64 (ids,) by split, and the tokenizer.
+) -> list[str]:
+    """Tokenizes a corpus into `out`; returns lines that say what was written.
 
     An integer as `tokenizer` trains a BPE of this size on the training text first. The files are train.bin and val.bin,
     or shards of `shard_tokens` tokens, with at most `max_tokens` tokens in total. They appear together at the end. The
-    shards that a killed run with the same settings completed are kept. `workers` is the number of threads, by default
-    one per core; it never changes the output. `source` goes into meta.json. Raises UserError if there are old files and
-    no `overwrite`, or if a split gets no text.
+    shards of an interrupted run with the same settings are kept. `workers` is the number of threads, by default one per
+    core; it never changes the output. Raises UserError if there are old files and no `overwrite`, or if a split gets no
+    text.
     """
-    is_gpt2 = isinstance(tokenizer, Tokenizer) and tokenizer.spec == "gpt2"
-    written = ["train*.bin", "val*.bin", "meta.json"]
-    require_no_files(out, written if is_gpt2 else [*written, "tokenizer.json"], overwrite)
+    require_no_files(out, ["train*.bin", "val*.bin", "meta.json", "tokenizer.json"], overwrite)
     if isinstance(tokenizer, int):
         tokenizer = train_tokenizer(corpus.pieces(val_fraction, seed), tokenizer)
     if corpus.first_shard_val:
         shard_tokens = shard_tokens or SHARD_TOKENS
-    settings = None
-    if shard_tokens and (corpus.first_shard_val or not max_tokens):  # otherwise max_tokens cuts two splits at once
-        settings = [corpus.origin, tokenizer.name, val_fraction, seed, shard_tokens, max_tokens]
-    with atomic_folder(out, last="meta.json", settings=settings) as folder:
-        files = {split: TokenFiles(folder, split, tokenizer.n_tokens, shard_tokens) for split in SPLITS}
-        pieces = corpus.pieces(val_fraction, seed)
-        val_tokens = shard_tokens if corpus.first_shard_val else None
-        _write(pieces, files, tokenizer, workers or os.cpu_count() or 1, val_tokens, max_tokens)
-        counts = {split: files[split].counts for split in SPLITS}
-        _require_text(counts, tokenizer, corpus.notes)
-        names = {split: files[split].names for split in SPLITS}
+    with atomic_folder(out, last="meta.json", keep=shard_tokens is not None) as folder:
+        state = _resume(folder, [corpus.source, tokenizer.name, val_fraction, seed, shard_tokens, max_tokens])
+        groups = _grouped(corpus.pieces(val_fraction, seed))
+        _write(groups, tokenizer, folder, state, workers, shard_tokens, max_tokens, corpus.first_shard_val)
+        files = files_by_split(path.name for path in folder.iterdir())
+        counts = count_tokens(folder, files, tokenizer)
+        for split, purpose, remedy in (
+            ("train", "train on", "a smaller --shard-tokens"),
+            ("val", "validate with", "a larger --val-fraction or --max-tokens"),
+        ):
+            if not counts[split][: tokenizer.end_of_text].any():
+                notes = corpus.notes.in_brackets()
+                raise UserError(f"there is no text to {purpose}: use more text, or {remedy}{notes}")
+        names = dict(files)
         if tokenizer.spec != "gpt2":
             names["tokenizer"] = ["tokenizer.json"]
             (folder / "tokenizer.json").write_text(tokenizer.spec, encoding="utf-8")
@@ -72,74 +74,79 @@ def prepare(
             "tokenizer": tokenizer.name,
             "n_tokens": tokenizer.n_tokens,
             "splits": {split: statistics(counts[split], tokenizer) for split in SPLITS},
-            "source": source,
+            "source": corpus.source,
             "notes": corpus.notes.lines(),
             "command": command_line(),
             "format_version": 1,
         }
         write_json(folder / "meta.json", meta)
-    return counts, tokenizer
+        (folder / "progress.json").unlink(missing_ok=True)
+    return [*report(out, files, counts, tokenizer), *corpus.notes.lines(), f"wrote {out}, tokenizer {tokenizer.name}"]
+
+
+def _resume(folder: Path, settings: list) -> dict[str, Any]:
+    """Returns the progress of an interrupted run with equal settings, and cuts its token files to it.
+
+    Without such a run the folder is emptied, and the progress is none.
+    """
+    state: dict[str, Any] = {"settings": settings, "groups": 0, "checksum": 0, "sizes": {}}
+    if (folder / "progress.json").exists() and read_json(folder / "progress.json")["settings"] == settings:
+        state = read_json(folder / "progress.json")
+    for path in folder.iterdir():
+        if path.name in state["sizes"]:
+            os.truncate(path, state["sizes"][path.name])
+        elif path.name != "progress.json":
+            path.unlink()
+    return state
 
 
 def _write(
-    pieces: Iterable[Piece],
-    files: dict[str, TokenFiles],
+    groups: Iterator[Group],
     tokenizer: Tokenizer,
-    workers: int,
-    val_tokens: int | None,
+    folder: Path,
+    state: dict[str, Any],
+    workers: int | None,
+    shard_tokens: int | None,
     max_tokens: int | None,
+    first_shard_val: bool,
 ) -> None:
-    """Tokenizes pieces into token files, the first `val_tokens` tokens into those of "val", and at most `max_tokens`.
+    """Tokenizes groups into token files, after those that an interrupted run tokenized. `state` is its progress.
 
-    What complete shards already hold is left out.
+    Every time a shard is complete, the progress is saved. Raises UserError if the text is not that of the progress.
     """
-    train, val = files["train"], files["val"]
-    groups = {"train": [val, train]} if val_tokens else {"train": [train], "val": [val]}
-    finished = {split: _finished(group, tokenizer.end_of_text) for split, group in groups.items()}
-    n_tokens = sum(file.n_tokens for file in files.values())
-    batches = tokenized(_unfinished(pieces, {split: n for split, (n, _) in finished.items()}), tokenizer, workers)
-    with progress(total=max_tokens, initial=n_tokens, unit=" tokens", unit_scale=True) as bar:
-        left = {split: n for split, (_, n) in finished.items()}
-        for split, ids in batches:
-            ids, left[split] = ids[left[split] :], max(0, left[split] - len(ids))
+    checksum = 0
+    for _, texts, _ in islice(groups, state["groups"]):
+        checksum = _checksum(texts, checksum)
+    if checksum != state["checksum"]:
+        raise UserError(f"the text is not that of the interrupted run: remove {folder} to begin anew")
+    files = files_by_split(state["sizes"])
+    n_tokens = {split: sum(state["sizes"][name] for name in files[split]) // 2 for split in SPLITS}
+    with progress(total=max_tokens, initial=sum(n_tokens.values()), unit=" tokens", unit_scale=True) as bar:
+        for (split, texts, _), ids in tokenized(groups, tokenizer, workers or os.cpu_count() or 1):
+            state["groups"] += 1
+            state["checksum"] = _checksum(texts, state["checksum"])
             if max_tokens:
-                ids = ids[: max_tokens - n_tokens]
+                ids = ids[: max_tokens - sum(n_tokens.values())]
             bar.update(len(ids))
-            n_tokens += len(ids)
-            if val_tokens:
-                n_val = val_tokens - val.n_tokens
-                val.write(ids[:n_val])
-                ids = ids[n_val:]
-            files[split].write(ids)
-            if n_tokens == max_tokens:
+            n_val = max(0, shard_tokens - n_tokens["val"]) if first_shard_val and shard_tokens else 0
+            n_shards = len(list(folder.glob("*.bin")))
+            for name, part in (("val", ids[:n_val]), (split, ids[n_val:])):
+                append_tokens(folder, name, part, n_tokens[name], shard_tokens)
+                n_tokens[name] += len(part)
+            if shard_tokens and len(list(folder.glob("*.bin"))) > n_shards:
+                flush(folder)
+                sizes = {path.name: path.stat().st_size for path in folder.glob("*.bin")}
+                write_json(folder / "progress.json", {**state, "sizes": sizes})
+            if sum(n_tokens.values()) == max_tokens:
                 break
-    for file in files.values():
-        file.close()
 
 
-def _finished(files: list[TokenFiles], separator: int) -> tuple[int, int]:
-    """Returns how many documents complete shards hold, and how many tokens of the document that follows."""
-    n_documents, n_tokens = 0, 0
-    for path in (file.folder / name for file in files for name in file.names):
-        ids = read_tokens(path)
-        ends = np.flatnonzero(ids == separator)
-        n_documents += len(ends)
-        n_tokens = len(ids) - 1 - int(ends[-1]) if len(ends) else n_tokens + len(ids)
-    return n_documents, n_tokens
-
-
-def _unfinished(pieces: Iterable[Piece], n_documents: dict[str, int]) -> Iterator[Piece]:
-    """Yields the pieces behind the first `n_documents` of each split. They are read, but not tokenized."""
-    for split, text, ends in pieces:
-        if not n_documents[split]:
-            yield split, text, ends
-        elif ends:
-            n_documents[split] -= 1
+def _checksum(texts: list[str], before: int) -> int:
+    return zlib.crc32("".join(texts).encode(), before)
 
 
 def train_tokenizer(pieces: Iterable[Piece], vocab_size: int) -> Tokenizer:
-    """Trains a tokenizer on the training text among the pieces of a corpus, and says so."""
-    print(f"training a tokenizer of {vocab_size:,} tokens on the text", flush=True)
+    """Trains a tokenizer on the training text among the pieces of a corpus."""
 
     def texts() -> Iterator[str]:
         left = BPE_CHARACTERS
@@ -150,57 +157,40 @@ def train_tokenizer(pieces: Iterable[Piece], vocab_size: int) -> Tokenizer:
             if left <= 0:
                 return
 
-    tokenizer = train_bpe(texts(), vocab_size)
-    if tokenizer.end_of_text < vocab_size:
-        print(f"the text is too short for that: the tokenizer has {tokenizer.end_of_text:,} tokens")
-    return tokenizer
+    return train_bpe(progress(texts(), desc=f"training a tokenizer of {vocab_size:,} tokens"), vocab_size)
 
 
-def _require_text(counts: dict[str, np.ndarray], tokenizer: Tokenizer, notes: Notes) -> None:
-    """Raises UserError if a split has no token of text."""
-    has_text = {split: counts[split][: tokenizer.end_of_text].any() for split in SPLITS}
-    if not has_text["train"]:
-        remedy = ": try a smaller --shard-tokens, since the first shard is for validation" if has_text["val"] else ""
-        raise UserError(f"there is no text to train on{remedy}{notes.in_brackets()}")
-    if not has_text["val"]:
-        raise UserError(
-            "nothing is left to validate with: use more text, a larger --val-fraction or a larger --max-tokens"
-            f"{notes.in_brackets()}"
-        )
+def tokenized(groups: Iterable[Group], tokenizer: Tokenizer, workers: int) -> Iterator[tuple[Group, np.ndarray]]:
+    """Yields groups in order, each with its ids, uint16 (n,).
 
-
-def tokenized(pieces: Iterable[Piece], tokenizer: Tokenizer, workers: int) -> Iterator[SplitIds]:
-    """Yields the ids of pieces in batches of about CHUNK characters; within a split, in order.
-
-    The workers are threads, each with its own tokenizer. tiktoken runs outside Python's global lock, so threads use as
-    many cores as processes would, and neither text nor ids are copied between processes.
+    The workers are threads: tiktoken runs outside Python's global lock. Each has its own tokenizer: threads that share
+    one wait for its compiled pattern.
     """
-    pending: deque[tuple[str, Future[np.ndarray]]] = deque()
+    pending: deque[Future[tuple[Group, np.ndarray]]] = deque()
     local = threading.local()
 
     def start_thread() -> None:
-        local.tokenizer = tokenizer.copy()
+        local.tokenizer = Tokenizer(tokenizer.mergeable_ranks, tokenizer.spec)
 
-    def encode(texts: list[str], last_goes_on: bool) -> np.ndarray:
-        return local.tokenizer.encode_documents(texts, last_goes_on)
+    def encode(group: Group) -> tuple[Group, np.ndarray]:
+        _, texts, last_goes_on = group
+        ids = local.tokenizer.encode_documents(texts)
+        return group, ids[:-1] if last_goes_on else ids
 
     with ThreadPoolExecutor(workers, initializer=start_thread) as pool:
         try:
-            for split, texts, last_goes_on in _grouped(pieces):
-                pending.append((split, pool.submit(encode, texts, last_goes_on)))
+            for group in groups:
+                pending.append(pool.submit(encode, group))
                 if len(pending) > workers + 1:
-                    oldest_split, ids = pending.popleft()
-                    yield oldest_split, ids.result()
+                    yield pending.popleft().result()
             while pending:
-                oldest_split, ids = pending.popleft()
-                yield oldest_split, ids.result()
+                yield pending.popleft().result()
         finally:
-            for _, ids in pending:
-                ids.cancel()
+            pool.shutdown(cancel_futures=True)
 
 
-def _grouped(pieces: Iterable[Piece]) -> Iterator[tuple[str, list[str], bool]]:
-    """Groups pieces to about CHUNK characters, by split; yields (split, texts, whether the last text goes on)."""
+def _grouped(pieces: Iterable[Piece]) -> Iterator[Group]:
+    """Groups pieces by split."""
     texts: dict[str, list[str]] = {split: [] for split in SPLITS}
     size = 0
     for split, text, ends in pieces:

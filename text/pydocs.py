@@ -130,23 +130,15 @@ def _parse_modules() -> dict[str, ast.Module]:
     modules: dict[str, ast.Module] = {}
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        path_name = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
-        name = _PUBLIC_NAMES.get(path_name, path_name)
-        if any(map(_SKIPPED.fullmatch, relative.parts)):
-            continue
-        try:
-            tree = ast.parse(path.read_bytes())
-        except SyntaxError:  # a template, such as those of lib2to3's tests
-            continue
-        if name in modules:
-            modules[name].body += tree.body
-        else:
-            modules[name] = tree
+        if not any(map(_SKIPPED.fullmatch, relative.parts)):
+            name = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
+            module = modules.setdefault(_PUBLIC_NAMES.get(name, name), ast.Module([], []))
+            module.body += ast.parse(path.read_bytes()).body
     return modules
 
 
 def _reexports(modules: dict[str, ast.Module]) -> dict[str, str]:
-    """Returns the names that users import, by the names of the definitions: `json.JSONDecoder` for
+    """Returns the names that users import by the names of the definitions: `json.JSONDecoder` by
     `json.decoder.JSONDecoder`.
 
     Packages re-export names of their own modules, and public modules those of private modules beside them.
@@ -158,13 +150,11 @@ def _reexports(modules: dict[str, ast.Module]) -> dict[str, str]:
         blocks = [tree.body, *(node.body for node in tree.body if isinstance(node, (ast.Try, ast.If)))]
         for node in (node for block in blocks for node in block if isinstance(node, ast.ImportFrom)):
             source = f"{module}.{node.module}" if node.level else str(node.module)
-            if source not in modules or not (source.startswith(module + ".") or source.startswith("_")):
+            if source not in modules or not source.startswith((f"{module}.", "_")):
                 continue
             defined = {n.name for n in modules[source].body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
-            imported = (
-                defined if node.names[0].name == "*" else {alias.name for alias in node.names if not alias.asname}
-            )
-            for name in imported & defined:
+            imported = {alias.name for alias in node.names if not alias.asname}
+            for name in defined if "*" in imported else imported & defined:
                 if not name.startswith("_"):
                     public_names.setdefault(f"{source}.{name}", f"{module}.{name}")
     return public_names

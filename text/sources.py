@@ -13,11 +13,9 @@ import json
 import os
 import random
 import re
-import urllib.request
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from types import UnionType
 from typing import Any, Literal, TypeVar
@@ -38,54 +36,46 @@ ROWS = 256  # rows of Parquet and of the Hub to read at a time
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 TEXT_FILES = (".txt", ".md", ".py")  # each file is one document
 TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # each row is one document
-INSTEAD = "--dataset pydocs and --input FILE work"
+INSTEAD = "without a network, --input FILE and --hellaswag FILE work, and so do --dataset pydocs and pydocs-qa"
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A named data set: on the Hub (org/name), at a URL, or, without both, made from what this machine has."""
+    """A named text: on the Hub (org/name), at a URL, or, without both, made from what this machine has."""
 
-    name: str
     hub: str = ""
     config: str | None = None
     url: str = ""
     sha256: str = ""
-    held_out: Literal["share", "nanogpt", "first shard", "own", "paraphrases"] = "share"
-    """a share of the documents; nanoGPT's rows of OpenWebText; the first shard; the Hub's split "validation"; or
-    paraphrases of the questions"""
+    held_out: Literal["share", "nanogpt", "first shard", "own"] = "share"
+    """a share of the documents; nanoGPT's rows of OpenWebText; the first shard; or the Hub's split "validation\""""
     text_column: str = "text"
 
 
-def _by_name(*datasets: Dataset) -> dict[str, Dataset]:
-    return {dataset.name: dataset for dataset in datasets}
-
-
-TEXTS = _by_name(
-    Dataset("openwebtext", "Skylion007/openwebtext", held_out="nanogpt"),
-    Dataset("fineweb-edu", "HuggingFaceFW/fineweb-edu", "sample-10BT", held_out="first shard"),
-    Dataset("climbmix", "karpathy/climbmix-400b-shuffle", held_out="first shard"),
-    Dataset("tinystories", "roneneldan/TinyStories", held_out="own"),
-    Dataset(
-        "shakespeare",
+TEXTS = {
+    "openwebtext": Dataset("Skylion007/openwebtext", held_out="nanogpt"),
+    "fineweb-edu": Dataset("HuggingFaceFW/fineweb-edu", "sample-10BT", held_out="first shard"),
+    "climbmix": Dataset("karpathy/climbmix-400b-shuffle", held_out="first shard"),
+    "tinystories": Dataset("roneneldan/TinyStories", held_out="own"),
+    "shakespeare": Dataset(
         url="https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e"
         "/data/tinyshakespeare/input.txt",
         sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
     ),
-    Dataset(
-        "war-and-peace",
+    "war-and-peace": Dataset(
         url="https://raw.githubusercontent.com/enerrio/jax-transformer/e00617e4555a0dc4d64d819307f917206aeec31c"
         "/war-and-peace.txt",
         sha256="fef5d84055533ae89c5df8f8334f5bcf9110a5d36e0a01f0e587b847c9d5444e",
     ),
-    Dataset("pydocs"),
-)
-CONVERSATIONS = _by_name(
-    Dataset("oasst1", "OpenAssistant/oasst1", held_out="own"),
-    Dataset("alpaca-gpt4", "vicgalle/alpaca-gpt4"),
-    Dataset("builtins-qa", held_out="paraphrases"),
-    Dataset("pydocs-qa", held_out="paraphrases"),
-)
-LABELLED = _by_name(Dataset("sms-spam", "ucirvine/sms_spam", text_column="sms"))
+    "pydocs": Dataset(),
+}
+CONVERSATIONS = {
+    "oasst1": "OpenAssistant/oasst1",
+    "alpaca-gpt4": "vicgalle/alpaca-gpt4",
+    "builtins-qa": None,  # made by text.lessons
+    "pydocs-qa": None,
+}
+LABELLED = {"sms-spam": ("ucirvine/sms_spam", "sms")}  # the name on the Hub, and the column of the text
 
 
 class Notes(dict[str, tuple[int, str]]):
@@ -183,10 +173,7 @@ def opened(file: str) -> Iterator[io.BufferedReader]:
 
 
 def _options(file: str) -> dict[str, Any]:
-    """Returns what `fsspec` needs to know for a URL on the web.
-
-    By default, a download ends after five minutes, and needs a server that sends parts of a file. Parquet needs one.
-    """
+    """Returns `fsspec`'s options for a URL on the web: no limit of five minutes, byte ranges only for Parquet."""
     if not file.lower().startswith("http"):
         return {}
     import aiohttp
@@ -263,70 +250,50 @@ def text_of(row: object, column: str, where: str, flag: str = "--text-column", t
         raise UserError(f"{where}: no column {column!r}, but {content or 'nothing'}: name the right one with {flag}")
     value = row[column]
     if not isinstance(value, types | None):
-        raise UserError(
-            f"{where}: column {column!r} holds a {type(value).__name__}, not text: name another one with {flag}"
-        )
+        kind = type(value).__name__
+        raise UserError(f"{where}: column {column!r} holds a {kind}, not text: name another one with {flag}")
     return "" if value is None else str(value)
 
 
-def load_hub(
-    name: str, instead: str, config: str | None = None, split: str | None = None, revision: str | None = None
-) -> Any:
-    """Returns a data set of the Hub as an IterableDataset, or without `split` a dict of them by split.
+def hub_rows(name: str, config: str | None = None, split: str = "train", revision: str | None = None) -> Iterator[Row]:
+    """Streams the rows of a data set of the Hub with their places. Labels stored as numbers get their names.
 
-    Raises UserError if the data set cannot be had; `instead` says what works without a network.
+    Raises UserError if the data set cannot be had, or if the network fails.
     """
     import datasets
     from huggingface_hub import HfApi
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()
+    number = 0
     try:
         if not Path(name).is_dir():  # fails at once, while `load_dataset` would try again and again
             HfApi().dataset_info(name, revision=revision, timeout=20)
-        try:
-            return datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
-        except RuntimeError as error:
-            if revision or "scripts are no longer supported" not in str(error):
-                raise  # otherwise the Hub's own conversion takes the script's place
-            return datasets.load_dataset(name, config, split=split, revision="refs/convert/parquet", streaming=True)
-    except Exception as error:  # whatever the Hub's client raises
-        raise _hub_error(name, instead, error) from None
-
-
-def hub_rows(name: str, rows: Any) -> Iterator[Row]:
-    """Yields the rows of an IterableDataset with their places. Raises UserError if the network fails."""
-    number = 0
-    try:
+        rows = datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
+        labels = {key: f.names for key, f in (rows.features or {}).items() if isinstance(f, datasets.ClassLabel)}
         for batch in rows.iter(ROWS):  # much faster than row by row
+            for column, names in labels.items():  # -1 is no label
+                batch[column] = [None if i is None or i < 0 else names[i] for i in batch[column]]
             for values in zip(*batch.values(), strict=True):
                 number += 1
                 yield f"{name}, row {number}", dict(zip(batch, values, strict=True))
     except Exception as error:  # whatever the Hub's client raises
-        raise _hub_error(name, "local files work", error) from None
+        reason = f"{type(error).__name__}: {shorten(str(error), 200)}"
+        raise UserError(f"cannot load {name} from the Hugging Face Hub ({reason}); {INSTEAD}") from None
 
 
-def _hub_error(name: str, instead: str, error: Exception) -> UserError:
-    reason = f"{type(error).__name__}: {shorten(str(error), 200)}"
-    return UserError(f"cannot load {name} from the Hugging Face Hub ({reason}); without a network, {instead}")
-
-
-def download(dataset: Dataset, instead: str, folder: Path = Path("data/raw")) -> Path:
+def download(name: str, dataset: Dataset, folder: Path = Path("data/raw")) -> Path:
     """Returns the path of a text with a URL, fetched once. Raises UserError if it cannot be had unchanged."""
-    name, url = dataset.name, dataset.url
     path = folder / f"{name}.txt"
-    is_new = not path.exists()
+    source = str(path) if path.exists() else dataset.url
     try:
-        content = urllib.request.urlopen(url, timeout=30).read() if is_new else path.read_bytes()
-    except (OSError, HTTPException) as error:
-        raise UserError(
-            f"cannot fetch {name} from {url} ({getattr(error, 'reason', error)}); "
-            f"put it at {path} by hand; without a network, {instead}"
-        ) from None
+        with opened(source) as file:
+            content = file.read()
+    except UserError as error:
+        raise UserError(f"cannot fetch {name}: {error}; put it at {path} by hand; {INSTEAD}") from None
     if hashlib.sha256(content).hexdigest() != dataset.sha256:
-        remedy = instead if is_new else "remove it to fetch it again"
-        raise UserError(f"{url if is_new else path} is not the published {name} (another SHA-256): {remedy}")
-    if is_new:
+        raise UserError(f"{source} is not the published {name} (another SHA-256): replace {path}")
+    if source == dataset.url:
         with atomic_write(path) as file:
             file.write(content)
     return path

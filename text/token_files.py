@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +15,7 @@ from system.files import read_json
 from text.tokenizer import Tokenizer, load_tokenizer, require_same_tokenizer, tokenizer_of_data
 
 SPLITS = ("train", "val")
-_SHARD_MAGIC, _LLAMA_SHARD_MAGIC, _SHARD_HEADER_BYTES = 20240520, 20240801, 1024  # of llm.c
+_SHARD_MAGIC, _LLAMA_SHARD_MAGIC, _HEADER = 20240520, 20240801, 512  # of llm.c; the header's length in uint16
 # train.bin; train_000001.bin; fineweb_train_000001.bin (llm.c, modded-nanogpt); train_00000_shuffled.ds (datatrove)
 _NAME = re.compile(r"(train|val)\.bin|(?:.+_)?(train|val)_\d+\.bin|(train|val)_\d+_\w*shuffled\.ds")
 
@@ -39,24 +37,18 @@ def read_meta(path: str | Path, command: str) -> dict[str, Any]:
     path = Path(path)
     try:
         meta = read_json(path)
-        if isinstance(meta["tokenizer"], str) and all(counts["tokens"] >= 0 for counts in meta["splits"].values()):
-            return meta
+        if not isinstance(meta["tokenizer"], str) or any(n["tokens"] < 0 for n in meta["splits"].values()):
+            raise ValueError
     except FileNotFoundError:
         raise UserError(f"no prepared data in {path.parent} ({path.name} is missing): run {command} first") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError, AttributeError):
-        pass
-    raise UserError(f"{path} is damaged: run {command} again")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise UserError(f"{path} is damaged: run {command} again") from None
+    return meta
 
 
 def read_sft_meta(folder: Path) -> dict[str, Any]:
-    """Reads the `sft_meta.json` of a folder, which has a `template`. Raises UserError if it is missing or damaged."""
-    path = folder / "sft_meta.json"
-    meta = read_meta(path, "prepare_sft_data.py")
-    if meta.get("template") not in ("chat", "alpaca"):
-        raise UserError(f"{path} is damaged (template): run prepare_sft_data.py again")
-    return meta
+    """Reads the `sft_meta.json` of a folder, which has a `template`. Raises UserError as `read_meta` does."""
+    return read_meta(folder / "sft_meta.json", "prepare_sft_data.py")
 
 
 def read_token_meta(folder: Path) -> dict[str, Any]:
@@ -74,29 +66,24 @@ def read_token_meta(folder: Path) -> dict[str, Any]:
     files: Any = meta.get("files")
     if isinstance(files, list):  # up to version 0.2
         files = files_by_split(map(str, files))
-    try:
-        meta["files"] = {split: [Path(name).name for name in files[split]] for split in SPLITS}
-        if all(meta["files"].values()):
-            return meta
-    except (LookupError, TypeError):
-        pass
-    raise UserError(f"{path} is damaged (files): run prepare_data.py again")
+    if not isinstance(files, dict) or not all(files.get(split) for split in SPLITS):
+        raise UserError(f"{path} is damaged (files): run prepare_data.py again")
+    meta["files"] = {split: [Path(name).name for name in files[split]] for split in SPLITS}
+    return meta
 
 
 def read_prepared_tokens(path: Path, tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     """Returns the ids of one token file (.bin), or of the validation split in a folder, uint16 (n,).
 
-    Raises UserError if the folder was prepared with another tokenizer, or if the file holds ids that a vocabulary
-    lacks.
+    Raises UserError if they were prepared with another tokenizer, or if a vocabulary lacks them.
     """
-    if path.suffix == ".bin":
-        ids = read_tokens(path)
-    else:
+    paths, remedy = [path], "prepare the text with the model's tokenizer"
+    if path.suffix != ".bin":
         meta = read_token_meta(path)
-        found = tokenizer_of_data(path, meta).name
-        require_same_tokenizer(tokenizer.name, found, path, "prepare the text with the model's tokenizer")
-        ids = np.concatenate([read_tokens(path / name) for name in meta["files"]["val"]])
-    require_ids_below(ids, vocab_size, path, "prepare the text with the model's tokenizer")
+        require_same_tokenizer(tokenizer.name, tokenizer_of_data(path, meta).name, path, remedy)
+        paths = [path / name for name in meta["files"]["val"]]
+    ids = np.concatenate([read_tokens(path) for path in paths])
+    require_ids_below(ids, vocab_size, path, remedy)
     return ids
 
 
@@ -106,19 +93,15 @@ def read_tokens(path: Path) -> np.ndarray:
     Raises UserError if it is missing, if its size is wrong, or if its tokens have another width.
     """
     tokens = memory_map(path, np.uint16)
-    header = tokens[: _SHARD_HEADER_BYTES // 2].view("<i4") if len(tokens) >= _SHARD_HEADER_BYTES // 2 else [0]
+    header = tokens[:_HEADER].view("<i4") if len(tokens) >= _HEADER else [0]
     if header[0] not in (_SHARD_MAGIC, _LLAMA_SHARD_MAGIC):
         return tokens
     if header[0] == _LLAMA_SHARD_MAGIC or header[1] != 1:
-        raise UserError(
-            f"{path} holds llm.c's tokens of another kind than GPT-2's (version {header[1]}): prepare the text again"
-        )
-    tokens = tokens[_SHARD_HEADER_BYTES // 2 :]
+        raise UserError(f"{path} has another format of llm.c (version {header[1]}): prepare the text again")
+    tokens = tokens[_HEADER:]
     if len(tokens) != header[2]:
-        raise UserError(
-            f"{path} is damaged: its header announces {header[2]:,} tokens, it holds {len(tokens):,}; "
-            "copy or prepare it again"
-        )
+        announced = f"its header announces {header[2]:,} tokens, it holds {len(tokens):,}"
+        raise UserError(f"{path} is damaged: {announced}; copy or prepare it again")
     return tokens
 
 
@@ -147,59 +130,39 @@ def require_ids_below(ids: np.ndarray, vocab_size: int, where: str | Path, remed
         )
 
 
-class TokenFiles:
-    """Writes the token files of one split, and counts how often each id occurs.
+def append_tokens(folder: Path, split: str, ids: np.ndarray, n_before: int, shard_tokens: int | None) -> None:
+    """Appends ids, uint16 (n,), to the token file of a split, or to its shards of `shard_tokens` tokens.
 
-    In a folder that a killed run left, complete shards are kept. What was written of them is not written again.
+    `n_before` is the number of tokens that the split has already.
     """
-
-    def __init__(self, folder: Path, split: str, n_ids: int, shard_tokens: int | None) -> None:
-        """`n_ids` is the number of ids. With `shard_tokens` a new file begins after that many tokens."""
-        self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
-        self.counts = np.zeros(n_ids, dtype=np.int64)
-        self.names: list[str] = []
-        self._file: IO[bytes] | None = None
-        self._room = 0  # tokens that still fit into the open file
-        while (
-            shard_tokens and (path := folder / self._next_name()).exists() and path.stat().st_size == 2 * shard_tokens
-        ):
-            self.counts += np.bincount(read_tokens(path), minlength=n_ids)
-            self.names.append(path.name)
-
-    @property
-    def n_tokens(self) -> int:
-        """Number of tokens in the files."""
-        return int(self.counts.sum())
-
-    def write(self, ids: np.ndarray) -> None:
-        """Appends ids, uint16 (n,)."""
-        self.counts += np.bincount(ids, minlength=len(self.counts))
-        while len(ids):
-            if self._file is None:
-                self.names.append(self._next_name())
-                self._file = open(self.folder / self.names[-1], "wb")  # noqa: SIM115
-                self._room = self.shard_tokens or sys.maxsize
-            part = ids[: self._room]
-            self._file.write(part.tobytes())
-            ids = ids[len(part) :]
-            self._room -= len(part)
-            if self._room == 0:
-                self.close()
-
-    def _next_name(self) -> str:
-        number = f"_{len(self.names) + 1:06}" if self.shard_tokens else ""
-        return f"{self.split}{number}.bin"
-
-    def close(self) -> None:
-        """Flushes the open file to the disk and closes it."""
-        if self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
+    while len(ids):
+        name, room = f"{split}.bin", len(ids)
+        if shard_tokens:
+            name = f"{split}_{n_before // shard_tokens + 1:06}.bin"
+            room = shard_tokens - n_before % shard_tokens
+        with open(folder / name, "ab") as file:
+            file.write(ids[:room].tobytes())
+        n_before += len(ids[:room])
+        ids = ids[room:]
 
 
-def statistics(counts: np.ndarray, tokenizer: Tokenizer) -> dict[str, Any]:
+def count_tokens(folder: Path, files: dict[str, list[str]], tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    """Returns how often each id occurs in token files, int64 (ids,) by split.
+
+    Raises UserError if they hold ids that the tokenizer does not have.
+    """
+    counts = {}
+    for split in SPLITS:
+        counts[split] = np.zeros(tokenizer.n_tokens, dtype=np.int64)
+        for name in files[split]:
+            ids = read_tokens(folder / name)
+            require_ids_below(ids, tokenizer.n_tokens, folder / name, "prepare the data again")
+            for start in progress(range(0, len(ids), 2**24), desc=name):  # 128 MiB as 64-bit integers
+                counts[split] += np.bincount(ids[start : start + 2**24], minlength=tokenizer.n_tokens)
+    return counts
+
+
+def statistics(counts: np.ndarray, tokenizer: Tokenizer) -> dict[str, int]:
     """Returns the numbers of documents, characters, UTF-8 bytes, tokens (separators included) and different tokens.
 
     They follow from how often each id occurs, `counts` (ids,): every document ends with a separator, and the bytes of
@@ -215,58 +178,29 @@ def statistics(counts: np.ndarray, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def count_tokens(folder: Path) -> tuple[dict[str, np.ndarray], Tokenizer]:
-    """Returns how often each id occurs in the token files of a folder, int64 (ids,) by split, and their tokenizer.
-
-    Raises UserError if there are no token files, or if they hold ids that the tokenizer does not have.
-    """
+def inspect(folder: Path) -> list[str]:
+    """Returns `report` for a folder. Raises UserError as `read_token_meta`, `read_tokens` and `count_tokens` do."""
     meta = read_token_meta(folder)
     tokenizer = tokenizer_of_data(folder, meta)
-    counts = {}
-    for split in SPLITS:
-        counts[split] = np.zeros(tokenizer.n_tokens, dtype=np.int64)
-        for name in meta["files"][split]:
-            ids = read_tokens(folder / name)
-            require_ids_below(ids, tokenizer.n_tokens, folder / name, "prepare the data again")
-            for start in progress(range(0, len(ids), 2**24), desc=name):  # 128 MiB as 64-bit integers
-                counts[split] += np.bincount(ids[start : start + 2**24], minlength=tokenizer.n_tokens)
-    return counts, tokenizer
+    return report(folder, meta["files"], count_tokens(folder, meta["files"], tokenizer), tokenizer)
 
 
-def report(counts: dict[str, np.ndarray], tokenizer: Tokenizer, folder: Path) -> str:
-    """Returns a table of what token files hold, by split and in total, and the beginning of the training text.
+def report(folder: Path, files: dict[str, list[str]], counts: dict[str, np.ndarray], tokenizer: Tokenizer) -> list[str]:
+    """Returns the lines of a table of what token files hold, and the beginning of the training text.
 
     `counts` is how often each id occurs, (ids,) by split.
     """
+    columns = [
+        statistics(count, tokenizer) for count in (counts["train"], counts["val"], counts["train"] + counts["val"])
+    ]
     lines = [f"{'':16}{'train':>17}{'val':>17}{'total':>17}"]
-    total = counts["train"] + counts["val"]
-    columns = [statistics(count, tokenizer) for count in (counts["train"], counts["val"], total)]
-    for column in columns:
-        n_text = column["tokens"] - column["documents"]
-        column |= {"tokens of text": n_text, "separators": column["documents"], "unique tokens": column["unique"]}
-        column["bytes per token"] = column["bytes"] / max(1, n_text)
-    for name in (
-        "documents",
-        "characters",
-        "bytes",
-        "tokens of text",
-        "separators",
-        "bytes per token",
-        "unique tokens",
-    ):
-        form = ".3f" if name == "bytes per token" else ","
-        lines.append(f"{name:16}" + "".join(f"{format(column[name], form):>17}" for column in columns))
-    beginning = read_tokens(folder / read_token_meta(folder)["files"]["train"][0])[:1500]
-    text = shorten(printable(tokenizer.decode(beginning.tolist())), 74)
-    lines.append(f"tokenizer {tokenizer.name}: {tokenizer.n_tokens:,} tokens, 3 of them control tokens")
-    return "\n".join([*lines, f"the training text begins: {text}"])
-
-
-def summary(counts: dict[str, np.ndarray], tokenizer: Tokenizer) -> str:
-    """Returns one line about what token files hold. `counts` is how often each id occurs, (ids,) by split."""
-    splits = {name: statistics(count, tokenizer) for name, count in counts.items()}
-    return (
-        f"{sum(split['characters'] for split in splits.values()):,} characters became "
-        f"{sum(split['tokens'] for split in splits.values()):,} tokens: {splits['train']['tokens']:,} to train on, "
-        f"{splits['val']['tokens']:,} to validate with"
-    )
+    for name in ("documents", "characters", "bytes", "tokens", "unique"):
+        lines.append(f"{name:16}" + "".join(f"{column[name]:>17,}" for column in columns))
+    ratios = (column["bytes"] / max(1, column["tokens"] - column["documents"]) for column in columns)
+    lines.append(f"{'bytes per token':16}" + "".join(f"{ratio:>17.3f}" for ratio in ratios))
+    text = printable(tokenizer.decode(read_tokens(folder / files["train"][0])[:1500].tolist()))
+    return [
+        *lines,
+        f"tokenizer {tokenizer.name}: {tokenizer.n_tokens:,} tokens, 3 of them control tokens",
+        f"the training text begins: {shorten(text, 74)}",
+    ]

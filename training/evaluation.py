@@ -21,7 +21,7 @@ from system.cli import progress
 from system.device import autocast
 from system.errors import UserError
 from system.files import read_utf8_lines
-from text.sources import hub_rows, load_hub
+from text.sources import hub_rows
 from training.loader import Batch, Conversations, micro_batches, require_known_ids, stack, strided
 from training.parallel import Processes
 
@@ -150,8 +150,7 @@ def read_hellaswag(path: Path | None = None) -> Iterator[Question]:
     Raises UserError, naming file and line, for anything else.
     """
     if path is None:
-        rows = load_hub("Rowan/hellaswag", "--hellaswag FILE works", split="validation")
-        for _, row in hub_rows("Rowan/hellaswag", rows):
+        for _, row in hub_rows("Rowan/hellaswag", split="validation"):
             yield row["ctx"], row["endings"], int(row["label"])
         return
     for number, line in enumerate(read_utf8_lines(path), 1):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 
 from system.cli import without_secrets
@@ -15,7 +14,7 @@ from text.conversations import prepare_conversations
 from text.corpus import open_corpus
 from text.prepare import prepare
 from text.sources import CONVERSATIONS, TEXTS, is_url
-from text.token_files import read_meta, summary
+from text.token_files import read_meta
 from text.tokenizer import Tokenizer
 from training.config import TrainerConfig
 from training.parallel import Processes
@@ -25,18 +24,16 @@ from weights import checkpoint
 def prepared_text(data: str | Path, config: TrainerConfig, tokenizer: Tokenizer | int, processes: Processes) -> Path:
     """Returns the folder of token files that `--data` stands for. An integer as `tokenizer` trains a BPE of this size.
 
-    Raises UserError as `_prepared` and `prepare` do.
+    Raises UserError if it cannot be prepared.
     """
-    names = [name for name, dataset in TEXTS.items() if not dataset.hub]  # the small ones
-
-    def prepare_it(data: str, folder: Path, overwrite: bool) -> None:
-        is_file = data not in names
-        corpus = open_corpus("", [data]) if is_file else open_corpus(data)
-        source = [without_secrets(data)] if is_file else data
-        counts, used = prepare(corpus, tokenizer, folder, source, overwrite=overwrite)
-        print(summary(counts, used), *corpus.notes.lines(), f"wrote {folder}, tokenizer {used.name}", sep="\n")
-
-    return _prepared(str(data), names, "meta.json", config, processes, prepare_it)
+    small = [name for name, dataset in TEXTS.items() if not dataset.hub]
+    data, folder, is_new = _folder_of(data, small, "meta.json", config, processes)
+    if is_new:
+        corpus = open_corpus(data, [] if data in small else [data])
+        lines = prepare(corpus, tokenizer, folder, overwrite=config.overwrite or (folder / "meta.json").exists())
+        if not config.plan:
+            print(*lines, sep="\n")
+    return folder
 
 
 def prepared_conversations(
@@ -44,60 +41,49 @@ def prepared_conversations(
 ) -> Path:
     """Returns the folder of prepared conversations that `--data` stands for, as the checkpoint `start` needs them.
 
-    Raises UserError as `_prepared` and `prepare_conversations` do.
+    Raises UserError if they cannot be prepared.
     """
-
-    def prepare_it(data: str, folder: Path, overwrite: bool) -> None:
-        name, file = (data, None) if data in CONVERSATIONS else ("", data)
+    data, folder, is_new = _folder_of(data, CONVERSATIONS, "sft_meta.json", config, processes)
+    if is_new:
         lines = prepare_conversations(
-            name,
-            file,
+            data,
+            None if data in CONVERSATIONS else data,
             checkpoint.tokenizer_of(start),
             folder,
             template=start.get("template") or "chat",
             block_size=start["config"].block_size,
-            overwrite=overwrite,
+            overwrite=config.overwrite or (folder / "sft_meta.json").exists(),
         )
-        print(*lines, sep="\n")
+        if not config.plan:
+            print(*lines, sep="\n")
+    return folder
 
-    return _prepared(str(data), CONVERSATIONS, "sft_meta.json", config, processes, prepare_it)
 
-
-def _prepared(
-    data: str,
-    names: Collection[str],
-    meta: str,
-    config: TrainerConfig,
-    processes: Processes,
-    prepare_it: Callable[[str, Path, bool], None],
-) -> Path:
-    """Returns the folder of data with the meta file `meta`; calls `prepare_it(data, folder, overwrite)` if it must.
+def _folder_of(
+    data: str | Path, names: Collection[str], meta: str, config: TrainerConfig, processes: Processes
+) -> tuple[str, Path, bool]:
+    """Returns `data` as text, its folder, and whether it must be prepared there first.
 
     If `data` is a file, the URL of one, or one of the data sets `names`, the folder is named after it; with `--plan` it
-    is a temporary folder, and nothing is printed. A resumed run goes on with what was prepared for it. Raises UserError
-    if several processes would prepare the data together, or if the folder holds data of another source.
+    is a temporary folder. A resumed run goes on with what was prepared for it. Raises UserError if several processes
+    would prepare the data together, or if the folder holds data of another source.
     """
-    data = data if is_url(data) else str(Path(data))
+    data = str(data) if is_url(str(data)) else str(Path(data))
     path, shown = Path(data.partition("?")[0]), without_secrets(data)
     if not is_url(data) and (path.is_dir() or not (data in names or path.suffix or path.is_file())):
-        return path
+        return data, path, False
     if is_url(data) and (data.endswith("/") or "*" in path.name or len(path.parts) < 3):
         raise UserError(f"--data takes the URL of one file, not {shown}: prepare that with prepare_data.py --input")
     folder = Path("data") / path.stem
     if config.plan:
         folder = Path(tempfile.mkdtemp())
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    exists = (folder / meta).exists()
-    is_prepared = exists and read_meta(folder / meta, "the preparation").get("source") in (shown, [shown])
-    if config.resume and is_prepared:
+    source = read_meta(folder / meta, "the preparation").get("source") if (folder / meta).exists() else None
+    if config.resume and source in (shown, [shown]):
         processes.print(f"reading {folder}, which was prepared from {shown}; later changes of {shown} are ignored")
-    elif processes.world_size > 1:
+        return data, folder, False
+    if processes.world_size > 1:
         raise UserError(f"several processes cannot prepare {shown} together: start with one, or name a prepared folder")
-    elif exists and not is_prepared:  # not even with --overwrite, which is for the checkpoint
-        raise UserError(
-            f"{shown} would be prepared in {folder}, which holds other data: rename {path.name}, or that folder"
-        )
-    else:
-        with contextlib.redirect_stdout(None) if config.plan else contextlib.nullcontext():
-            prepare_it(data, folder, config.overwrite or is_prepared)
-    return folder
+    if source not in (None, shown, [shown]):  # not even with --overwrite, which is for the checkpoint
+        raise UserError(f"{shown} belongs in {folder}, which holds other data: rename {path.name}, or that folder")
+    return data, folder, True
