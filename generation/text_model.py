@@ -131,19 +131,8 @@ class TextModel:
             generator.seed()
         else:
             generator.manual_seed(config.seed)
-        steps = generate(
-            self.model,
-            torch.tensor([ids], dtype=torch.int64, device=self.device),
-            config.max_new_tokens,
-            num_samples=n,
-            temperature=0.0 if config.greedy else config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            min_p=config.min_p,
-            repetition_penalty=config.repetition_penalty,
-            generator=generator,
-            compiled=self.compiled,
-        )
+        tokens = torch.tensor([ids], dtype=torch.int64, device=self.device)
+        steps = generate(self.model, tokens, config, num_samples=n, generator=generator, compiled=self.compiled)
         if self.device.type == "cuda":  # on other devices this would only delay the first token
             steps = one_step_ahead(steps)
         for i in range(config.max_new_tokens):
@@ -151,8 +140,8 @@ class TextModel:
                 new_ids, logits, n_context = next(steps)  # (n,), (n, n_tokens)
             if i == 0 and not logits.isfinite().all():
                 raise UserError("the logits are not finite: the weights are damaged, or need --dtype float32")
-            tokens = self._tokens(new_ids, logits, top_logprobs, [n_context] * n)
-            for sample, token in zip(samples, tokens, strict=True):
+            new_tokens = self._tokens(new_ids, logits, top_logprobs, [n_context] * n)
+            for sample, token in zip(samples, new_tokens, strict=True):
                 sample.add(token)
             yield samples
             if all(sample.is_finished for sample in samples):
@@ -260,9 +249,9 @@ def sampling_probabilities(logits: Tensor, ids: list[int], config: SamplingConfi
     """Returns the probabilities (n_tokens,) with which a config draws the token that follows `ids`: those of the logits
     (n_tokens,) after the repetition penalty, temperature and filters."""
     rows = penalize(logits[None], occurring(torch.tensor([ids]), len(logits)), config.repetition_penalty)
-    if config.greedy or config.temperature == 0:
+    if config.is_greedy:
         return torch.nn.functional.one_hot(rows[0].argmax(), len(logits)).float()
-    probabilities, kept = filtered_probabilities(rows, config.temperature, config.top_k, config.top_p, config.min_p)
+    probabilities, kept = filtered_probabilities(rows, config)
     if kept is not None:
         probabilities = probabilities.new_zeros(rows.shape).scatter_(1, kept, probabilities)
     return probabilities[0] / probabilities.sum()

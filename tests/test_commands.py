@@ -151,8 +151,6 @@ def test_help_is_quick_and_names_every_flag():
         ("classify.py", "--json"),
         ("evaluate.py", "--hellaswag"),
         ("export.py", "--out"),
-        ("benchmarks/generation.py", "--prompts"),
-        ("benchmarks/training.py", "--rounds"),
         ("demo.py", "--input"),
     ):
         code = (

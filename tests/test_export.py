@@ -92,7 +92,7 @@ def test_transformers_gives_the_same_logits_and_tokens(tmp_path, kind):
     assert (logits_of(theirs, tokens) - logits_of(ours, tokens)).abs().max() < 1e-4
     padding = list(range(config.n_tokens, config.vocab_size))
     assert theirs.generation_config.suppress_tokens == (padding or None)
-    greedy = [ids.item() for ids, _ in generate(ours, tokens[:1], 100, temperature=0.0)]
+    greedy = [ids.item() for ids, *_ in generate(ours, tokens[:1], SamplingConfig(max_new_tokens=100, greedy=True))]
     generated = theirs.generate(tokens[:1], do_sample=False, max_new_tokens=100, eos_token_id=UNUSED_ID)
     assert generated[0, 40:].tolist() == greedy and len(set(greedy)) > 30
     again = load_checkpoint(tmp_path / "out")  # what was exported can be read back

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import TOY_SHAPE, log, random_model, run_in_processes, succeed
 
+from generation.config import SamplingConfig
 from generation.decoding import CompiledDecoder, decode_one, generate
 from generation.text_model import TextModel
 from model import GPTConfig
@@ -43,7 +44,8 @@ def test_cached_logits_equal_uncached_ones(fields):
     static.decode_one = decode_one  # the function itself, not compiled
 
     def logits(**how):
-        return torch.stack([logits for _, logits, _ in generate(model, prompt, 80, temperature=0, **how)])
+        config = SamplingConfig(max_new_tokens=80, greedy=True)
+        return torch.stack([logits for _, logits, _ in generate(model, prompt, config, **how)])
 
     expected = logits(use_cache=False)  # past the context of 64 tokens
     torch.testing.assert_close(logits(), expected, rtol=1e-4, atol=1e-4)

@@ -66,7 +66,7 @@ def test_sampling_has_the_distribution_of_its_definition(how, n):
     expected = defined(logits, **how)
     config = SamplingConfig(**{"temperature": 1.0, "top_k": None, **how})
     np.testing.assert_allclose(sampling_probabilities(torch.tensor(logits), [], config), expected, atol=1e-6)
-    drawn = sample(torch.tensor(logits).expand(5_000, n), generator=torch.Generator().manual_seed(1), **how)
+    drawn = sample(torch.tensor(logits).expand(5_000, n), config, torch.Generator().manual_seed(1))
     counts = drawn.bincount(minlength=n).numpy()
     assert counts[expected == 0].sum() == 0
     often = expected > 0.002  # the rest in one bin
@@ -101,9 +101,11 @@ def test_a_seed_gives_the_same_tokens_with_any_cache(how, num_samples):
     static = CompiledDecoder(model)
     static.decode_one = decode_one  # the function itself, not compiled
 
+    config = SamplingConfig(**{"max_new_tokens": 90, "top_k": None, **how})
+
     def written(prompt, **cache):
         generator = torch.Generator().manual_seed(7)
-        steps = generate(model, prompt, 90, generator=generator, num_samples=num_samples, **how, **cache)
+        steps = generate(model, prompt, config, generator=generator, num_samples=num_samples, **cache)
         return torch.stack([ids for ids, *_ in steps], dim=1)  # past the context of 64 tokens
 
     for prompt in (torch.randint(300, (2, 9)), torch.randint(300, (1, 1)), torch.randint(300, (1, 100))):
@@ -123,7 +125,7 @@ def test_a_seed_gives_the_same_tokens_with_any_cache(how, num_samples):
 def test_a_compiled_step_has_the_logits_of_the_usual_one(dtype):
     model = random_model(n_layer=1).to(dtype)
     prompt, token = torch.randint(300, (2, 40)), torch.randint(300, (2, 1))
-    usual, decoder = KVCache(model.config, 2, model.wte.weight), CompiledDecoder(model)
+    usual, decoder = KVCache(model.config, 2, model.wte.weight, 64), CompiledDecoder(model)
     prefill(model, prompt, usual)
     static = decoder.take_over(usual)
     for _ in range(3):
@@ -137,16 +139,16 @@ def test_the_next_step_begins_before_the_caller_reads_a_token():
     begun = []
 
     def steps():
-        for step in generate(model, prompt, 12, temperature=0):
+        for step in generate(model, prompt, GREEDY):
             begun.append(step)
             yield step
 
     model, prompt = random_model(), torch.randint(300, (2, 9))
-    usual = list(generate(model, prompt, 12, temperature=0))
+    usual = list(generate(model, prompt, GREEDY))
     for n, (ids, logits, n_context) in enumerate(one_step_ahead(steps())):
-        assert len(begun) == min(n + 2, 12)
+        assert len(begun) == min(n + 2, 9)
         assert torch.equal(ids, usual[n][0]) and torch.equal(logits, usual[n][1]) and n_context == 9 + n
-    assert n == 11
+    assert n == 8
 
 
 def pieces(tokenizer: Tokenizer, ids: list[int], **options) -> tuple[Sample, str]:

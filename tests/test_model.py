@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from conftest import random_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from generation.config import SamplingConfig
 from generation.decoding import generate
 from model import (
     GPT,
@@ -67,7 +68,7 @@ def test_greedy_tokens_equal_transformers_with_and_without_repetition_penalty(re
     prompt = torch.tensor([[5, 17, 200, 3]])
     options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "repetition_penalty": penalty}
     expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=200, **options)[0, 4:]
-    steps = generate(ours, prompt, 200, temperature=0, repetition_penalty=penalty)
+    steps = generate(ours, prompt, SamplingConfig(max_new_tokens=200, greedy=True, repetition_penalty=penalty))
     assert [int(ids) for ids, *_ in steps] == expected.tolist()
     assert penalty < 1 or len(set(expected.tolist())) >= 50  # so that a wrong token shows
 
@@ -184,12 +185,15 @@ def test_every_gradient_under_autocast_is_near_that_in_float32(device, dtype, le
         assert (p.grad - gradient).norm() < 0.03 * gradient.norm()
 
 
-@pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 2.0}, {"top_k": 3}, {"top_p": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{"temperature": 0}, {"temperature": 2.0}, {"top_k": 3}, {"top_k": None, "top_p": 0.5}], ids=str
+)
 def test_padding_ids_are_never_sampled(how):
     model = random_model(tie_weights=False)
     with torch.no_grad():  # every padding id is far likelier than any real token
         model.ln_f.weight.zero_()
         model.ln_f.bias.fill_(1.0)
         model.lm_head.weight[300:] = 10.0
-    ids = torch.cat([ids for ids, *_ in generate(model, torch.zeros(8, 1, dtype=torch.int64), 20, **how)])
+    config = SamplingConfig(**{"max_new_tokens": 20, "top_k": None, **how})
+    ids = torch.cat([ids for ids, *_ in generate(model, torch.zeros(8, 1, dtype=torch.int64), config)])
     assert ids.max() < 300
