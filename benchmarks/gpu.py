@@ -115,7 +115,9 @@ def generation(c: Config, device: torch.device) -> Figures:
         variants["compiled_tokens_per_s"] = our_variant(model, is_compiled=True)
     prompt = torch.randint(c.n_tokens, (1, 8), device=device)
     return {
-        name: statistics.median(tokens_per_second(variant, prompt, 10 * c.steps) for _ in range(3))
+        name: statistics.median(
+            tokens_per_second(variant, prompt, 10 * c.steps) for _ in range(3)
+        )  # the first compiles
         for name, variant in variants.items()
     }
 

@@ -64,8 +64,6 @@ def main(config: Config) -> None:
         table[-1] += [f"{row['mfu']:.0%}", f"{row['peak_gb']:.2f}", f"{row['loss']:.4f}"]
     print(machine(device))
     print(worker.table(table))
-    if device.type == "cpu":
-        print("goals: at least 1.4x in float32, and 2.2x in bfloat16 where train.py chooses it (--dtype auto)")
 
 
 def optimizations(device: torch.device) -> tuple[str, ...]:

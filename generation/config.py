@@ -9,10 +9,7 @@ from system.errors import require, require_at_least
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """The sampling options of `generate.py`, the chat and the page.
-
-    Raises UserError for values out of range.
-    """
+    """The sampling options of `generate.py`, the chat and the page. Raises UserError for values out of range."""
 
     max_new_tokens: int = 200
     """maximum length of an answer or a completion, in tokens"""

@@ -165,8 +165,8 @@ class StaticStep:
 class CompiledDecoder:
     """`decode_one`, compiled. On CUDA one launch replays the whole step as a graph.
 
-    The first tokens wait for the compiler, and so do the first tokens of another number of rows. A graph reads the
-    weights where they lay when it was captured: make a new decoder after moving or converting the model.
+    The first tokens of each number of rows wait for the compiler. A graph reads the weights where they lay when it was
+    captured: make a new decoder after moving or converting the model.
     """
 
     def __init__(self, model: GPT):

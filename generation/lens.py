@@ -1,7 +1,4 @@
-"""A look inside a model: attention weights, the residual stream, what each layer would say, and the embeddings.
-
-`TextModel.trace` opens a text. Everything here reads a model as it is: `trace` watches an ordinary forward pass.
-"""
+"""A look inside a model: attention weights, the residual stream, what each layer would say, and the embeddings."""
 
 from __future__ import annotations
 

@@ -36,10 +36,7 @@ from weights.loading import load_checkpoint
 
 @dataclass(frozen=True)
 class TextModel:
-    """A model that reads and writes text: `TextModel.load("checkpoints/pretrained.pt")`.
-
-    A model that is already in memory becomes one with `TextModel(model, tokenizer)`.
-    """
+    """A model that reads and writes text: `TextModel.load("checkpoints/pretrained.pt")`, or of a model in memory."""
 
     model: GPT
     tokenizer: Tokenizer
@@ -87,14 +84,9 @@ class TextModel:
             quantize_weights(model)
         elif convert_weights:
             speed_up_decoding(model.to(torch_dtype))
-        return cls(
-            model,
-            checkpoint.tokenizer_of(state),
-            state.get("template"),
-            f"{path}: {describe.introduction(state)}",
-            torch_dtype,
-            CompiledDecoder(model) if compile else None,
-        )
+        tokenizer, description = checkpoint.tokenizer_of(state), f"{path}: {describe.introduction(state)}"
+        compiled = CompiledDecoder(model) if compile else None
+        return cls(model, tokenizer, state.get("template"), description, torch_dtype, compiled)
 
     @property
     def device(self) -> torch.device:
@@ -208,8 +200,9 @@ class TextModel:
             return next_token_logits(self.model, hidden)[0].float().cpu()
 
     def trace(self, text: str, max_tokens: int | None = None) -> Trace:
-        """Returns the attention weights and the residual stream of a text's last tokens: those that fit into the
-        context, or at most `max_tokens`. `generation/lens.py` says what they are. Raises UserError for an empty text.
+        """Returns `lens.trace` of a text's last tokens: those that fit into the context, or at most `max_tokens`.
+
+        Raises UserError for an empty text.
         """
         limit = min(max_tokens or self.model.config.block_size, self.model.config.block_size)
         ids = self.tokenizer.encode(text)[-limit:]
@@ -219,7 +212,7 @@ class TextModel:
             return trace(self.model, torch.tensor(ids, device=self.device))
 
     def predictions_by_layer(self, trace: Trace, k: int = 10) -> LayerPredictions:
-        """Returns what the model would say after each layer: the `k` likeliest next tokens at every position."""
+        """Returns `lens.predictions_by_layer`, in the precision of this model."""
         with self._autocast():
             return predictions_by_layer(self.model, trace, k)
 
