@@ -1,8 +1,8 @@
 """What each part of the modern recipe gains over GPT-2's: both trained on the same tokens, and the modern one without
 each of its parts.
 
-    python prepare_data.py --dataset pydocs --vocab-size 2045 --out data/pydocs    # Python's documentation
-    python -m benchmarks.recipe                                                    # under an hour on two cores
+    python prepare_data.py --dataset pydocs --vocab-size 2045 --out data/docs    # Python's documentation
+    python -m benchmarks.recipe                                                  # under an hour on two cores
 
 Every run is `train.py` in a process of its own. Losses are those of the last evaluation, in nats per token; times
 are medians between evaluations.
@@ -41,7 +41,7 @@ REPLACEMENTS = {
 
 @dataclass(frozen=True)
 class Config:
-    data: Path = Path("data/pydocs")
+    data: Path = Path("data/docs")
     """folder written by prepare_data.py"""
     n_layer: int = 4
     n_head: int = 3
