@@ -51,10 +51,8 @@ class TextModel:
 
     @classmethod
     def load(cls, path: str | Path, device: str = "auto", dtype: str = "auto", **options: Any) -> TextModel:
-        """Reads a checkpoint of a language model, or a model of the Hub, and makes it ready to write.
-
-        `options` are those of `from_checkpoint`. Raises UserError as it does, and if there is no such model.
-        """
+        """Reads a checkpoint of a language model, or a model of the Hub, for `from_checkpoint` with `options`. Raises
+        UserError as that does, and if there is no such model."""
         return cls.from_checkpoint(load_checkpoint(path), path, device, dtype, **options)
 
     @classmethod

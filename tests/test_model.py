@@ -10,15 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from generation.config import SamplingConfig
 from generation.decoding import generate
-from model import (
-    GPT,
-    IGNORE_INDEX,
-    GPTConfig,
-    chunk_loss,
-    linear_cross_entropy,
-    rotary_angles,
-    rotate,
-)
+from model import GPT, IGNORE_INDEX, GPTConfig, chunk_loss, linear_cross_entropy
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 VOCABULARY = 211
@@ -93,15 +85,6 @@ def test_a_new_model_guesses_and_its_residual_projections_start_smaller():
     mlp = fresh(n_layer=8, n_embd=128).h[3].mlp
     assert mlp.c_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
     assert mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=0.05)
-
-
-def test_rotary_attention_depends_on_distances_alone():
-    torch.manual_seed(0)
-    q, k = torch.randn(2, 1, 1, 8, 16)
-    near, far = (rotary_angles(torch.arange(start, start + 8), 16) for start in (0, 500))
-    scores = [rotate(q, rotation) @ rotate(k, rotation).mT for rotation in (near, far)]
-    torch.testing.assert_close(*scores, atol=1e-4, rtol=1e-4)
-    assert (scores[0] - q @ k.mT).abs().max() > 0.1
 
 
 def whole_chunks_only(x, head, y, needs_grad):
