@@ -32,7 +32,7 @@ class Config:
     max_tokens: int | None = None
     """read at most this many tokens of --data or --text"""
     batch_size: int = 8
-    """windows or questions per forward pass"""
+    """windows of text per forward pass"""
     json: bool = False
     """print one JSON object"""
     device: str = "auto"
@@ -62,7 +62,7 @@ def main(config: Config) -> None:
     text_model = TextModel.load(name, config.device, config.dtype, convert_weights=False)
     tokenizer = text_model.tokenizer
     if config.hellaswag is not None:
-        figures = evaluate_hellaswag(text_model, read_hellaswag(*config.hellaswag), config.batch_size)
+        figures = evaluate_hellaswag(text_model, read_hellaswag(*config.hellaswag))
         line = f"acc {figures['acc']:.4f}, acc_norm {figures['acc_norm']:.4f} on {figures['questions']:,} questions"
         line += f"\n({PUBLISHED})"
     else:

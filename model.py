@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -25,13 +25,9 @@ ChunkLoss = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor, Tenso
 """The type of `chunk_loss` and of its compiled version."""
 
 
-class AttentionCache(Protocol):
-    """The keys and values of one layer at earlier positions: see `generation/decoding.py`."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Stores the keys k and values v of T new positions (B, nh, T, hs), and returns the attention (B, nh, T, hs) of
-        their queries q to all positions up to their own."""
-        ...
+CachedAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Attention of T new positions in one layer with a cache: from their queries, keys and values (B, nh, T, hs), which it
+stores, to the attention (B, nh, T, hs) to all positions up to their own. See `generation/decoding.py`."""
 
 
 class CausalSelfAttention(nn.Module):
@@ -43,7 +39,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, rotation: Tensor | None = None, cache: AttentionCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor | None = None, cache: CachedAttention | None = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
@@ -53,10 +49,8 @@ class CausalSelfAttention(nn.Module):
             q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
         if rotation is not None:
             q, k = rotate(q, rotation).to(v.dtype), rotate(k, rotation).to(v.dtype)
-        if cache is not None:
-            y = cache.attend(q, k, v)  # (B, nh, T, hs)
-        else:
-            y = causal_attention(q, k, v, self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        y = cache(q, k, v) if cache else causal_attention(q, k, v, dropout)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -111,7 +105,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotation: Tensor | None = None, cache: AttentionCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor | None = None, cache: CachedAttention | None = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), rotation, cache)
         return x + self.mlp(self.ln_2(x))
 
@@ -173,7 +167,7 @@ class GPT(nn.Module):
         return operations + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
 
     def hidden(
-        self, tokens: Tensor, positions: Tensor | None = None, caches: Sequence[AttentionCache] | None = None
+        self, tokens: Tensor, positions: Tensor | None = None, caches: Sequence[CachedAttention] | None = None
     ) -> Tensor:
         """Returns the final hidden states (B, T, C) of int64 tokens (B, T).
 

@@ -8,15 +8,29 @@ Temperature 0.8 and top-k 50 everywhere; the batch size is 1 unless the name of 
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import statistics
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from benchmarks import worker
+from generation.config import SamplingConfig
+from generation.cpu_linear import quantize_weights, speed_up_decoding
+from generation.decoding import CompiledDecoder, generate, one_step_ahead
 from gpt_config import GPTConfig
+from model import GPT
 from system.cli import GENERATION, run
+from system.device import choose_device
 from system.errors import require, require_at_least
 
-GOALS = {"+ products for few rows": "1.2 on Intel, 1.5 on AMD", "--dtype bfloat16": "1.8", "--quantize int8": "2.5"}
-"""ratios to `transformers`, on a CPU; bfloat16 only if it computes in it"""
+Variant = Callable[[Tensor, int], int]
+"""Continues int64 tokens (1, T) by a number of tokens; returns how many it wrote in all sequences."""
 
 
 @dataclass(frozen=True)
@@ -33,44 +47,83 @@ class Config(GPTConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(1, self, "new_tokens", "rounds")
-        require(bool(self.prompts) and min(self.prompts) >= 1, "--prompts must be lengths of at least 1")
-        longest = max(self.prompts) + self.new_tokens
+        longest = max(self.prompts, default=0) + self.new_tokens
         require(longest <= self.block_size, f"--block-size {self.block_size} is less than prompt and new tokens")
 
 
 def main(config: Config) -> None:
-    """Measures every variant in turn and prints the table: median tokens/s, median ratio to `transformers`."""
-    import torch
+    """Measures every variant and prints the medians of tokens/s, and their ratios to `transformers`."""
+    speeds = worker.call("benchmarks.generation", "measure", config=dataclasses.asdict(config))
+    table = [["tokens/s (ratio to transformers)", *(f"prompt of {n}" for n in config.prompts)]]
+    for name, row in speeds.items():
+        pairs = zip(row, speeds["transformers"], strict=True)
+        table.append([name, *(f"{speed:,.1f} ({speed / reference:.2f})" for speed, reference in pairs)])
+    print(worker.table(table))
 
-    from benchmarks.generation_variants import build_variants, read_bandwidth
-    from system.device import choose_device
 
-    device = choose_device(config.device)
-    variants = build_variants(config, device)
-    table: dict[str, list[str]] = {variant.name: [] for variant in variants}
-    fastest = 0.0
-    for prompt in config.prompts:
-        speeds: dict[str, list[float]] = {variant.name: [] for variant in variants}
-        for _ in range(config.rounds):
-            for variant in variants:
-                tokens = torch.randint(config.n_tokens, (1, prompt), device=device)
-                speeds[variant.name].append(variant.tokens_per_second(tokens, config.new_tokens))
-        reference = speeds.get("transformers", [])
-        for name, measured in speeds.items():
-            ratios = [a / b for a, b in zip(measured, reference, strict=False)]
-            ratio = f" ({statistics.median(ratios):.2f})" if ratios else ""
-            table[name].append(f"{statistics.median(measured):,.1f}{ratio}")
-        fastest = max(fastest, statistics.median(speeds.get("+ products for few rows", [0])))
-    titles = (f"prompt of {prompt}" for prompt in config.prompts)
-    print(f"{'tokens/s (ratio to transformers)':34}" + "".join(f"{title:>20}" for title in titles) + "   goal")
-    for name, cells in table.items():
-        goal = f"   at least {GOALS[name]}" if device.type == "cpu" and name in GOALS else ""
-        print(f"{name:34}" + "".join(f"{cell:>20}" for cell in cells) + goal)
+def measure(config: dict[str, Any]) -> dict[str, list[float]]:
+    """Returns the median tokens/s of every variant behind each prompt, all with the same random weights."""
+    c = Config(**config)
+    device = choose_device(c.device)
+    torch.manual_seed(0)
+    model = GPT(c).eval().to(device)
+    half, int8 = copy.deepcopy(model).bfloat16(), copy.deepcopy(model)
+    speed_up_decoding(model)
+    speed_up_decoding(half)
+    variants = {
+        "transformers": transformers_variant(c, device),
+        "float32": our_variant(model),
+        "float32, batch of 8": our_variant(model, batch_size=8),
+        "--dtype bfloat16": our_variant(half),
+    }
     if device.type == "cpu":
-        read = fastest * 4 * (config.n_embd * config.vocab_size + 12 * config.n_layer * config.n_embd**2)
-        possible = read_bandwidth()
-        share = f"{read / 1e9:.1f} of {possible / 1e9:.1f} GB/s, {read / possible:.0%}"
-        print(f"float32 weights are read at {share} of the rate of a dot product; goal: at least 75%")
+        quantize_weights(int8)
+        variants["--quantize int8"] = our_variant(int8)
+    speeds: dict[str, list[list[float]]] = {name: [[] for _ in c.prompts] for name in variants}
+    for i, length in enumerate(c.prompts):
+        for _ in range(c.rounds):
+            for name, variant in variants.items():
+                prompt = torch.randint(c.n_tokens, (1, length), device=device)
+                speeds[name][i].append(tokens_per_second(variant, prompt, c.new_tokens))
+    return {name: list(map(statistics.median, row)) for name, row in speeds.items()}
+
+
+def tokens_per_second(variant: Variant, prompt: Tensor, new_tokens: int) -> float:
+    """Measures one call, which reads the prompt too."""
+    start = time.perf_counter()
+    return variant(prompt, new_tokens) / (time.perf_counter() - start)
+
+
+def our_variant(model: GPT, batch_size: int = 1, is_compiled: bool = False) -> Variant:
+    """Returns a variant that generates with this project's code."""
+    compiled = CompiledDecoder(model) if is_compiled else None
+
+    def write(tokens: Tensor, new_tokens: int) -> int:
+        config = SamplingConfig(max_new_tokens=new_tokens, temperature=0.8, top_k=50)
+        steps = generate(model, tokens, config, num_samples=batch_size, compiled=compiled)
+        ids = one_step_ahead(steps) if tokens.is_cuda else steps  # as `TextModel` does
+        return sum(len(step[0].tolist()) for step in ids)  # waits for each token, as a program that streams does
+
+    return write
+
+
+def transformers_variant(shape: GPTConfig, device: torch.device) -> Variant:
+    """Returns the variant that generates with the library `transformers`.
+
+    Its model has the same shape, in float32 on the CPU and in bfloat16 elsewhere.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel  # here, because a machine for benchmarks.gpu may lack it
+
+    names = ("vocab_size", "n_embd", "n_layer", "n_head")
+    same = GPT2Config(n_positions=shape.block_size, **{name: getattr(shape, name) for name in names})
+    reference = GPT2LMHeadModel(same).eval().to(device, torch.float32 if device.type == "cpu" else torch.bfloat16)
+    reference.generation_config.pad_token_id = reference.generation_config.eos_token_id = None
+
+    def write(tokens: Tensor, new_tokens: int) -> int:
+        options = {"max_new_tokens": new_tokens, "do_sample": True, "temperature": 0.8, "top_k": 50}
+        return reference.generate(tokens, attention_mask=torch.ones_like(tokens), **options).size(1) - tokens.size(1)
+
+    return write
 
 
 if __name__ == "__main__":

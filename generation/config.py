@@ -9,10 +9,7 @@ from system.errors import require, require_at_least
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """The sampling options of `generate.py`, the chat and the page.
-
-    Raises UserError for values out of range.
-    """
+    """The sampling options of `generate.py`, the chat and the page. Raises UserError for values out of range."""
 
     max_new_tokens: int = 200
     """maximum length of an answer or a completion, in tokens"""
@@ -40,3 +37,8 @@ class SamplingConfig:
         require(self.min_p is None or 0 <= self.min_p <= 1, "--min-p must lie between 0 and 1")
         require(0.01 <= self.repetition_penalty <= 100, "--repetition-penalty must lie between 0.01 and 100")
         require(self.seed is None or 0 <= self.seed < 2**63, "--seed must be at least 0 and below 2^63")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether every token is the likeliest one."""
+        return self.greedy or self.temperature == 0

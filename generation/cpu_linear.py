@@ -77,19 +77,15 @@ class FewRowsLinear(nn.Linear):
     Computes the same as `nn.Linear`, for large weights by the product that is fastest on this machine.
     """
 
-    weights_of_this_shape: list[Tensor]
-    """of the whole model, to measure with"""
-    chosen: dict[int, Product]
-    """the product for each number of rows so far"""
+    weights_of_this_shape: list[Tensor]  # of the whole model, to measure with
+    chosen: dict[int, Product]  # for each number of rows so far
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return super().forward(x)
-        rows = x.numel() // self.in_features
-        product = self.chosen.get(rows) or self.choose(x.reshape(rows, -1))
-        if product is PRODUCTS[0]:
-            return product(x, self.weight, self.bias)
-        return product(x.reshape(rows, -1), self.weight, self.bias).reshape(*x.shape[:-1], -1)
+        rows = x.reshape(-1, self.in_features)
+        product = self.chosen.get(len(rows)) or self.choose(rows)
+        return product(rows, self.weight, self.bias).reshape(*x.shape[:-1], -1)
 
     def choose(self, x: Tensor) -> Product:
         """Returns the product for x (rows, in). For many rows and small weights it is the usual one."""
@@ -113,11 +109,9 @@ def speed_up_decoding(model: nn.Module) -> None:
 def quantize_weights(model: nn.Module) -> None:
     """Stores the weights of a model's linear layers as int8 with one scale per output, for the CPU.
 
-    Activations are quantized on the fly. This is PyTorch's dynamic quantization. Its deprecation warning says that it
-    goes in PyTorch 2.10, but 2.13 still has it, and 2.13 also deprecates the quantized tensors behind it. The successor
-    torchao (0.18, not compiled) is slower than float32. The operator that torchao compiles to,
-    `torch._weight_int8pack_mm` with bfloat16 activations, takes twice the time of this one on an Intel Xeon (Sapphire
-    Rapids), half that of float32: it replaces this function in the first PyTorch without `quantize_dynamic`.
+    Activations are quantized on the fly. This is PyTorch's dynamic quantization, which is deprecated but still in 2.13;
+    `torch._weight_int8pack_mm` replaces it in the first PyTorch without it. Today that takes twice the time, and
+    torchao (0.18, not compiled) is slower than float32.
     """
     from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from generation.config import SamplingConfig
 from model import GPT, GPTConfig
 from system.device import copy_to_host, queued_work
 
@@ -23,14 +25,9 @@ model saw."""
 def generate(
     model: GPT,
     tokens: Tensor,
-    max_new_tokens: int,
+    config: SamplingConfig,
     *,
     num_samples: int = 1,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
     generator: torch.Generator | None = None,
     use_cache: bool = True,
     compiled: CompiledDecoder | None = None,
@@ -41,14 +38,15 @@ def generate(
     reads the newer half of the context again, and decoding continues behind it. `use_cache=False` recomputes all
     positions for every token. `compiled` decodes single tokens with a compiled function.
     """
-    block_size = model.config.block_size
+    block_size, penalty = model.config.block_size, config.repetition_penalty
     window = new = tokens[:, -block_size:]
-    cache = KVCache(model.config, len(tokens), model.wte.weight, min(block_size, window.size(1) + max_new_tokens))
+    n_positions = min(block_size, window.size(1) + config.max_new_tokens)
+    cache = KVCache(model.config, len(tokens), model.wte.weight, n_positions)
     occurred = occurring(tokens, model.config.n_tokens)
-    for step in range(max_new_tokens):
+    for step in range(config.max_new_tokens):
         if window.size(1) > block_size:
             window = new = window[:, -max(1, block_size // 2) :]
-            cache.clear()
+            cache.length = 0
         n_context = window.size(1)
         if not use_cache:
             logits = next_token_logits(model, model.hidden(window))
@@ -61,8 +59,8 @@ def generate(
             cache.repeat(num_samples)
         if step == 0 and compiled:
             cache = compiled.take_over(cache)
-        adjusted = logits if repetition_penalty == 1 else penalize(logits, occurred, repetition_penalty)
-        new = sample(adjusted, temperature, top_k, top_p, min_p, generator)[:, None]  # (N, 1)
+        adjusted = logits if penalty == 1 else penalize(logits, occurred, penalty)
+        new = sample(adjusted, config, generator)[:, None]  # (N, 1)
         occurred.scatter_(1, new, True)
         window = torch.cat((window, new), dim=1)
         yield new[:, 0], logits, n_context
@@ -84,13 +82,39 @@ def one_step_ahead(steps: Iterator[Step]) -> Iterator[Step]:
         step = next_step
 
 
+class KVCache:
+    """The keys and values of B sequences: for every layer two buffers (B, nh, positions, hs), allocated once."""
+
+    def __init__(self, config: GPTConfig, batch_size: int, like: Tensor, n_positions: int):
+        """The buffers have the dtype and device of `like`."""
+        shape = (batch_size, config.n_head, n_positions, config.n_embd // config.n_head)
+        self.layers = [(like.new_empty(shape), like.new_empty(shape)) for _ in range(config.n_layer)]
+        self.length = 0
+        """positions in use"""
+
+    def repeat(self, n: int) -> None:
+        """Repeats every sequence `n` times."""
+        self.layers = [(k.repeat_interleave(n, dim=0), v.repeat_interleave(n, dim=0)) for k, v in self.layers]
+
+
 def prefill(model: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
     """Reads int64 tokens (B, T) into an empty cache, or one token (B, 1) behind those in the cache.
 
     Returns the logits (B, n_tokens) of the next token.
     """
-    positions = torch.arange(cache.length, cache.length + tokens.size(1), device=tokens.device)
-    return next_token_logits(model, model.hidden(tokens, positions, cache.layers))
+    past, cache.length = cache.length, cache.length + tokens.size(1)
+    positions = torch.arange(past, cache.length, device=tokens.device)
+    caches = [partial(attend, *layer, past) for layer in cache.layers]
+    return next_token_logits(model, model.hidden(tokens, positions, caches))
+
+
+def attend(keys: Tensor, values: Tensor, past: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Implements `model.CachedAttention` for one position behind the `past`, or for any number of positions from 0."""
+    end = past + k.size(2)
+    keys[:, :, past:end] = k
+    values[:, :, past:end] = v
+    # A single query sees every key.
+    return F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], is_causal=past == 0)
 
 
 def decode_one(model: GPT, token: Tensor, position: Tensor, cache: KVCache) -> Tensor:
@@ -99,87 +123,31 @@ def decode_one(model: GPT, token: Tensor, position: Tensor, cache: KVCache) -> T
     No shape and no address depends on the position, so one compiled function serves every step, and CUDA can replay it
     as a graph. The caller counts the cache's length.
     """
-    n_positions = cache.layers[0].keys.size(2)
+    n_positions = cache.layers[0][0].size(2)
     is_used = torch.arange(n_positions, device=position.device) <= position  # (positions,)
-    caches = [CacheSlot(layer, position, is_used) for layer in cache.layers]
+    caches = [partial(attend_at, *layer, position, is_used) for layer in cache.layers]
     return next_token_logits(model, model.hidden(token, position, caches))
+
+
+def attend_at(
+    keys: Tensor, values: Tensor, position: Tensor, is_used: Tensor, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """Implements `model.CachedAttention` for one position, int64 (1,), up to which `is_used`, bool (positions,), holds.
+
+    The compiler makes kernels of these sums that read each key and each value once, in their own precision, and add in
+    float32. `F.scaled_dot_product_attention` has fused kernels for many queries only. Without them, it copies
+    half-precision keys and values to float32.
+    """
+    keys = keys.index_copy_(2, position, k)  # (B, nh, positions, hs)
+    values = values.index_copy_(2, position, v)
+    scores = (q.float() * keys).sum(dim=-1) / math.sqrt(q.size(-1))  # (B, nh, positions)
+    weights = scores.masked_fill(~is_used, -math.inf).softmax(dim=-1)
+    return (weights[..., None] * values).sum(dim=2, keepdim=True).to(q.dtype)  # (B, nh, 1, hs)
 
 
 def next_token_logits(model: GPT, hidden: Tensor) -> Tensor:
     """Returns the logits (B, n_tokens) behind the last of the hidden states (B, T, C), without padding ids."""
     return model.lm_head(hidden[:, -1])[:, : model.config.n_tokens]
-
-
-class LayerCache:
-    """Keys and values of one layer, in buffers (B, nh, positions, hs) that are allocated once."""
-
-    def __init__(self, keys: Tensor, values: Tensor):
-        self.keys, self.values, self.length = keys, values, 0
-
-    def append(self, k: Tensor, v: Tensor) -> None:
-        """Stores k and v (B, nh, T, hs) behind the past."""
-        past, self.length = self.length, self.length + k.size(2)
-        self.keys[:, :, past : self.length] = k
-        self.values[:, :, past : self.length] = v
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Implements `model.AttentionCache` for one new position, or for any number if the cache is empty."""
-        is_empty = self.length == 0
-        self.append(k, v)
-        k, v = self.keys[:, :, : self.length], self.values[:, :, : self.length]  # (B, nh, past + T, hs)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=is_empty)  # a single query sees every key
-
-
-@dataclass(frozen=True)
-class CacheSlot:
-    """One position of a layer's cache, given as a tensor so that no shape depends on it."""
-
-    layer: LayerCache
-    position: Tensor  # int64 (1,)
-    is_used: Tensor  # bool (positions,), true up to `position`
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Stores k and v (B, nh, 1, hs) at the position, and attends to all positions up to it.
-
-        The compiler makes kernels of these sums that read each key and each value once, in their own precision, and add
-        in float32. `F.scaled_dot_product_attention` has fused kernels for many queries only. Without them, it copies
-        half-precision keys and values to float32.
-        """
-        keys = self.layer.keys.index_copy_(2, self.position, k)  # (B, nh, positions, hs)
-        values = self.layer.values.index_copy_(2, self.position, v)
-        scores = (q.float() * keys).sum(dim=-1) / math.sqrt(q.size(-1))  # (B, nh, positions)
-        weights = scores.masked_fill(~self.is_used, -math.inf).softmax(dim=-1)
-        return (weights[..., None] * values).sum(dim=2, keepdim=True).to(q.dtype)  # (B, nh, 1, hs)
-
-
-class KVCache:
-    """The keys and values of every layer for B sequences."""
-
-    def __init__(self, config: GPTConfig, batch_size: int, like: Tensor, positions: int | None = None):
-        """Allocates room for `positions`, by default for the whole context, with the dtype and device of `like`."""
-        shape = (batch_size, config.n_head, positions or config.block_size, config.n_embd // config.n_head)
-        self.layers = [LayerCache(like.new_empty(shape), like.new_empty(shape)) for _ in range(config.n_layer)]
-
-    @property
-    def length(self) -> int:
-        """Number of positions in use."""
-        return self.layers[0].length
-
-    def clear(self) -> None:
-        """Forgets all positions."""
-        for layer in self.layers:
-            layer.length = 0
-
-    def advance(self) -> None:
-        """Counts one more position."""
-        for layer in self.layers:
-            layer.length += 1
-
-    def repeat(self, n: int) -> None:
-        """Repeats every sequence `n` times."""
-        for layer in self.layers:
-            layer.keys = layer.keys.repeat_interleave(n, dim=0)
-            layer.values = layer.values.repeat_interleave(n, dim=0)
 
 
 @dataclass
@@ -197,8 +165,8 @@ class StaticStep:
 class CompiledDecoder:
     """`decode_one`, compiled. On CUDA one launch replays the whole step as a graph.
 
-    The first tokens wait for the compiler, and so do the first tokens of another number of rows. A graph reads the
-    weights where they lay when it was captured: make a new decoder after moving or converting the model.
+    The first tokens of each number of rows wait for the compiler. A graph reads the weights where they lay when it was
+    captured: make a new decoder after moving or converting the model.
     """
 
     def __init__(self, model: GPT):
@@ -211,16 +179,17 @@ class CompiledDecoder:
 
     def take_over(self, cache: KVCache) -> KVCache:
         """Copies a cache into the static one for its number of rows, and returns that one."""
-        n, weight = len(cache.layers[0].keys), self.model.wte.weight
+        n, config = len(cache.layers[0][0]), self.model.config
         if n not in self.static_steps:
-            token = torch.zeros(n, 1, dtype=torch.int64, device=weight.device)
-            self.static_steps[n] = StaticStep(KVCache(self.model.config, n, weight), token, token.new_zeros(1))
-            for layer in self.static_steps[n].cache.layers:
-                layer.values.zero_()  # attention multiplies unused values by 0, so they must be finite
-        static = self.static_steps[n].cache
-        static.clear()
+            static = KVCache(config, n, self.model.wte.weight, config.block_size)
+            for _, values in static.layers:
+                values.zero_()  # attention multiplies unused values by 0, so they must be finite
+            token = torch.zeros(n, 1, dtype=torch.int64, device=self.model.wte.weight.device)
+            self.static_steps[n] = StaticStep(static, token, token.new_zeros(1))
+        static, static.length = self.static_steps[n].cache, cache.length
         for mine, other in zip(static.layers, cache.layers, strict=True):
-            mine.append(other.keys[:, :, : other.length], other.values[:, :, : other.length])
+            for target, source in zip(mine, other, strict=True):
+                target[:, :, : cache.length] = source[:, :, : cache.length]
         return static
 
     def step(self, token: Tensor, cache: KVCache) -> Tensor:
@@ -229,7 +198,7 @@ class CompiledDecoder:
         static = self.static_steps[len(token)]
         static.token.copy_(token)
         static.position.fill_(cache.length)
-        cache.advance()
+        cache.length += 1
         if static.graph and static.logits is not None:
             static.graph.replay()
             return static.logits.clone()  # the next replay overwrites them
@@ -253,28 +222,18 @@ def penalize(logits: Tensor, occurred: Tensor, penalty: float) -> Tensor:
     return torch.where(occurred, penalized, logits)
 
 
-def sample(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draws one id a row, int64 (B,), from logits (B, n), as `filtered_probabilities` says. Temperature 0 takes the
-    likeliest id."""
-    if temperature == 0:
+def sample(logits: Tensor, config: SamplingConfig, generator: torch.Generator | None = None) -> Tensor:
+    """Draws one id a row, int64 (B,), from logits (B, n), as `filtered_probabilities` says; greedily the likeliest."""
+    if config.is_greedy:
         return logits.argmax(dim=-1)
-    probabilities, ids = filtered_probabilities(logits, temperature, top_k, top_p, min_p)
+    probabilities, ids = filtered_probabilities(logits, config)
     # The draw of torch.multinomial, which would make the host wait for a GPU.
     waiting_time = torch.empty_like(probabilities).exponential_(generator=generator)
     choice = (probabilities / waiting_time).argmax(dim=-1, keepdim=True)  # (B, 1)
     return (choice if ids is None else ids.gather(-1, choice))[:, 0]
 
 
-def filtered_probabilities(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None
-) -> tuple[Tensor, Tensor | None]:
+def filtered_probabilities(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor | None]:
     """Returns the probabilities (B, m) of logits (B, n) among which `sample` draws, and the ids (B, m) that have them,
     or None if they are all ids in their order. A removed id has probability 0; the sum of a row may be below 1.
 
@@ -282,18 +241,18 @@ def filtered_probabilities(
     set of these whose probabilities reach `top_p` (nucleus sampling, Holtzman et al. 2019); of these the tokens with at
     least `min_p` times the probability of the likeliest (Nguyen et al. 2024).
     """
-    logits, ids = logits.float() / temperature, None
-    if top_k is not None and top_k < logits.size(-1):
-        logits, ids = logits.topk(top_k, dim=-1)
+    logits, ids = logits.float() / config.temperature, None
+    if config.top_k is not None and config.top_k < logits.size(-1):
+        logits, ids = logits.topk(config.top_k, dim=-1)
     probabilities = logits.softmax(dim=-1)
-    if top_p is not None and top_p < 1:
+    if config.top_p is not None and config.top_p < 1:
         if ids is None:
-            probabilities, ids = _likeliest(probabilities, top_p)
+            probabilities, ids = _likeliest(probabilities, config.top_p)
         mass_before = probabilities.cumsum(dim=-1) - probabilities
-        probabilities = probabilities.masked_fill(mass_before >= top_p, 0.0)  # always keeps the first
-    if min_p is not None and min_p > 0:
+        probabilities = probabilities.masked_fill(mass_before >= config.top_p, 0.0)  # always keeps the first
+    if config.min_p:
         highest = probabilities.amax(dim=-1, keepdim=True)
-        probabilities = probabilities.masked_fill(probabilities < min_p * highest, 0.0)
+        probabilities = probabilities.masked_fill(probabilities < config.min_p * highest, 0.0)
     return probabilities, ids
 
 

@@ -1,7 +1,4 @@
-"""A look inside a model: attention weights, the residual stream, what each layer would say, and the embeddings.
-
-`TextModel.trace` opens a text. Everything here reads a model as it is: `trace` watches an ordinary forward pass.
-"""
+"""A look inside a model: attention weights, the residual stream, what each layer would say, and the embeddings."""
 
 from __future__ import annotations
 
@@ -46,43 +43,32 @@ class LayerPredictions:
     """(n_layer + 1, T): entropies of the distributions"""
 
 
-class AttentionRecorder:
-    """Computes the attention of one layer in plain steps and keeps its weights. It stands in for a KV cache."""
-
-    def __init__(self) -> None:
-        self.weights = torch.empty(0)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Returns softmax(q kᵀ / sqrt(hs)) v, (B, nh, T, hs), of queries, keys and values of that shape.
-
-        The softmax covers this position and earlier ones. `weights` keeps it, float32 (B, nh, T, T).
-        """
-        scores = q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, nh, T, T)
-        is_later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        self.weights = scores.masked_fill(is_later, -math.inf).softmax(dim=-1)
-        return (self.weights @ v.float()).to(v.dtype)
-
-
 @torch.no_grad()
 def trace(model: GPT, tokens: Tensor) -> Trace:
-    """Runs a model over int64 tokens (T,), at most as many as its context, and returns what it computed on the way."""
-    recorders = [AttentionRecorder() for _ in model.h]
+    """Runs a model over int64 tokens (T,), at most as many as its context, and returns what it computed on the way.
+
+    Attention is computed in plain steps: softmax(q kᵀ / sqrt(hs)) v, over this position and earlier ones.
+    """
+    attention: list[Tensor] = []
     residual: list[Tensor] = []
+    is_later = torch.ones(len(tokens), len(tokens), dtype=torch.bool, device=tokens.device).triu(1)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.size(-1))  # (1, nh, T, T)
+        weights = scores.masked_fill(is_later, -math.inf).softmax(dim=-1)
+        attention.append(weights[0])
+        return (weights @ v.float()).to(v.dtype)
 
     def keep_input(module: Any, arguments: tuple[Any, ...]) -> None:
         residual.append(arguments[0][0].float())  # (T, C)
 
-    def keep_output(module: Any, arguments: tuple[Any, ...], output: Tensor) -> None:
-        residual.append(output[0].float())
-
-    hooks = [model.h[0].register_forward_pre_hook(keep_input)]
-    hooks += [block.register_forward_hook(keep_output) for block in model.h]
+    hooks = [module.register_forward_pre_hook(keep_input) for module in (*model.h, model.ln_f)]
     try:
-        model.hidden(tokens[None], caches=recorders)
+        model.hidden(tokens[None], caches=[attend] * len(model.h))
     finally:
         for hook in hooks:
             hook.remove()
-    return Trace(tokens, torch.stack([recorder.weights[0] for recorder in recorders]), torch.stack(residual))
+    return Trace(tokens, torch.stack(attention), torch.stack(residual))
 
 
 @torch.no_grad()

@@ -36,10 +36,7 @@ from weights.loading import load_checkpoint
 
 @dataclass(frozen=True)
 class TextModel:
-    """A model that reads and writes text: `TextModel.load("checkpoints/pretrained.pt")`.
-
-    A model that is already in memory becomes one with `TextModel(model, tokenizer)`.
-    """
+    """A model that reads and writes text: `TextModel.load("checkpoints/pretrained.pt")`, or of a model in memory."""
 
     model: GPT
     tokenizer: Tokenizer
@@ -54,10 +51,8 @@ class TextModel:
 
     @classmethod
     def load(cls, path: str | Path, device: str = "auto", dtype: str = "auto", **options: Any) -> TextModel:
-        """Reads a checkpoint of a language model, or a model of the Hub, and makes it ready to write.
-
-        `options` are those of `from_checkpoint`. Raises UserError as it does, and if there is no such model.
-        """
+        """Reads a checkpoint of a language model, or a model of the Hub, for `from_checkpoint` with `options`. Raises
+        UserError as that does, and if there is no such model."""
         return cls.from_checkpoint(load_checkpoint(path), path, device, dtype, **options)
 
     @classmethod
@@ -87,14 +82,9 @@ class TextModel:
             quantize_weights(model)
         elif convert_weights:
             speed_up_decoding(model.to(torch_dtype))
-        return cls(
-            model,
-            checkpoint.tokenizer_of(state),
-            state.get("template"),
-            f"{path}: {describe.introduction(state)}",
-            torch_dtype,
-            CompiledDecoder(model) if compile else None,
-        )
+        tokenizer, description = checkpoint.tokenizer_of(state), f"{path}: {describe.introduction(state)}"
+        compiled = CompiledDecoder(model) if compile else None
+        return cls(model, tokenizer, state.get("template"), description, torch_dtype, compiled)
 
     @property
     def device(self) -> torch.device:
@@ -131,19 +121,8 @@ class TextModel:
             generator.seed()
         else:
             generator.manual_seed(config.seed)
-        steps = generate(
-            self.model,
-            torch.tensor([ids], dtype=torch.int64, device=self.device),
-            config.max_new_tokens,
-            num_samples=n,
-            temperature=0.0 if config.greedy else config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            min_p=config.min_p,
-            repetition_penalty=config.repetition_penalty,
-            generator=generator,
-            compiled=self.compiled,
-        )
+        tokens = torch.tensor([ids], dtype=torch.int64, device=self.device)
+        steps = generate(self.model, tokens, config, num_samples=n, generator=generator, compiled=self.compiled)
         if self.device.type == "cuda":  # on other devices this would only delay the first token
             steps = one_step_ahead(steps)
         for i in range(config.max_new_tokens):
@@ -151,8 +130,8 @@ class TextModel:
                 new_ids, logits, n_context = next(steps)  # (n,), (n, n_tokens)
             if i == 0 and not logits.isfinite().all():
                 raise UserError("the logits are not finite: the weights are damaged, or need --dtype float32")
-            tokens = self._tokens(new_ids, logits, top_logprobs, [n_context] * n)
-            for sample, token in zip(samples, tokens, strict=True):
+            new_tokens = self._tokens(new_ids, logits, top_logprobs, [n_context] * n)
+            for sample, token in zip(samples, new_tokens, strict=True):
                 sample.add(token)
             yield samples
             if all(sample.is_finished for sample in samples):
@@ -219,8 +198,9 @@ class TextModel:
             return next_token_logits(self.model, hidden)[0].float().cpu()
 
     def trace(self, text: str, max_tokens: int | None = None) -> Trace:
-        """Returns the attention weights and the residual stream of a text's last tokens: those that fit into the
-        context, or at most `max_tokens`. `generation/lens.py` says what they are. Raises UserError for an empty text.
+        """Returns `lens.trace` of a text's last tokens: those that fit into the context, or at most `max_tokens`.
+
+        Raises UserError for an empty text.
         """
         limit = min(max_tokens or self.model.config.block_size, self.model.config.block_size)
         ids = self.tokenizer.encode(text)[-limit:]
@@ -230,7 +210,7 @@ class TextModel:
             return trace(self.model, torch.tensor(ids, device=self.device))
 
     def predictions_by_layer(self, trace: Trace, k: int = 10) -> LayerPredictions:
-        """Returns what the model would say after each layer: the `k` likeliest next tokens at every position."""
+        """Returns `lens.predictions_by_layer`, in the precision of this model."""
         with self._autocast():
             return predictions_by_layer(self.model, trace, k)
 
@@ -260,9 +240,9 @@ def sampling_probabilities(logits: Tensor, ids: list[int], config: SamplingConfi
     """Returns the probabilities (n_tokens,) with which a config draws the token that follows `ids`: those of the logits
     (n_tokens,) after the repetition penalty, temperature and filters."""
     rows = penalize(logits[None], occurring(torch.tensor([ids]), len(logits)), config.repetition_penalty)
-    if config.greedy or config.temperature == 0:
+    if config.is_greedy:
         return torch.nn.functional.one_hot(rows[0].argmax(), len(logits)).float()
-    probabilities, kept = filtered_probabilities(rows, config.temperature, config.top_k, config.top_p, config.min_p)
+    probabilities, kept = filtered_probabilities(rows, config)
     if kept is not None:
         probabilities = probabilities.new_zeros(rows.shape).scatter_(1, kept, probabilities)
     return probabilities[0] / probabilities.sum()

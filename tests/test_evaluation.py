@@ -89,14 +89,14 @@ def test_hellaswag_takes_the_likeliest_ending(reference, folder):
         found = [logprobs(reference, (context + ending)[-65:], len(ending)) for context, ending in ids]
         expected["acc"] += max(range(4), key=lambda i: found[i].sum()) == row["label"]
         expected["acc_norm"] += max(range(4), key=lambda i: found[i].mean()) == row["label"]
-    arguments = [*EVALUATE, "--hellaswag", "h.jsonl", "--batch-size", "3"]
+    arguments = [*EVALUATE, "--hellaswag", "h.jsonl"]
     figures = json.loads(succeed(folder, *arguments, "--json"))
     assert figures["questions"] == 5 and {name: figures[name] * 5 for name in expected} == pytest.approx(expected)
     assert "0.2859" in succeed(folder, *arguments)
     for line in ('{"ctx": "a", "endings": ["b"], "label": 0}', '{"ctx": "a"}', "[]", "no JSON"):
         (folder / "h.jsonl").write_text(f"{json.dumps(rows[0])}\n{line}\n")
         bad = run_script(folder, *arguments)
-        assert bad.returncode == 1 and "h.jsonl, line 2: expected `ctx`" in bad.stderr.splitlines()[-1]
+        assert bad.returncode == 1 and "h.jsonl, line 2: expected HellaSwag's `ctx`" in bad.stderr.splitlines()[-1]
 
 
 def test_hellaswag_comes_from_the_hub_if_no_file_is_named(serve, folder, tmp_path):

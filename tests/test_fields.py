@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import TOY_SHAPE, log, random_model, run_in_processes, succeed
 
-from generation.decoding import CompiledDecoder, decode_one, generate
 from generation.text_model import TextModel
 from model import GPTConfig
 from text.token_files import read_tokens
@@ -29,20 +28,6 @@ def test_each_position_sees_itself_and_earlier_ones_only(fields):
     with torch.no_grad():
         difference = (model(tokens) - model(changed)).abs().amax(dim=(0, 2))
     assert difference[:20].max() == 0 and difference[20:].min() > 0
-
-
-@each_variant
-def test_cached_logits_equal_uncached_ones(fields):
-    model, prompt = random_model(**fields), torch.randint(300, (2, 9))
-    static = CompiledDecoder(model)
-    static.decode_one = decode_one  # the function itself, not compiled
-
-    def logits(**how):
-        return torch.stack([logits for _, logits, _ in generate(model, prompt, 80, temperature=0, **how)])
-
-    expected = logits(use_cache=False)  # past the context of 64 tokens
-    torch.testing.assert_close(logits(), expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(logits(compiled=static), expected, rtol=1e-4, atol=1e-4)
 
 
 @each_variant

@@ -8,16 +8,9 @@ import torch.nn.functional as F
 from conftest import random_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from generation.config import SamplingConfig
 from generation.decoding import generate
-from model import (
-    GPT,
-    IGNORE_INDEX,
-    GPTConfig,
-    chunk_loss,
-    linear_cross_entropy,
-    rotary_angles,
-    rotate,
-)
+from model import GPT, IGNORE_INDEX, GPTConfig, chunk_loss, linear_cross_entropy
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 VOCABULARY = 211
@@ -67,7 +60,7 @@ def test_greedy_tokens_equal_transformers_with_and_without_repetition_penalty(re
     prompt = torch.tensor([[5, 17, 200, 3]])
     options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "repetition_penalty": penalty}
     expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=200, **options)[0, 4:]
-    steps = generate(ours, prompt, 200, temperature=0, repetition_penalty=penalty)
+    steps = generate(ours, prompt, SamplingConfig(max_new_tokens=200, greedy=True, repetition_penalty=penalty))
     assert [int(ids) for ids, *_ in steps] == expected.tolist()
     assert penalty < 1 or len(set(expected.tolist())) >= 50  # so that a wrong token shows
 
@@ -92,15 +85,6 @@ def test_a_new_model_guesses_and_its_residual_projections_start_smaller():
     mlp = fresh(n_layer=8, n_embd=128).h[3].mlp
     assert mlp.c_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
     assert mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=0.05)
-
-
-def test_rotary_attention_depends_on_distances_alone():
-    torch.manual_seed(0)
-    q, k = torch.randn(2, 1, 1, 8, 16)
-    near, far = (rotary_angles(torch.arange(start, start + 8), 16) for start in (0, 500))
-    scores = [rotate(q, rotation) @ rotate(k, rotation).mT for rotation in (near, far)]
-    torch.testing.assert_close(*scores, atol=1e-4, rtol=1e-4)
-    assert (scores[0] - q @ k.mT).abs().max() > 0.1
 
 
 def whole_chunks_only(x, head, y, needs_grad):
@@ -184,12 +168,15 @@ def test_every_gradient_under_autocast_is_near_that_in_float32(device, dtype, le
         assert (p.grad - gradient).norm() < 0.03 * gradient.norm()
 
 
-@pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 2.0}, {"top_k": 3}, {"top_p": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{"temperature": 0}, {"temperature": 2.0}, {"top_k": 3}, {"top_k": None, "top_p": 0.5}], ids=str
+)
 def test_padding_ids_are_never_sampled(how):
     model = random_model(tie_weights=False)
     with torch.no_grad():  # every padding id is far likelier than any real token
         model.ln_f.weight.zero_()
         model.ln_f.bias.fill_(1.0)
         model.lm_head.weight[300:] = 10.0
-    ids = torch.cat([ids for ids, *_ in generate(model, torch.zeros(8, 1, dtype=torch.int64), 20, **how)])
+    config = SamplingConfig(**{"max_new_tokens": 20, "top_k": None, **how})
+    ids = torch.cat([ids for ids, *_ in generate(model, torch.zeros(8, 1, dtype=torch.int64), config)])
     assert ids.max() < 300

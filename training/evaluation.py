@@ -81,11 +81,6 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float:
     return loss / math.log(2) / bytes_per_token
 
 
-def perplexity(loss: float) -> float:
-    """Returns exp(loss), with the largest losses capped so that the result stays finite."""
-    return math.exp(min(loss, 700))
-
-
 def evaluate_text(
     text_model: TextModel, ids: np.ndarray, stride: int | None = None, batch_size: int = 8
 ) -> dict[str, float]:
@@ -105,43 +100,35 @@ def evaluate_text(
     loss = mean_loss(model, windows, batch_size, text_model.dtype, Processes(text_model.device))
     n, scored = len(ids) - 1, ids[1:][ids[1:] < tokenizer.end_of_text]
     n_bytes = int(tokenizer.token_sizes()[0][scored].sum())
-    figures = {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": bits_per_byte(loss, max(1, n_bytes) / n)}
+    figures = {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits_per_byte(loss, max(1, n_bytes) / n)}
     return {**figures, "tokens": n, "bytes": n_bytes, "stride": stride}
 
 
 @torch.inference_mode()
-def evaluate_hellaswag(text_model: TextModel, questions: Iterable[Question], batch_size: int = 8) -> dict[str, float]:
+def evaluate_hellaswag(text_model: TextModel, questions: Iterable[Question]) -> dict[str, float]:
     """Returns the accuracy on HellaSwag (Zellers et al. 2019): how often the true ending of four is the likeliest.
 
     `acc` compares the sums of the log-probabilities of the endings' tokens, `acc_norm` their means. The text of a
     question is its context, a space and the ending. Raises UserError without questions.
     """
-    is_right: list[list[bool]] = []
-    questions = iter(progress(questions, unit="question"))
-    while group := list(itertools.islice(questions, batch_size)):
-        rows = [ending_row(text_model, context, ending) for context, endings, _ in group for ending in endings]
-        batch = stack(rows, text_model.model.config.block_size).to(text_model.device)
+    model, encode, block_size = text_model.model, text_model.tokenizer.encode, text_model.model.config.block_size
+    n = n_right = n_right_by_mean = 0
+    for context, endings, label in progress(questions, unit="question"):
+        rows = []
+        for ending in map(encode, (" " + ending for ending in endings)):
+            tokens = torch.tensor([encode(context) + ending])[:, -block_size - 1 :]
+            targets = tokens[:, 1:].clone()
+            targets[:, : -len(ending)] = IGNORE_INDEX
+            rows.append(Batch(tokens[:, :-1], targets))
+        batch = stack(rows, block_size).to(text_model.device)
         with autocast(text_model.device, text_model.dtype):
-            logits = text_model.model(batch.tokens)  # (4n, T, V)
-        losses = F.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten(), reduction="none")
-        sums = losses.view(len(group), 4, -1).sum(dim=-1)  # (n, 4)
-        means = sums / (batch.targets != IGNORE_INDEX).view(len(group), 4, -1).sum(dim=-1)
-        labels = torch.tensor([label for _, _, label in group], device=sums.device)
-        is_right += torch.stack([sums.argmin(dim=1) == labels, means.argmin(dim=1) == labels], dim=1).tolist()
-    if not is_right:
+            logits = model(batch.tokens)  # (4, T, V)
+        losses = F.cross_entropy(logits.float().mT, batch.targets, reduction="none").sum(dim=1)  # (4,)
+        n, n_right = n + 1, n_right + int(losses.argmin() == label)
+        n_right_by_mean += int((losses / (batch.targets != IGNORE_INDEX).sum(dim=1)).argmin() == label)
+    if not n:
         raise UserError("HellaSwag's file holds no question")
-    acc, acc_norm = np.mean(is_right, axis=0).tolist()
-    return {"acc": acc, "acc_norm": acc_norm, "questions": len(is_right)}
-
-
-def ending_row(text_model: TextModel, context: str, ending: str) -> Batch:
-    """Returns a Batch of one row in which the ending's tokens count, without what exceeds the model's context."""
-    ending_ids = text_model.tokenizer.encode(" " + ending)
-    ids = [*text_model.tokenizer.encode(context), *ending_ids][-text_model.model.config.block_size - 1 :]
-    tokens = torch.tensor([ids])
-    targets = tokens[:, 1:].clone()
-    targets[:, : -len(ending_ids)] = IGNORE_INDEX
-    return Batch(tokens[:, :-1], targets)
+    return {"acc": n_right / n, "acc_norm": n_right_by_mean / n, "questions": n}
 
 
 def read_hellaswag(path: Path | None = None) -> Iterator[Question]:
@@ -160,8 +147,7 @@ def read_hellaswag(path: Path | None = None) -> Iterator[Question]:
             if len(endings) != 4 or not 0 <= label < 4:
                 raise ValueError
         except (KeyError, TypeError, ValueError):
-            message = f"{path}, line {number}: expected `ctx`, four `endings` and `label`, as in HellaSwag"
-            raise UserError(message) from None
+            raise UserError(f"{path}, line {number}: expected HellaSwag's `ctx`, four `endings` and `label`") from None
         yield context, endings, label
 
 
