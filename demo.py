@@ -63,7 +63,7 @@ def main(config: Config) -> None:
     """Runs the steps and prints their results."""
     from generation.text_model import TextModel
     from text.token_files import read_sft_meta
-    from training.evaluation import exact_match_report
+    from training.scores import exact_match_report
     from weights.loading import load_checkpoint
 
     start, out = time.perf_counter(), ["--out", DATA, "--overwrite"]

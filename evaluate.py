@@ -55,7 +55,7 @@ def main(config: Config) -> None:
     from system.files import read_utf8
     from text.token_files import read_prepared_tokens
     from text.tokenizer import unix_line_ends
-    from training.evaluation import evaluate_hellaswag, evaluate_text, read_hellaswag
+    from training.scores import evaluate_hellaswag, evaluate_text, read_hellaswag
     from weights.describe import newest
 
     name = config.model or newest("language model")

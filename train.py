@@ -101,12 +101,15 @@ def main(config: Config) -> None:
     import torch
 
     from model import GPT, GPTConfig
+    from text.corpus import open_corpus
+    from text.prepare import prepare
+    from text.sources import TEXTS
     from text.token_files import read_token_meta
     from text.tokenizer import gpt2, require_same_tokenizer, tokenizer_of_data
     from training.examples import continuations
     from training.loader import Windows
     from training.parallel import Processes
-    from training.prepared import prepared_text
+    from training.prepared import prepared
     from training.run import train
     from training.saving import claim_output
     from weights import checkpoint
@@ -117,8 +120,13 @@ def main(config: Config) -> None:
         start = resumed
         if not resumed and config.init_from != "scratch":
             start = checkpoint.grow_vocabulary(load_checkpoint(config.init_from))
-        own_tokenizer = checkpoint.tokenizer_of(start) if start else config.vocab_size or gpt2()
-        folder = prepared_text(config.data, config, own_tokenizer, processes)
+        small = [name for name, dataset in TEXTS.items() if not dataset.hub]
+
+        def prepare_text(data: str, folder: Path, overwrite: bool) -> list[str]:
+            tokenizer = checkpoint.tokenizer_of(start) if start else config.vocab_size or gpt2()
+            return prepare(open_corpus(data, [] if data in small else [data]), tokenizer, folder, overwrite=overwrite)
+
+        folder = prepared(config.data, small, "meta.json", config, processes, prepare_text)
         config = dataclasses.replace(config, data=str(folder))
         meta = read_token_meta(folder)
         tokenizer = tokenizer_of_data(folder, meta)

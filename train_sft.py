@@ -84,12 +84,14 @@ def main(config: Config) -> None:
     """Fine-tunes one model."""
     import torch
 
+    from text.conversations import prepare_conversations
+    from text.sources import CONVERSATIONS
     from text.token_files import read_sft_meta
     from text.tokenizer import require_same_tokenizer
     from training.examples import answers, continuations
     from training.loader import Conversations
     from training.parallel import Processes
-    from training.prepared import prepared_conversations
+    from training.prepared import prepared
     from training.run import train
     from training.saving import claim_output
     from weights import checkpoint, lora
@@ -103,7 +105,13 @@ def main(config: Config) -> None:
         else:
             start = checkpoint.grow_vocabulary(load_checkpoint(config.model))
         tokenizer = checkpoint.tokenizer_of(start)
-        folder = prepared_conversations(config.data, config, start, processes)
+
+        def prepare_chats(data: str, folder: Path, overwrite: bool) -> list[str]:
+            shape = {"template": start.get("template") or "chat", "block_size": start["config"].block_size}
+            file = None if data in CONVERSATIONS else data
+            return prepare_conversations(data, file, tokenizer, folder, overwrite=overwrite, **shape)
+
+        folder = prepared(config.data, CONVERSATIONS, "sft_meta.json", config, processes, prepare_chats)
         config = dataclasses.replace(config, data=folder)
         meta = read_sft_meta(folder)
         remedy = f"prepare the conversations with its tokenizer: prepare_sft_data.py --tokenizer {config.model}"

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from generation.text_model import TextModel
 from model import GPT
+from system.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -72,18 +74,32 @@ def trace(model: GPT, tokens: Tensor) -> Trace:
 
 
 @torch.no_grad()
-def predictions_by_layer(model: GPT, trace: Trace, k: int = 10) -> LayerPredictions:
+def predictions_by_layer(text_model: TextModel, trace: Trace, k: int = 10) -> LayerPredictions:
     """Returns the `k` likeliest next tokens after each layer, as the model's last LayerNorm and head read the residual
     stream there: the logit lens (nostalgebraist 2020, "interpreting GPT: the logit lens")."""
-    layers = []
+    layers, model = [], text_model.model
     for stream in trace.residual:
-        hidden = model.ln_f(stream.to(model.ln_f.weight.dtype))  # (T, C)
-        logprobs = model.lm_head(hidden)[:, : model.config.n_tokens].float().log_softmax(dim=-1)  # (T, n_tokens)
+        with text_model.autocast():
+            logits = model.lm_head(model.ln_f(stream.to(model.ln_f.weight.dtype)))  # (T, V)
+        logprobs = logits[:, : model.config.n_tokens].float().log_softmax(dim=-1)  # (T, n_tokens)
         top = logprobs.topk(min(k, logprobs.size(-1)), dim=-1)
         next_logprobs = logprobs[:-1].gather(-1, trace.tokens[1:, None])[:, 0]
         entropies = -(logprobs.exp() * logprobs).nansum(dim=-1)  # 0 log 0 is 0
         layers.append((top.indices, top.values, next_logprobs, entropies))
     return LayerPredictions(*(torch.stack(parts) for parts in zip(*layers, strict=True)))
+
+
+def trace_text(text_model: TextModel, text: str, max_tokens: int | None = None) -> Trace:
+    """Returns `trace` of a text's last tokens: those that fit into the context, or at most `max_tokens`.
+
+    Raises UserError for an empty text.
+    """
+    block_size = text_model.model.config.block_size
+    ids = text_model.tokenizer.encode(text)[-min(max_tokens or block_size, block_size) :]
+    if not ids:
+        raise UserError("the text is empty: there is nothing to look into")
+    with text_model.autocast():
+        return trace(text_model.model, torch.tensor(ids, device=text_model.device))
 
 
 @torch.no_grad()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import dataclasses
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,8 +24,6 @@ from generation.decoding import (
     one_step_ahead,
     penalize,
 )
-from generation.lens import LayerPredictions, Trace, predictions_by_layer, trace
-from generation.sample import Sample, Token
 from model import GPT
 from system.device import autocast, choose_device, choose_dtype
 from system.errors import UserError
@@ -32,6 +31,68 @@ from text.chat import Message, encode_prompt
 from text.tokenizer import Tokenizer, unix_line_ends
 from weights import checkpoint, describe
 from weights.loading import load_checkpoint
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of a text. Its probabilities are those of the model, before temperature, top-k and the like."""
+
+    id: int
+    logprob: float | None = None
+    """natural logarithm of the token's probability"""
+    candidates: tuple[tuple[int, float], ...] = ()
+    """the likeliest ids at this position and their log-probabilities"""
+    entropy: float | None = None
+    """of the distribution at this position, in nats"""
+    n_context: int = 0
+    """tokens before this one that the model saw"""
+
+
+class Sample:
+    """One generated text. It grows with every token, by whole UTF-8 characters, and ends before a stop text."""
+
+    def __init__(self, tokenizer: Tokenizer, n_prompt: int = 0, stops: Iterable[str] = (), strip: bool = False) -> None:
+        """`n_prompt` is the number of tokens before the sample. With `strip`, it begins without white space."""
+        self.tokenizer, self.n_prompt, self.strip = tokenizer, n_prompt, strip
+        self.stops = [stop for stop in stops if stop]
+        self.tokens: list[Token] = []
+        self.text = self.piece = ""
+        """the text so far, and what was added to it last"""
+        self.finish_reason: Literal["length", "end", "stop"] = "length"
+        """why the text ended: by its length, by the model's own end, or by a stop text"""
+        self.is_finished = False
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._pending = ""  # characters that may be the beginning of a stop text
+
+    def add(self, token: Token) -> None:
+        """Adds the next token. Any control token ends the text, and a finished text stays as it is."""
+        self.piece = ""
+        if self.is_finished:
+            return
+        if token.id >= self.tokenizer.end_of_text:
+            self.finish_reason, self.is_finished = "end", True
+            return
+        self.tokens.append(token)
+        text = self._pending + self._decoder.decode(self.tokenizer.decode_bytes([token.id]))
+        starts = [text.index(stop) for stop in self.stops if stop in text]
+        if starts:
+            text, self._pending = text[: min(starts)], ""
+            self.finish_reason, self.is_finished = "stop", True
+        else:
+            prefixes = (stop[:n] for stop in self.stops for n in range(1, len(stop)))
+            certain = len(text) - max((len(prefix) for prefix in prefixes if text.endswith(prefix)), default=0)
+            text, self._pending = text[:certain], text[certain:]
+        self._append(text)
+
+    def finish(self) -> None:
+        """Adds what was held back: the beginning of a stop text that did not come, or of a character."""
+        rest = "" if self.finish_reason == "stop" else self._pending + self._decoder.decode(b"", final=True)
+        self._append(rest)
+        self._pending, self.is_finished = "", True
+
+    def _append(self, text: str) -> None:
+        self.piece = text.lstrip() if self.strip and not self.text else text
+        self.text += self.piece
 
 
 @dataclass(frozen=True)
@@ -126,7 +187,7 @@ class TextModel:
         if self.device.type == "cuda":  # on other devices this would only delay the first token
             steps = one_step_ahead(steps)
         for i in range(config.max_new_tokens):
-            with self._autocast():  # for one step at a time: between two steps the caller computes
+            with self.autocast():  # for one step at a time: between two steps the caller computes
                 new_ids, logits, n_context = next(steps)  # (n,), (n, n_tokens)
             if i == 0 and not logits.isfinite().all():
                 raise UserError("the logits are not finite: the weights are damaged, or need --dtype float32")
@@ -181,7 +242,7 @@ class TextModel:
         tokens, rows = [Token(ids[0])], torch.tensor([ids], device=self.device)  # (1, T)
         if len(ids) == 1:
             return tokens
-        with self._autocast():
+        with self.autocast():
             x = self.model.hidden(rows[:, :-1])  # (1, T - 1, C)
             for start in range(0, len(ids) - 1, 128):  # all logits at once would need much memory
                 logits = self.model.lm_head(x[0, start : start + 128])[:, : self.tokenizer.n_tokens]
@@ -193,28 +254,12 @@ class TextModel:
     def next_logits(self, ids: list[int]) -> Tensor:
         """Returns the logits of the token that follows ids, at most as many as the context: float32 (n_tokens,), on the
         CPU."""
-        with self._autocast():
+        with self.autocast():
             hidden = self.model.hidden(torch.tensor([ids], device=self.device))  # (1, T, C)
             return next_token_logits(self.model, hidden)[0].float().cpu()
 
-    def trace(self, text: str, max_tokens: int | None = None) -> Trace:
-        """Returns `lens.trace` of a text's last tokens: those that fit into the context, or at most `max_tokens`.
-
-        Raises UserError for an empty text.
-        """
-        limit = min(max_tokens or self.model.config.block_size, self.model.config.block_size)
-        ids = self.tokenizer.encode(text)[-limit:]
-        if not ids:
-            raise UserError("the text is empty: there is nothing to look into")
-        with self._autocast():
-            return trace(self.model, torch.tensor(ids, device=self.device))
-
-    def predictions_by_layer(self, trace: Trace, k: int = 10) -> LayerPredictions:
-        """Returns `lens.predictions_by_layer`, in the precision of this model."""
-        with self._autocast():
-            return predictions_by_layer(self.model, trace, k)
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Returns the context in which the model computes in its precision."""
         if self.model.ln_f.weight.dtype == self.dtype:
             return contextlib.nullcontext()
         return autocast(self.device, self.dtype)

@@ -6,7 +6,7 @@ import altair as alt
 import numpy as np
 import streamlit as st
 
-from generation.lens import embedding_map, nearest_tokens, position_similarities
+from generation.lens import embedding_map, nearest_tokens, position_similarities, trace_text
 from generation.text_model import TextModel
 from interface.attention_view import attention_view
 from interface.layers_view import layers_view
@@ -67,7 +67,7 @@ def inside_view(text_model: TextModel, prompts: list[str]) -> None:
         if len(ids) > limit:
             st.caption(f"The text has {len(ids):,} tokens. You see the last {limit}.")
         if part == "Attention":
-            attention_view(text_model.tokenizer, text_model.trace(text, limit))
+            attention_view(text_model.tokenizer, trace_text(text_model, text, limit))
         else:
             layers_view(text_model, text, ids[-limit:])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
+from generation.lens import predictions_by_layer, trace_text
 from generation.text_model import TextModel
 from interface.page import current_page
 from interface.tokens import button, draw_buttons, name_of_token
@@ -17,7 +18,7 @@ def layers_view(text_model: TextModel, text: str, ids: list[int]) -> None:
         "more probable is the token that really came. Click on a cell for ten candidates."
     )
     page = current_page()
-    layers = page.once("layers", ids, lambda: text_model.predictions_by_layer(text_model.trace(text, len(ids))))
+    layers = page.once("layers", ids, lambda: predictions_by_layer(text_model, trace_text(text_model, text, len(ids))))
     candidates, came = layers.candidates.tolist(), layers.next_logprobs.exp().tolist()
     names = {i: name_of_token(text_model.tokenizer, i) for i in layers.candidates.unique().tolist()}
     tokens = [name_of_token(text_model.tokenizer, i) for i in ids]

@@ -18,7 +18,7 @@ from generation.config import SamplingConfig
 from weights.files import FOLDER, CheckpointFile, checkpoint_files
 
 if TYPE_CHECKING:
-    from generation.sample import Sample, Token
+    from generation.text_model import Sample, Token
     from text.chat import Message
     from text.tokenizer import Tokenizer
 

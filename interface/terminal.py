@@ -20,8 +20,8 @@ from prompt_toolkit.formatted_text import ANSI
 from prompt_toolkit.key_binding import KeyBindings
 
 from generation.config import SamplingConfig
-from generation.sample import Sample
-from generation.text_model import Chat, TextModel
+from generation.lens import predictions_by_layer, trace_text
+from generation.text_model import Chat, Sample, TextModel
 from system.cli import printable
 from system.errors import UserError
 from system.files import atomic_write, read_json, read_utf8_lines
@@ -279,8 +279,8 @@ def print_lens(text_model: TextModel, text: str, config: SamplingConfig | None =
     Layers in the middle are left out if the terminal is too narrow, and a last line says so. Raises UserError if the
     text is empty.
     """
-    trace = text_model.trace(text)
-    predictions = text_model.predictions_by_layer(trace, k=1)
+    trace = trace_text(text_model, text)
+    predictions = predictions_by_layer(text_model, trace, k=1)
     candidates, probabilities = predictions.candidates[..., 0].tolist(), predictions.logprobs[..., 0].exp().tolist()
     n_layers = len(candidates) - 1
     columns = min(n_layers + 1, max(2, (shutil.get_terminal_size().columns - CELL) // (CELL + 5)))

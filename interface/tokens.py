@@ -11,8 +11,7 @@ import altair as alt
 import streamlit as st
 from torch import Tensor
 
-from generation.sample import Token
-from generation.text_model import TextModel, sampling_probabilities
+from generation.text_model import TextModel, Token, sampling_probabilities
 from interface.page import PageState, Text, current_page
 from text.tokenizer import Tokenizer, legible
 from weights.files import CheckpointFile

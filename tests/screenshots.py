@@ -11,6 +11,7 @@ from pathlib import Path
 from browser import Page, free_port, serve_app, wait
 from conftest import REPOSITORY
 
+from generation.lens import trace_text
 from generation.text_model import TextModel
 
 DOCS = REPOSITORY / "docs"
@@ -54,7 +55,9 @@ def look_inside(page: Page) -> None:
     page.click("Inside")
     page.type_inside(TEXT)
     page.click("Attention")
-    attention = TextModel.load("checkpoints/demo/pretrained.pt", "cpu").trace(TEXT).attention  # (n_layer, nh, T, T)
+    attention = trace_text(
+        TextModel.load("checkpoints/demo/pretrained.pt", "cpu"), TEXT
+    ).attention  # (n_layer, nh, T, T)
     wait(lambda: page.in_components(".picture"))
     page.press(page.in_components(".picture")[int(attention.diagonal(-1, 2, 3).mean(dim=-1).argmax())])
     save(page, "inside_attention.png")

@@ -9,10 +9,11 @@ import pytest
 import torch
 from conftest import TOY_SHAPE, log, random_model, run_in_processes, succeed
 
+from generation.lens import trace_text
 from generation.text_model import TextModel
 from model import GPTConfig
 from text.token_files import read_tokens
-from training.evaluation import evaluate_text
+from training.scores import evaluate_text
 from weights.loading import load_checkpoint
 
 CHANGED = {field.name: not field.default for field in dataclasses.fields(GPTConfig) if isinstance(field.default, bool)}
@@ -53,7 +54,7 @@ def test_bfloat16_weights_agree_with_float32_without_a_cache(toy, fields, n_toke
 
     def found(model):
         text_model = TextModel(model, tokenizer, dtype=model.ln_f.weight.dtype)
-        trace = text_model.trace(text, max_tokens=n_tokens)
+        trace = trace_text(text_model, text, max_tokens=n_tokens)
         assert trace.tokens.tolist() == ids
         with torch.no_grad():
             hidden = model.hidden(torch.tensor([ids]))[0]

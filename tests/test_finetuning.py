@@ -23,8 +23,9 @@ from generation.text_model import TextModel
 from system.errors import UserError
 from text.labelled import Example, read_examples, split
 from training.classifier import Classifier, LabelledTexts
-from training.evaluation import answers_exactly, exact_match_report, mean_loss
+from training.evaluation import mean_loss
 from training.loader import Conversations
+from training.scores import answers_exactly, exact_match_report
 from weights import checkpoint
 from weights.loading import load_checkpoint
 from weights.lora import add_adapter, restore_adapter

@@ -22,8 +22,7 @@ from test_fields import CHANGED
 from generation.config import SamplingConfig
 from generation.cpu_linear import PRODUCTS, fastest_product, speed_up_decoding
 from generation.decoding import CompiledDecoder, KVCache, decode_one, generate, one_step_ahead, prefill, sample
-from generation.sample import Sample, Token
-from generation.text_model import Chat, TextModel, sampling_probabilities
+from generation.text_model import Chat, Sample, TextModel, Token, sampling_probabilities
 from system.errors import UserError
 from text import tokenizer as tokenizers
 from text.tokenizer import Tokenizer
@@ -289,11 +288,11 @@ def test_the_chat_obeys_its_commands(toy, chat_model):
         "/retry": "the conversation is empty",
         "/undo": "the conversation is empty",
         question: None,
-        "/save talk.jsonl": "saved 1 exchange",
+        "/save talk.jsonl": "saved 2 messages",
         "/retry ": None,
         "/undo ": f"taken back: {question}",
         "/undo  ": "the conversation is empty",
-        "/load talk.jsonl": "loaded 1 exchange",
+        "/load talk.jsonl": "loaded 2 messages",
         "/undo   ": f"taken back: {question}",
         "/temperature 0.7": "temperature is 0.7",
         "/top-k none": "top-k is none",

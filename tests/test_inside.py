@@ -8,6 +8,7 @@ import torch
 from browser import CHROMIUM, DRIVER, Page, free_port, serve_app, wait
 from conftest import succeed
 
+from generation.lens import predictions_by_layer, trace_text
 from generation.text_model import TextModel
 from model import GPT, GPTConfig
 from text.tokenizer import gpt2, legible, load_tokenizer, merges
@@ -74,7 +75,7 @@ def test_a_text_is_cut_into_tokens_while_one_types(page, text_model):
 def test_attention_shades_what_a_token_looks_at(page, text_model):
     page.type_inside(TEXT)
     page.click("Attention")
-    trace = text_model.trace(TEXT)
+    trace = trace_text(text_model, TEXT)
     wait(lambda: page.chip_texts() == names(text_model, trace.tokens.tolist()))
     titles = [picture.get_attribute("title") for picture in page.in_components(".picture")]
     assert titles == [f"layer {i}, head {j}" for i in (1, 2) for j in (1, 2, 3)]
@@ -90,8 +91,8 @@ def test_attention_shades_what_a_token_looks_at(page, text_model):
 def test_layer_by_layer_shows_the_likeliest_token_and_ten_candidates(page, text_model):
     page.type_inside(TEXT)
     page.click("Layer by layer")
-    trace = text_model.trace(TEXT)
-    layers = text_model.predictions_by_layer(trace)
+    trace = trace_text(text_model, TEXT)
+    layers = predictions_by_layer(text_model, trace)
     rows = reversed(layers.candidates[..., 0].tolist())  # the last layer on top
     expected = [name for row in rows for name in names(text_model, row)]
     cells = ".table button:enabled"

@@ -14,6 +14,7 @@ from test_fields import CHANGED, VARIANTS
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from generation import lens
+from generation.lens import predictions_by_layer, trace_text
 from generation.text_model import TextModel
 from interface.terminal import print_lens
 from system.errors import UserError
@@ -38,7 +39,7 @@ def text_model(reference, tmp_path_factory) -> TextModel:
 
 @torch.no_grad()
 def test_attention_and_residual_stream_are_those_of_transformers(reference, text_model):
-    trace = text_model.trace(TEXT)
+    trace = trace_text(text_model, TEXT)
     output = reference(trace.tokens[None], output_attentions=True, output_hidden_states=True)
     assert trace.tokens.tolist() == gpt2().encode(TEXT)
     torch.testing.assert_close(trace.attention, torch.cat(output.attentions), atol=1e-5, rtol=1e-4)
@@ -60,8 +61,8 @@ def test_recorded_attention_gives_the_output_of_the_model(fields):
 
 @torch.no_grad()
 def test_each_layer_is_read_by_the_last_layernorm_and_the_head(reference, text_model):
-    trace = text_model.trace(TEXT)
-    layers = text_model.predictions_by_layer(trace, k=3)
+    trace = trace_text(text_model, TEXT)
+    layers = predictions_by_layer(text_model, trace, k=3)
     logprobs = reference.lm_head(reference.transformer.ln_f(trace.residual)).log_softmax(-1)
     torch.testing.assert_close(layers.logprobs, logprobs.topk(3).values, atol=1e-4, rtol=1e-4)
     assert layers.candidates.shape == (4, len(trace.tokens), 3)
@@ -72,9 +73,9 @@ def test_each_layer_is_read_by_the_last_layernorm_and_the_head(reference, text_m
 
 
 def test_a_long_text_is_cut_to_its_last_tokens_and_an_empty_one_refused(text_model):
-    assert text_model.trace(TEXT * 20).tokens.tolist() == gpt2().encode(TEXT * 20)[-64:]
+    assert trace_text(text_model, TEXT * 20).tokens.tolist() == gpt2().encode(TEXT * 20)[-64:]
     with pytest.raises(UserError, match="empty"):
-        text_model.trace("")
+        trace_text(text_model, "")
 
 
 def test_nearest_tokens_and_positions_are_compared_by_cosine_similarity(text_model):

@@ -24,7 +24,7 @@ from text.sources import find_files
 from text.token_files import read_tokens
 from text.tokenizer import gpt2
 from training.parallel import Processes
-from training.prepared import prepared_text
+from training.prepared import prepared
 
 ONE, TWO = Processes(), Processes(world_size=2)
 TEXTS = [f"Document {i}: naïve 日本 🙂 " + "word " * (i % 40) for i in range(60)]
@@ -200,6 +200,15 @@ def test_no_secret_of_a_url_is_printed_or_written(folder, address, tmp_path, mon
 )
 def test_secrets_are_cut_out_of_any_text(text, expected):
     assert without_secrets(text) == expected == without_secrets(expected)
+
+
+def prepared_text(data, config, tokenizer, processes):
+    """As `train.py` does it."""
+
+    def prepare_it(data, folder, overwrite):
+        return prepare(open_corpus("", [data]), tokenizer, folder, overwrite=overwrite)
+
+    return prepared(data, [], "meta.json", config, processes, prepare_it)
 
 
 def test_a_training_script_prepares_a_file_once_and_never_over_other_data(tmp_path, monkeypatch, capsys):

@@ -15,12 +15,11 @@ from model import GPT, GPTConfig
 from system.device import peak_memory
 from training.config import TrainerConfig
 from training.loader import Windows
-from training.memory import fewest_micro_batches
 from training.optim import orthogonalize
 from training.parallel import Processes
 from training.sharding import Sharding
 from training.state import TrainingState
-from training.trainer import Trainer
+from training.trainer import Trainer, fewest_micro_batches
 
 SHAPE = GPTConfig(block_size=32, vocab_size=448, n_tokens=448, n_layer=2, n_head=2, n_embd=128)
 

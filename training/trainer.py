@@ -12,16 +12,16 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from system.cli import stop_signals
-from system.device import autocast, fast_attention, to_host
-from system.errors import UserError
+from system.device import autocast, fast_attention, free_memory, peak_memory, to_host, total_memory
+from system.errors import UserError, is_out_of_memory
 from training.evaluation import bits_per_byte, compile_evaluation, mean_loss
 from training.loader import Batch, Sequences, StepBatch, Windows, micro_batches, require_known_ids, step_seed
-from training.memory import fewest_micro_batches
 from training.optim import learning_rate_at, set_learning_rate
 from training.parallel import local_gradients, replicate
 from training.state import Callback, Entry, Examine, StopReason, TrainingState
@@ -242,3 +242,45 @@ class Trainer:
         if processes.world_size > 1 and not self.state.is_due(self.config.log_every):
             return False
         return processes.any(bool(received))
+
+
+def fewest_micro_batches(
+    state: TrainingState,
+    rows: list[Batch],
+    forward_backward: Callable[[list[Batch], float, bool], Any],
+    limit: float | None = None,
+) -> int:
+    """Returns the fewest micro-batches into which a batch must be split, the same on every process.
+
+    `rows` is the batch that needs the most memory. The search begins with single sequences, and doubles them as long as
+    the growth of the peak so far says that every rank stays below `limit` bytes, by default 90% of its memory: with
+    FSDP all ranks compute together, and one that ran out of memory would leave the others waiting. It runs uncompiled,
+    which needs somewhat more memory and saves a compilation for each size. Raises UserError if single sequences do not
+    fit.
+    """
+    processes, device, block_size = state.processes, state.processes.device, state.model.config.block_size
+    limit = 0.9 * total_memory(device) if limit is None else limit
+    n = n_rows = -(-len(rows) // processes.world_size)
+    free_memory(device)
+    size, peak = 0, peak_memory(device)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            while True:
+                # AdamW allocates two means per parameter at its first step.
+                means = [] if state.step else [torch.empty_like(p) for p in 2 * state.trained_parameters]
+                share = micro_batches(rows, n, processes.rank, processes.world_size, block_size)
+                forward_backward(share[:2], 1, False)
+                state.clear_gradients()
+                del means
+                smaller, size, peak_of_smaller, peak = size, -(-n_rows // n), peak, peak_memory(device)
+                free_memory(device)
+                n_next = -(-n // 2)
+                growth = (-(-n_rows // n_next) - size) * (peak - peak_of_smaller) / (size - smaller)
+                if n == 1 or processes.any(peak + growth > limit):
+                    return n
+                n = n_next
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        remedy = f"--grad-accum-steps {2 * n}, --grad-checkpointing, a shorter context or a smaller model"
+        raise UserError(f"out of memory with a batch in {n} micro-batches: try {remedy}") from None
