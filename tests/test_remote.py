@@ -20,6 +20,7 @@ import train
 from system.cli import without_secrets
 from system.errors import UserError
 from text.corpus import open_corpus
+from text.prepare import prepare
 from text.sources import find_files
 from text.token_files import read_tokens
 from text.tokenizer import gpt2
