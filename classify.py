@@ -7,8 +7,6 @@ from itertools import tee
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
-
 from tyro.conf import Positional
 
 from system.cli import run

@@ -3,8 +3,6 @@
 Its models are small and know little. Every step is real, and its result is measured.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 import subprocess
@@ -12,8 +10,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
 from generation.config import SamplingConfig
 from system.cli import duration, run

@@ -1,12 +1,9 @@
 """How good a model is: loss, perplexity and bits per byte on any text, accuracy on HellaSwag."""
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
 from system.cli import run
 from system.errors import require, require_at_least

@@ -1,11 +1,8 @@
 """Exports a model as a folder that `transformers` and every tool that builds on it load, or as one `.pt` of ours."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
 from system.cli import run
 from system.errors import UserError, require

@@ -6,8 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
-
 from generation.config import SamplingConfig
 from system.cli import GENERATION, run
 from system.errors import UserError, require, require_at_least

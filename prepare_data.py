@@ -1,10 +1,7 @@
 """Step 1: text → tokens. Writes train.bin, val.bin (or shards) and meta.json, which train.py reads."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
 from system.cli import run
 from system.errors import require, require_at_least

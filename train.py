@@ -2,12 +2,9 @@
 
 import dataclasses
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
 from gpt_config import Shape
 from system.cli import run

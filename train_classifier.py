@@ -1,12 +1,9 @@
 """Fine-tuning for labels: a language model → a classifier, of spam for example. Reads a table with texts and labels."""
 
 import dataclasses
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
-
-sys.path.insert(0, str(Path(__file__).parent))  # `python -I` leaves this folder out
 
 from system.cli import run
 from system.errors import UserError, require, require_at_least

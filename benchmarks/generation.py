@@ -6,8 +6,6 @@
 Temperature 0.8 and top-k 50 everywhere; the batch size is 1 unless the name of the variant says otherwise.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import statistics

@@ -7,8 +7,6 @@ Needs torch 2.11 or newer, no network, and neither tyro nor datasets. Each case 
 case that fails does not end the others. On the CPU all cases run with tiny models, to test this file.
 """
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import itertools

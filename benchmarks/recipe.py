@@ -8,8 +8,6 @@ Every run is `train.py` in a process of its own. Losses are those of the last ev
 are medians between evaluations.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import statistics

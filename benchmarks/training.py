@@ -6,8 +6,6 @@
 Each row is measured in a process of its own.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import statistics

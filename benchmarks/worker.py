@@ -1,7 +1,5 @@
 """What the benchmarks share: measurements in processes of their own, and tables."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

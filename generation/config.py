@@ -1,7 +1,5 @@
 """How tokens are chosen. Imports no torch, so that `generate.py --help` is instant."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from system.errors import require, require_at_least

@@ -1,7 +1,5 @@
 """Linear layers for generation on the CPU: the fastest product for few rows, and int8 weights."""
 
-from __future__ import annotations
-
 import time
 import warnings
 from collections import defaultdict

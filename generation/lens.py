@@ -1,7 +1,5 @@
 """A look inside a model: attention weights, the residual stream, what each layer would say, and the embeddings."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

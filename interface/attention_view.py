@@ -1,7 +1,5 @@
 """Attention on the page: every head of every layer as a small picture, and the chosen one in full."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json

@@ -1,7 +1,5 @@
 """The chat on the page: a conversation with a fine-tuned model."""
 
-from __future__ import annotations
-
 import json
 from functools import partial
 

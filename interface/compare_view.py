@@ -1,7 +1,5 @@
 """Two completions of one prompt, side by side: by two models, or by one model at two temperatures."""
 
-from __future__ import annotations
-
 import bisect
 import dataclasses
 import math

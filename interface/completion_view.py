@@ -1,7 +1,5 @@
 """The completion on the page: a prompt, its continuations, and the probabilities of every token."""
 
-from __future__ import annotations
-
 import dataclasses
 from itertools import accumulate
 

@@ -1,7 +1,5 @@
 """A look inside the model on the page: tokens, attention, what each layer would say, and the embeddings."""
 
-from __future__ import annotations
-
 import altair as alt
 import numpy as np
 import streamlit as st

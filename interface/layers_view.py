@@ -1,7 +1,5 @@
 """What the model would say after each layer, on the page: a table of layers and tokens."""
 
-from __future__ import annotations
-
 import streamlit as st
 
 from generation.lens import predictions_by_layer, trace_text

@@ -1,7 +1,5 @@
 """The models on the page, loaded once for all visitors."""
 
-from __future__ import annotations
-
 import streamlit as st
 
 from generation.text_model import TextModel

@@ -3,8 +3,6 @@
 What a model or a file says reaches a terminal through `printable`, and a pipe as it is.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

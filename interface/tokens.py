@@ -1,7 +1,5 @@
 """Tokens on the page, as buttons: chips shaded by probability, bars of candidates, tables. And curves along a text."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """The training on the page: the figures, curves and samples of runs, which follow a run while it goes on."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from pathlib import Path

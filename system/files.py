@@ -1,7 +1,5 @@
 """Files on disk: atomic writes of files and of folders, one writer for each output, UTF-8 text and JSON."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The templates of chats and instructions: how a conversation becomes tokens and a loss mask."""
 
-from __future__ import annotations
-
 from text.tokenizer import ASSISTANT, END_OF_TEXT, USER, Tokenizer, unix_line_ends
 
 Message = dict[str, str]

@@ -1,7 +1,5 @@
 """Conversations for fine-tuning: from the Hub, files of chats or instructions, and Python's own documentation."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """Text for pre-training: documents, which of them are held out, and how long ones are cut."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Callable, Iterable, Iterator

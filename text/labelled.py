@@ -1,7 +1,5 @@
 """Texts with labels: how they are read and split."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path

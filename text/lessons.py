@@ -3,8 +3,6 @@
 Two paraphrases are never trained on. They show whether the model knows a question in other words.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Text → token files, in order, on all cores and in constant memory."""
 
-from __future__ import annotations
-
 import os
 import threading
 import zlib

@@ -5,8 +5,6 @@ standard library, read from its sources with `ast`, so that nothing is imported 
 its types, which are written in C, so that the running interpreter is asked for them.
 """
 
-from __future__ import annotations
-
 import ast
 import builtins
 import inspect

@@ -4,8 +4,6 @@
 from the usual places of the library that talks to the store.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io

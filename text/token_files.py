@@ -1,7 +1,5 @@
 """Token files: their format, the `meta.json` that lists them, and statistics of their content."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from pathlib import Path

@@ -4,8 +4,6 @@ Text from users and files is always encoded as ordinary text. Only the templates
 `python -m text.tokenizer "some text"` shows the tokens of a text.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import importlib.util

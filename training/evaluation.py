@@ -1,7 +1,5 @@
 """The mean loss of a model over held-out rows, and bits per byte."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Iterable

@@ -1,7 +1,5 @@
 """What a model makes of the same few inputs at every evaluation, and prompts to try it with."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import numpy as np

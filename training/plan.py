@@ -1,7 +1,5 @@
 """`--plan`: what a training run would take, from a few of its real steps. Writes nothing."""
 
-from __future__ import annotations
-
 import math
 import shutil
 import statistics

@@ -1,7 +1,5 @@
 """Plots of a training run, as PNG files, each replaced atomically."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`--data` of the training scripts: a folder of prepared data, or a file or a small data set that is prepared first."""
 
-from __future__ import annotations
-
 import atexit
 import shutil
 import tempfile

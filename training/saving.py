@@ -1,7 +1,5 @@
 """Checkpoints of a training run: claiming the output, writing while the run goes on, resuming."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator

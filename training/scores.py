@@ -1,7 +1,5 @@
 """How good a finished language model is: a text over strided windows, HellaSwag, exact match of answers."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

@@ -5,8 +5,6 @@ gradients in float32; until then each process adds up gradients of the whole mod
 shape of matrices. Imported only for `--fsdp`, since its imports take half a second.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -4,8 +4,6 @@
 checkpoints are callbacks (`state.Callback`): they are told what happens, and are not part of the loop.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import itertools

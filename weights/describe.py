@@ -1,7 +1,5 @@
 """What a model is, in words: for lists, the page, reports and model cards, all from the same facts."""
 
-from __future__ import annotations
-
 import math
 import shlex
 import sys

@@ -1,7 +1,5 @@
 """The checkpoints under `checkpoints/`. Imports no torch, so that a page or a message need not wait for it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 
