@@ -55,7 +55,7 @@ def main() -> None:
     if state:
         with st.sidebar.expander("About this model"):
             st.text("\n".join(f"{name}: {value}" for name, value in facts(state).items()))
-    with page.lock:  # until a text that the user stopped is stored
+    with page.lock:  # waits until the thread of a stopped text has stored it
         pass
     beginnings = [] if is_chat_model else prompts
     if mode == "Training":

@@ -229,7 +229,7 @@ def chunk_loss(x: Tensor, head: Tensor, y: Tensor, needs_grad: bool) -> tuple[Te
     """Returns the cross-entropy (n, 1) of each row of the logits `x @ head.T`: x (n, C), head (V, C), int64 y (n, 1).
 
     With `needs_grad` also the gradient of the logits, which is softmax minus one-hot, in two parts in x's dtype: the
-    softmax (n, V), and the values (n, 1) that replace it at y.
+    softmax (n, V), and the values (n, 1) that replace it at y. Otherwise these two mean nothing.
     """
     logits = x @ head.t()  # (n, V)
     losses, grads_at_target, rows = [], [], len(x)

@@ -120,8 +120,9 @@ def main(config: Config) -> None:
         small = [name for name, dataset in TEXTS.items() if not dataset.hub]
 
         def prepare_text(data: str, folder: Path, overwrite: bool) -> list[str]:
+            corpus = open_corpus(data) if data in small else open_corpus(data, [data])
             tokenizer = checkpoint.tokenizer_of(start) if start else config.vocab_size or gpt2()
-            return prepare(open_corpus(data, [] if data in small else [data]), tokenizer, folder, overwrite=overwrite)
+            return prepare(corpus, tokenizer, folder, overwrite=overwrite)
 
         folder = prepared(config.data, small, "meta.json", config, processes, prepare_text)
         config = dataclasses.replace(config, data=str(folder))

@@ -65,7 +65,8 @@ def inside_view(text_model: TextModel, prompts: list[str]) -> None:
         if len(ids) > limit:
             st.caption(f"The text has {len(ids):,} tokens. You see the last {limit}.")
         if part == "Attention":
-            attention_view(text_model.tokenizer, trace_text(text_model, text, limit))
+            trace = current_page().once("trace", text, lambda: trace_text(text_model, text, limit))
+            attention_view(text_model.tokenizer, trace)
         else:
             layers_view(text_model, text, ids[-limit:])
 

@@ -30,7 +30,7 @@ def layers_view(text_model: TextModel, text: str, ids: list[int]) -> None:
             rows.append(button((layer, i), ("", names[likeliest]), style=style, p=p))
     draw_buttons("table", "layers", rows, choose_cell, f"repeat({len(tokens) + 1}, auto)")
     layer, i = page.inside_cell or (0, len(tokens))
-    if i >= len(tokens):
+    if layer >= len(candidates) or i >= len(tokens):  # none is chosen, or one of another text or model
         return
     text = f"{f'After layer {layer}' if layer else 'Before the first layer'}, at {tokens[i]}: "
     text += f"entropy {layers.entropies[layer, i]:.2f} nats."

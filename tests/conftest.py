@@ -255,3 +255,31 @@ def hub_environment(address: str, cache: Path) -> dict[str, str]:
         "HF_HOME": str(cache),
         "no_proxy": "127.0.0.1",
     }
+
+
+def split_files(folder: Path) -> dict[str, list[int]]:
+    """Returns the ids of a folder's token files by split, shards in order."""
+    from text.token_files import read_token_meta, read_tokens
+
+    files = read_token_meta(folder)["files"]
+    return {split: [i for name in names for i in read_tokens(folder / name).tolist()] for split, names in files.items()}
+
+
+def expected(pairs) -> dict[str, list[int]]:
+    """Returns the ids that (split, text) pairs must become, by the simplest use of the tokenizer."""
+    from text.tokenizer import gpt2
+
+    ids = {"train": [], "val": []}
+    for split, text in pairs:
+        ids[split] += [*gpt2().encoding.encode_ordinary(text), 50256]
+    return ids
+
+
+@pytest.fixture
+def page_folder(toy, tmp_path, monkeypatch) -> Path:
+    """A working folder with the toy models and their logs."""
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("toy.pt", "toy.last.pt", "toy.jsonl", "sft.pt", "sft.jsonl"):
+        shutil.copy2(toy / "checkpoints" / name, tmp_path / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -7,12 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import pyarrow
 import pytest
 import torch
+from app_page import bars, choose, complete, drawn, new_page, open_page, pick, press, said, say, slider, state
 from conftest import REPOSITORY
 from streamlit.testing.v1 import AppTest
 
@@ -21,95 +20,12 @@ from generation.text_model import TextModel
 from interface import page as pages
 from interface.completion_view import branch_off
 from interface.inside_view import EXAMPLE
-from interface.page import PageState
-from system.files import locked
 from text.token_files import read_tokens
 from text.tokenizer import legible
 from weights import checkpoint
 from weights.loading import load_checkpoint
 
-SAMPLES = Path(__file__).parent / "samples"
-
-
-@pytest.fixture
-def folder(toy, tmp_path, monkeypatch) -> Path:
-    """A working folder with the toy models and their logs."""
-    (tmp_path / "checkpoints").mkdir()
-    for name in ("toy.pt", "toy.last.pt", "toy.jsonl", "sft.pt", "sft.jsonl"):
-        shutil.copy2(toy / "checkpoints" / name, tmp_path / "checkpoints")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def new_page() -> AppTest:
-    return AppTest.from_file(str(REPOSITORY / "app.py"), default_timeout=60)
-
-
-def open_page(model: str = "") -> AppTest:
-    """Opens the page, and picks a model if one is given."""
-    page = new_page().run()
-    if model:
-        pick(page, model)
-    assert not page.exception
-    return page
-
-
-def pick(page: AppTest, model: str, key: str = "model") -> None:
-    box = page.selectbox(key=key)
-    box.select_index(box.options.index(model)).run()
-    assert not page.exception
-
-
-def press(page: AppTest, label: str) -> None:
-    next(button for button in page.button if button.label == label).click().run()
-    assert not page.exception
-
-
-def slider(page: AppTest, label: str):
-    return next(slider for slider in page.slider if slider.label == label)
-
-
-def choose(page: AppTest, mode: str) -> None:
-    page.button_group[0].set_value(mode).run()
-    assert not page.exception
-
-
-def say(page: AppTest, text: str) -> None:
-    page.chat_input[0].set_value(text).run()
-    assert not page.exception
-
-
-def complete(page: AppTest, prompt: str, **controls) -> str:
-    """Sets sliders and completes a prompt; returns the text on the page."""
-    for label, value in controls.items():
-        slider(page, label.replace("_", " ")).set_value(value)
-    page.text_area(key="prompt").set_value(prompt)
-    press(page, "Complete")
-    return page.main.text[0].value
-
-
-def state(page: AppTest) -> PageState:
-    return page.session_state.page
-
-
-def said(page: AppTest) -> list[str]:
-    return [message["content"] for message in state(page).messages]
-
-
-def drawn(page: AppTest, kind: str) -> list[list[dict]]:
-    """The buttons of each component of a kind: "chips", "bars" or "table"."""
-    protos = [e.proto for e in page.get("bidi_component") if e.proto.component_name == "token_buttons"]
-    data = [json.loads(proto.json) for proto in protos]
-    return [[item for item in one["items"] if item] for one in data if one["kind"] == kind]
-
-
-def bars(page: AppTest) -> list[tuple[int, float, float]]:
-    """The candidates on the page: id, and both probabilities relative to the largest."""
-    rows = []
-    for item in drawn(page, "bars")[-1]:
-        before, after = (float(part[2].removesuffix("%")) / 100 for part in item["parts"] if part[0].startswith("bar"))
-        rows.append((item["key"], before, after))
-    return rows
+SAMPLES = REPOSITORY / "tests/samples"
 
 
 def test_the_controls_need_no_torch():
@@ -122,10 +38,10 @@ def test_without_a_model_the_page_says_how_to_make_one(tmp_path, monkeypatch):
     assert "make demo" in open_page().info[0].value
 
 
-def test_the_picker_offers_every_checkpoint_except_last_ones_and_shows_its_facts(folder):
-    (folder / "checkpoints/snapshots").mkdir()
-    shutil.copy2(folder / "checkpoints/toy.pt", folder / "checkpoints/snapshots/toy_step_10.pt")
-    os.utime(folder / "checkpoints/toy.pt")  # the newest comes first
+def test_the_picker_offers_every_checkpoint_except_last_ones_and_shows_its_facts(page_folder):
+    (page_folder / "checkpoints/snapshots").mkdir()
+    shutil.copy2(page_folder / "checkpoints/toy.pt", page_folder / "checkpoints/snapshots/toy_step_10.pt")
+    os.utime(page_folder / "checkpoints/toy.pt")  # the newest comes first
     page = open_page()
     options = page.selectbox(key="model").options
     assert options[0] == "toy.pt" and set(options) == {"toy.pt", "sft.pt", "snapshots/toy_step_10.pt"}
@@ -136,7 +52,7 @@ def test_the_picker_offers_every_checkpoint_except_last_ones_and_shows_its_facts
 
 
 @pytest.mark.parametrize(("model", "data"), [("toy.pt", "val.bin"), ("sft.pt", "sft_val.bin")])
-def test_the_page_opens_on_a_sentence_and_on_prompts_from_the_models_data(folder, toy, model, data):
+def test_the_page_opens_on_a_sentence_and_on_prompts_from_the_models_data(page_folder, toy, model, data):
     page, loaded = open_page(model), load_checkpoint(f"checkpoints/{model}")
     text = page.markdown[0].value.replace("\\", "")
     assert text.startswith("A GPT-2 with ") and f"{loaded['history'][-1]['val_loss']:.2f}" in text
@@ -151,7 +67,7 @@ def test_the_page_opens_on_a_sentence_and_on_prompts_from_the_models_data(folder
     assert shown.startswith(prompts[1])
 
 
-def test_chat_follows_the_sampling_controls_and_keeps_the_conversation(folder):
+def test_chat_follows_the_sampling_controls_and_keeps_the_conversation(page_folder):
     page = open_page("sft.pt")
     slider(page, "Temperature").set_value(2.0)
     slider(page, "Top k").set_value(0)
@@ -177,7 +93,7 @@ def test_chat_follows_the_sampling_controls_and_keeps_the_conversation(folder):
     assert len(page.chat_message) == 0
 
 
-def test_the_tokens_of_an_answer_are_chips_too(folder):
+def test_the_tokens_of_an_answer_are_chips_too(page_folder):
     page = open_page("sft.pt")
     slider(page, "Length").set_value(8).run()
     say(page, "Hello")
@@ -199,7 +115,7 @@ def test_the_tokens_of_an_answer_are_chips_too(folder):
     pick(page, "toy.pt")  # its tokenizer may be another
 
 
-def test_a_base_model_completes_and_does_not_chat(folder):
+def test_a_base_model_completes_and_does_not_chat(page_folder):
     page = open_page("toy.pt")
     assert page.button_group[0].value == "Completion"
     choose(page, "Chat")
@@ -208,7 +124,7 @@ def test_a_base_model_completes_and_does_not_chat(folder):
     assert re.match("python train_sft.py .*--model checkpoints/toy.pt .*--data CHATS.jsonl", code.value)
 
 
-def test_a_completion_follows_every_sampling_control(folder):
+def test_a_completion_follows_every_sampling_control(page_folder):
     page = open_page("toy.pt")
     model = TextModel.load("checkpoints/toy.pt")
     ids = model.prompt_ids("What is")
@@ -229,7 +145,7 @@ def test_a_completion_follows_every_sampling_control(folder):
     assert len(complete(page, "What is", Length=1)) < len(greedy)
 
 
-def test_every_token_has_candidates_and_can_be_replaced_by_one(folder):
+def test_every_token_has_candidates_and_can_be_replaced_by_one(page_folder):
     page = open_page("toy.pt")
     complete(page, "What is", Length=12, Temperature=0.0)
     old = state(page).branch
@@ -264,7 +180,7 @@ def test_every_token_has_candidates_and_can_be_replaced_by_one(folder):
     assert page.main.text[0].value == model.tokenizer.decode(before)
 
 
-def test_the_bars_follow_the_sampling_controls_without_writing_again(folder):
+def test_the_bars_follow_the_sampling_controls_without_writing_again(page_folder):
     page = open_page("toy.pt")
     complete(page, "What is", Length=12, Temperature=1.0, Top_k=0)
     text, model = state(page).branch, TextModel.load("checkpoints/toy.pt")
@@ -288,7 +204,7 @@ def test_the_bars_follow_the_sampling_controls_without_writing_again(folder):
     assert state(page).branch.ids == before
 
 
-def test_the_first_token_has_no_candidates_and_an_empty_prompt_begins_a_document(folder):
+def test_the_first_token_has_no_candidates_and_an_empty_prompt_begins_a_document(page_folder):
     page = open_page("toy.pt")
     text = complete(page, "", Length=5, Temperature=0.0)
     model = TextModel.load("checkpoints/toy.pt")
@@ -299,7 +215,7 @@ def test_the_first_token_has_no_candidates_and_an_empty_prompt_begins_a_document
     assert not drawn(page, "bars") and any("no probabilities" in caption.value for caption in page.caption)
 
 
-def test_a_token_of_a_completion_is_one_click_away_from_its_layers(folder):
+def test_a_token_of_a_completion_is_one_click_away_from_its_layers(page_folder):
     page = open_page("toy.pt")
     complete(page, "What is", Length=12, Temperature=0.0)
     tokenizer, step = state(page).branch.tokenizer, state(page).branch.n_prompt + 5
@@ -314,10 +230,13 @@ def test_a_token_of_a_completion_is_one_click_away_from_its_layers(folder):
     assert page.session_state.step == step  # and the way back
     choose(page, "Inside")
     assert page.button_group[1].value == "Layer by layer"  # the last part stays
+    state(page).inside_cell = (9, 0)  # of a model with more layers
+    page.run()
+    assert not page.exception
 
 
-def test_inside_begins_with_a_text_like_those_that_the_model_was_trained_on(folder):
-    shutil.copy(SAMPLES / "sft.pt", folder / "checkpoints/old.pt")  # stores no prompts
+def test_inside_begins_with_a_text_like_those_that_the_model_was_trained_on(page_folder):
+    shutil.copy(SAMPLES / "sft.pt", page_folder / "checkpoints/old.pt")  # stores no prompts
     for model in ("toy.pt", "old.pt"):
         page = open_page(model)
         assert page.button(key="try 0").label  # generic prompts, if the model has none
@@ -342,7 +261,7 @@ def compare(page: AppTest, second: str = "", temperature: float = 0.0) -> tuple[
     return line, ["".join(part[1] for part in item["parts"]) for item in marked]
 
 
-def test_two_temperatures_are_compared_and_the_first_other_token_is_marked(folder):
+def test_two_temperatures_are_compared_and_the_first_other_token_is_marked(page_folder):
     page = open_page("toy.pt")
     slider(page, "Length").set_value(12)
     slider(page, "Temperature").set_value(0.6).run()  # no seed is given, but both draw the same random numbers
@@ -362,9 +281,9 @@ def test_two_temperatures_are_compared_and_the_first_other_token_is_marked(folde
     assert len(marked) == 2 and all(f"“{name}” (" in line for name in marked)
 
 
-def test_two_models_are_compared_even_if_their_tokenizers_differ(folder):
-    shutil.copy(SAMPLES / "sft.pt", folder / "checkpoints/old.pt")
-    (folder / "checkpoints/corrupt.pt").write_bytes(b"no")
+def test_two_models_are_compared_even_if_their_tokenizers_differ(page_folder):
+    shutil.copy(SAMPLES / "sft.pt", page_folder / "checkpoints/old.pt")
+    (page_folder / "checkpoints/corrupt.pt").write_bytes(b"no")
     page = open_page("toy.pt")
     slider(page, "Length").set_value(12).run()
     compare(page, "corrupt.pt")
@@ -388,7 +307,7 @@ def reload(page: AppTest, **address: str) -> AppTest:
     return again.run()
 
 
-def test_a_reload_keeps_the_texts_for_those_who_have_the_address_only(folder, monkeypatch):
+def test_a_reload_keeps_the_texts_for_those_who_have_the_address_only(page_folder, monkeypatch):
     page = open_page("sft.pt")
     slider(page, "Length").set_value(5).run()
     say(page, "Hello")
@@ -409,7 +328,7 @@ def test_a_reload_keeps_the_texts_for_those_who_have_the_address_only(folder, mo
     assert not reload(page, session=page.query_params["session"]).chat_message
 
 
-def test_prompt_and_completion_survive_another_mode_and_the_prompt_another_model(folder):
+def test_prompt_and_completion_survive_another_mode_and_the_prompt_another_model(page_folder):
     page = open_page("toy.pt")
     text = complete(page, "What is", Length=5)
     choose(page, "Training")
@@ -421,77 +340,3 @@ def test_prompt_and_completion_survive_another_mode_and_the_prompt_another_model
     assert page.text_area(key="prompt").value == "What is" and not page.main.text
     complete(page, "Once upon a time. " * 100, Length=4)
     assert any("The model sees the last 64, its context" in caption.value for caption in page.caption)
-
-
-def test_a_checkpoint_may_be_damaged_deleted_or_replaced_while_the_page_is_open(folder):
-    (folder / "checkpoints/corrupt.pt").write_bytes(b"no")
-    page = open_page("corrupt.pt")
-    assert page.error and any("not a checkpoint" in text.value for text in page.text)
-    (folder / "checkpoints/corrupt.pt").unlink()
-    pick(page, "toy.pt")
-    assert not page.error and complete(page, "What is", Length=3)
-    shutil.copy(folder / "checkpoints/sft.pt", folder / "checkpoints/toy.pt")
-    page.run()
-    assert not page.exception and page.sidebar.text[0].value.startswith("kind: answers")  # the new file
-    (folder / "checkpoints/toy.pt").unlink()
-    page.run()
-    assert not page.exception and page.warning and "toy.pt" in page.sidebar.text[0].value
-    choose(page, "Completion")
-    assert complete(page, "What is", Length=3).startswith("What is")
-
-
-def test_for_a_classifier_the_page_names_classify_py(folder):
-    classifier = checkpoint.with_class_head(load_checkpoint("checkpoints/toy.pt"), 2)
-    checkpoint.save("checkpoints/spam.pt", {**classifier, "kind": "classifier", "labels": ["ham", "spam"]})
-    assert "classify.py" in open_page("spam.pt").info[0].value
-
-
-def metrics(page: AppTest) -> dict[str, str]:
-    return {metric.label: metric.value for metric in page.metric}
-
-
-def test_the_training_view_shows_the_log_and_follows_it(folder):
-    log = folder / "checkpoints/toy.jsonl"
-    entries = [json.loads(line) for line in log.read_text().splitlines()]
-    os.utime(log, (time.time() - 2177, time.time() - 2177))
-    page = open_page("toy.pt")
-    choose(page, "Training")
-    best = min(entry["val_loss"] for entry in entries if "val_loss" in entry)
-    assert metrics(page)["Step"] == "20 of 20" and metrics(page)["Best validation loss"] == f"{best:.4f}"
-    assert page.caption[0].value == "finished 36 min ago" and len(page.get("vega_lite_chart")) == 1
-    with open(log, "a") as file:
-        for i in range(3):
-            numbers = {"loss": 1.25, "tokens": 1000 * i, "seconds": 10.0 * i, "max_steps": 200, "learning_rate": 0.01}
-            file.write(json.dumps({"step": 30 + 10 * i, **numbers}) + "\n")
-        file.write('{"step"')  # as a kill leaves it
-    with locked(log.with_suffix(".pt")):
-        page.run()
-    expected = {"Step": "50 of 200", "Training loss": "1.2500", "Learning rate": "1.0e-02", "Tokens": "2,000"}
-    assert metrics(page).items() >= expected.items() and page.caption[0].value == "running"
-    assert "Tokens/s" in metrics(page) and metrics(page)["Time left"].endswith(" s")
-    page.run()
-    assert re.fullmatch(r"stopped at step 50, \d\.\d s ago", page.caption[0].value)
-    log.unlink()
-    page.run()
-    assert not page.exception and "no log" in page.info[0].value
-
-
-def test_runs_are_laid_over_each_other_and_show_samples_over_time(folder):
-    page = open_page("sft.pt")
-    choose(page, "Training")
-    entries = map(json.loads, (folder / "checkpoints/sft.jsonl").read_text().splitlines())
-    examples = [entry["examples"] for entry in entries if "examples" in entry]
-    texts = [text.value for text in page.main.text]
-    assert len(examples) > 1 and all(example["output"] in texts for example in examples[-1] if example["output"])
-    page.select_slider(key="step of sft").set_value(0).run()
-    texts = [text.value for text in page.main.text]
-    assert all(example[kind] in texts for example in examples[0] for kind in ("input", "expected"))
-    page.multiselect[0].set_value([Path("checkpoints/sft.jsonl"), Path("checkpoints/toy.jsonl")]).run()
-    assert not page.exception and not page.metric  # which would push the curves off the screen
-    texts = " ".join(text.value for text in page.main.text)
-    assert all(re.search(rf"{name}: finished .* ago, step \d+ of \d+, best", texts) for name in ("sft", "toy"))
-    [chart] = page.get("vega_lite_chart")
-    curves = pyarrow.ipc.open_stream(chart.proto.data.data).read_all()["curve"].to_pylist()
-    assert set(curves) == {f"{run}, {split}" for run in ("sft", "toy") for split in ("training", "validation")}
-    page.multiselect[0].set_value([]).run()
-    assert not page.exception

@@ -81,9 +81,7 @@ def test_a_model_is_trained_resumed_tuned_and_used(toy, tmp_path, fields):
         return torch.load(tmp_path / arguments[-1], weights_only=True)
 
     flags = [f"--{'' if value else 'no-'}{name.replace('_', '-')}" for name, value in fields.items()]
-    steps = (
-        "--max-steps 4 --warmup-steps 1 --log-every 1 --eval-every 4 --learning-rate 1e-2 --cooldown 0.5 --keep last"
-    )
+    steps = "--max-steps 4 --warmup-steps 1 --log-every 1 --eval-every 4 --learning-rate 1e-2 --keep last"
     pretrain = ["train.py --data data", *TOY_SHAPE, "--optimizer", "muon", *steps.split(), *flags]
     whole = run(*pretrain, "--out", "checkpoints/whole.pt")
     assert {name: whole["config"][name] for name in fields} == fields

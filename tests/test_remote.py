@@ -109,6 +109,14 @@ def test_globs_and_folders_name_the_same_files_everywhere(folder, address, memor
         find_files([f"{address}/*.tex"])
 
 
+def test_a_name_that_exists_is_no_glob(tmp_path):
+    for name in ("a[1].txt", "a1.txt", "b[1]/c.txt", "b1/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for pattern, found in {"a[1].txt": ["a[1].txt"], "b[1]": ["b[1]/c.txt"], "a?.txt": ["a1.txt"]}.items():
+        assert find_files([str(tmp_path / pattern)]) == [str(tmp_path / name) for name in found]
+
+
 @pytest.mark.parametrize(
     ("url", "reason"),
     [

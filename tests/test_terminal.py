@@ -2,11 +2,9 @@
 
 import io
 import json
-import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY
 
 from generation.config import SamplingConfig
 from generation.text_model import Chat, TextModel
@@ -108,8 +106,3 @@ def test_a_terminal_gets_no_control_characters_and_a_pipe_gets_the_text_as_it_is
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     terminal.say("a\x1b[31m\n")
     assert capsys.readouterr().out == "a\x1b[31m\na\\x1b[31m\n"
-
-
-def test_the_terminal_needs_no_streamlit():
-    code = "import sys, interface.terminal; assert not {'streamlit', 'altair'} & sys.modules.keys()"
-    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)

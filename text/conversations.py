@@ -87,7 +87,7 @@ def _write(
         if len(ids) > block_size:
             ids, mask = encode_conversation(messages, tokenizer, template, block_size)
             outcome = "lost their oldest turns" if ids else "were dropped, since one exchange alone is too long"
-            if is_held_out or split == "val":  # otherwise the training data repeats it
+            if is_held_out or split == "val":  # if none is held out, "train" repeats what "val" has
                 notes.add(f"conversations longer than {block_size:,} tokens {outcome}", f"conversation {i:,}")
         if ids:
             rows[split].append((np.array(ids, "<u2"), np.array(mask, "u1")))
@@ -114,8 +114,9 @@ def open_conversations(
 ) -> tuple[Pairs, bool]:
     """Returns the conversations of a file, or without it those of a data set, and whether some are held out.
 
-    Otherwise all are in both splits: with a `val_fraction` of 0, and without one if they are fewer than FEW. If `joins`
-    is set, few conversations of one exchange are also `joined` for training. Raises UserError if only one is usable.
+    If none is held out, all are in both splits: so it is with a `val_fraction` of 0, and without one if they are fewer
+    than FEW. With `joins`, few conversations of one exchange are also `joined` for training. Raises UserError if only
+    one is usable.
     """
     hub_name = CONVERSATIONS.get(dataset, dataset)
     if not file and dataset == "oasst1":

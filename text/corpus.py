@@ -145,10 +145,9 @@ def _chunks(file: str, notes: Notes) -> Iterator[str]:
 def cut(chunks: Iterable[str], size: int = CHUNK, split_at: int | None = None) -> Iterator[tuple[str, bool]]:
     """Yields a document of any length in pieces of about `size` characters, each with whether a document ends there.
 
-    An empty document has no piece. With `split_at` the document becomes two: one of `split_at` characters, and the
-    rest. Other pieces end at the end of
-    a word, before white space. The pattern that splits text for the BPE always splits there, so the tokens are those
-    of the whole document. They may differ only if 10,000 characters hold no such place.
+    With `split_at` the document becomes two: one of `split_at` characters, and the rest. All other cuts are at the end
+    of a word, before white space. The pattern that splits text for the BPE always splits there, so the tokens are those
+    of the whole document. They may differ only if 10,000 characters hold no such place. An empty document has no piece.
     """
     text, left = "", split_at
     for chunk in chunks:

@@ -110,7 +110,7 @@ class Notes(dict[str, tuple[int, str]]):
 
 
 def draw_held_out(items: Iterable[Item], fraction: float, seed: int) -> Iterator[tuple[str, Item]]:
-    """Yields every item with its split: of each 1/`fraction` items in a row, and of the first 20, one is "val"."""
+    """Yields every item with its split: a random one in each 1/`fraction` in a row, and in the first 20, is "val"."""
     rng, size = random.Random(seed), max(2, round(1 / fraction))
     for i, item in enumerate(items):
         if i % size == 0:

@@ -33,11 +33,11 @@ def mean_loss(
     model.eval()
     # The sum of the losses, and of their weights. MPS has no float64.
     total = torch.zeros(2, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
-    rows = iter(rows)
+    rows, share = iter(rows), math.ceil(batch_size / processes.world_size)
     while group := list(itertools.islice(rows, batch_size)):
         require_known_ids(group, model.config)
         [batch] = micro_batches(group, 1, processes.rank, processes.world_size, model.config.block_size)
-        is_full = batch.tokens.shape == (batch_size, model.config.block_size)
+        is_full = batch.tokens.shape == (share, model.config.block_size)
         model.compiled = compiled if is_full else None  # another shape would recompile
         weight = batch.total_weight
         batch = batch.to(device)

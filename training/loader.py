@@ -87,7 +87,7 @@ class Windows:
         self.block_size, self.batch_size, self.seed = block_size, batch_size, seed
         lengths = np.array([len(shard) for shard in self.shards], dtype=np.int64)
         n_fitting = (lengths - 1) // block_size
-        n_windows = np.where(n_fitting > 1, n_fitting - 1, n_fitting).clip(min=0)  # one less leaves room for the shift
+        n_windows = np.where(n_fitting > 1, n_fitting - 1, n_fitting).clip(min=0)  # one less: the shift needs its place
         self.n_offsets = (lengths - n_windows * block_size).clip(min=1)
         self.first_window = np.concatenate([[0], np.cumsum(n_windows)])
         self.epoch = functools.lru_cache(maxsize=2)(self._draw_epoch)

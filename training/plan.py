@@ -15,7 +15,7 @@ from weights import checkpoint
 COMPUTE_OPTIMAL = 20
 """Training tokens per parameter (Hoffmann et al. 2022)."""
 
-_MEASURED_STEPS, _MAX_SECONDS = 8, 3.0
+_FEWEST_STEPS, _MOST_STEPS, _MAX_SECONDS = 8, 50, 3.0
 
 
 def print_plan(trainer: Trainer, kind: str) -> None:
@@ -25,7 +25,7 @@ def print_plan(trainer: Trainer, kind: str) -> None:
     """
     state, config, data = trainer.state, trainer.config, trainer.train_data
     n_rows, memory = rows_to_measure(trainer)
-    seconds = measure_steps(trainer, n_rows)
+    seconds, n_measured = measure_steps(trainer, n_rows)
     if state.processes.rank > 0:
         return
     n, tokens_per_step = state.model.n_parameters(), data.n_tokens / data.batches_per_epoch
@@ -52,7 +52,7 @@ def print_plan(trainer: Trainer, kind: str) -> None:
         "tokens": f"{tokens:,.0f}, {tokens / n:.2g} per parameter; compute-optimal are about {COMPUTE_OPTIMAL} "
         f"(Hoffmann et al. 2022), after {COMPUTE_OPTIMAL * n / tokens_per_step:,.0f} steps",
         "speed": f"{seconds:.3g} s a step, {tokens_per_step / seconds:,.0f} tokens/s: "
-        f"{_MEASURED_STEPS} steps measured{part}, {precision}{split}",
+        f"{n_measured} steps measured{part}, {precision}{split}",
         "time": f"{duration(seconds * config.max_steps + evaluations)} to the end, {duration(evaluations)} "
         f"of it for {n_evaluations:,} evaluations",
         "memory": f"{size(memory)} at the peak, of {size(limit)}",
@@ -91,13 +91,15 @@ def rows_to_measure(trainer: Trainer) -> tuple[int, int]:
         n = n_next
 
 
-def measure_steps(trainer: Trainer, n_rows: int) -> float:
+def measure_steps(trainer: Trainer, n_rows: int) -> tuple[float, int]:
     """Takes steps with the first `n_rows` sequences of each batch. Returns the median seconds of a step with the whole
-    batch, without the first steps, which compile and allocate memory."""
+    batch, and of how many steps; the first ones, which compile and allocate memory, do not count."""
     state, config = trainer.state, trainer.config
     scale = max(1.0, config.batch_size / n_rows)
     n_warmup, seconds = 3 if state.is_compiled else 1, []
-    for step in range(n_warmup + _MEASURED_STEPS):
+    for step in range(n_warmup + _MOST_STEPS):
+        if step >= n_warmup + _FEWEST_STEPS and state.processes.any(sum(seconds) > _MAX_SECONDS):
+            break  # all ranks at once
         batch = trainer.load_batch(step)
         if scale > 1:
             rows = trainer.train_data.batch(step)[:n_rows]
@@ -108,7 +110,7 @@ def measure_steps(trainer: Trainer, n_rows: int) -> float:
         between = time.perf_counter()
         trainer.update_weights(learning_rate_at(0, config)).item()  # so small that the model stays as it is
         seconds.append(scale * (between - start) + time.perf_counter() - between)
-    return statistics.median(seconds[n_warmup:])
+    return statistics.median(seconds[n_warmup:]), len(seconds) - n_warmup
 
 
 def file_sizes(trainer: Trainer, kind: str) -> tuple[int, int]:

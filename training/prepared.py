@@ -31,7 +31,8 @@ def prepared(
     """
     data = str(data) if is_url(str(data)) else str(Path(data))
     path, shown = Path(data.partition("?")[0]), without_secrets(data)
-    if not is_url(data) and (path.is_dir() or not (data in names or path.suffix or path.is_file())):
+    is_source = is_url(data) or data in names or path.suffix or path.is_file()
+    if path.is_dir() or not is_source:
         return path
     if is_url(data) and (data.endswith("/") or "*" in path.name or len(path.parts) < 3):
         raise UserError(f"--data takes the URL of one file, not {shown}: prepare that with prepare_data.py --input")

@@ -98,7 +98,8 @@ class Checkpointer(Callback):
 
     def on_end(self, state: TrainingState, reason: StopReason) -> None:
         if reason is StopReason.INTERRUPTED and state.processes.rank == 0:
-            print(f"continue with:\n  {command_line('--resume', drop=('--overwrite',))}")
+            torchrun = "torchrun, its options, and: " if state.processes.world_size > 1 else ""
+            print(f"continue with:\n  {torchrun}{command_line('--resume', drop=('--overwrite',))}")
 
     def wait(self) -> None:
         """Waits until all files are written. Raises OSError if one was not."""
