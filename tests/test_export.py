@@ -24,7 +24,7 @@ from generation.config import SamplingConfig
 from generation.decoding import generate
 from model import GPT, GPTConfig
 from system.errors import UserError
-from text import templates
+from text import chat as templates
 from text import tokenizer as tokenizers
 from training.classifier import Classifier
 from weights import checkpoint
@@ -235,7 +235,7 @@ def test_nothing_of_the_users_is_replaced_by_mistake(tmp_path):
         ([*arguments, "out"], "is not empty"),
         ([*arguments, "x.pt"], "x.pt exists: add --overwrite"),
         ([*arguments, "other", "--overwrite"], "other holds more than an export"),
-        (["export.py", "--model", "damaged.pt", "--out", "out", "--overwrite"], "is damaged (checksum of"),
+        (["export.py", "--model", "damaged.pt", "--out", "out", "--overwrite"], "or damaged (checksum of"),
         (["export.py", "--model", "none.pt", "--out", "out", "--overwrite"], "no checkpoint none.pt"),
     ):
         result = run_script(tmp_path, *refused)

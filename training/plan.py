@@ -96,7 +96,8 @@ def measure_steps(trainer: Trainer, n_rows: int) -> tuple[float, int]:
     batch, and of how many steps; the first ones, which compile and allocate memory, do not count."""
     state, config = trainer.state, trainer.config
     scale = max(1.0, config.batch_size / n_rows)
-    n_warmup, seconds = 3 if state.is_compiled else 1, []
+    n_warmup = 3 if state.is_compiled else 1
+    seconds: list[float] = []
     for step in range(n_warmup + _MOST_STEPS):
         if step >= n_warmup + _FEWEST_STEPS and state.processes.any(sum(seconds) > _MAX_SECONDS):
             break  # all ranks at once
