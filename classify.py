@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import tee
 from pathlib import Path
@@ -40,7 +41,7 @@ def main(config: Config) -> None:
     from weights.describe import newest
 
     classifier = Classifier.load(config.model or newest("classifier"), config.device, config.dtype)
-    texts, to_print = tee(config.texts or filter(None, map(str.strip, read_utf8_lines(config.input))))
+    texts, to_print = tee(config.texts or skip_empty(read_utf8_lines(config.input)))
     is_typed = not config.texts and config.input is None and sys.stdin.isatty()
     batch_size = 1 if is_typed else 32  # who types wants an answer after every line
     for text, probabilities in zip(to_print, classifier.probabilities(texts, batch_size), strict=True):
@@ -52,6 +53,18 @@ def main(config: Config) -> None:
             print(json.dumps(fields, ensure_ascii=False), flush=True)
         else:
             print(f"{label}\t{probability:.4f}", flush=True)
+
+
+def skip_empty(lines: Iterable[str]) -> Iterator[str]:
+    """Yields lines, stripped; skips empty lines, and reports their number at the end."""
+    n_empty = 0
+    for text in map(str.strip, lines):
+        if text:
+            yield text
+        else:
+            n_empty += 1
+    if n_empty:
+        print(f"skipped {n_empty:,} empty lines", file=sys.stderr)
 
 
 if __name__ == "__main__":

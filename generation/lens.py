@@ -82,7 +82,7 @@ def predictions_by_layer(text_model: TextModel, trace: Trace, k: int = 10) -> La
         logprobs = logits[:, : model.config.n_tokens].float().log_softmax(dim=-1)  # (T, n_tokens)
         top = logprobs.topk(min(k, logprobs.size(-1)), dim=-1)
         next_logprobs = logprobs[:-1].gather(-1, trace.tokens[1:, None])[:, 0]
-        entropies = -(logprobs.exp() * logprobs).nansum(dim=-1)  # 0 log 0 is 0
+        entropies = torch.special.entr(logprobs.exp()).sum(dim=-1)
         layers.append((top.indices, top.values, next_logprobs, entropies))
     return LayerPredictions(*(torch.stack(parts) for parts in zip(*layers, strict=True)))
 

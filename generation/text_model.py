@@ -320,7 +320,3 @@ class Chat:
             return None
         self.messages.pop()
         return self.messages.pop()["content"]
-
-    def reset(self) -> None:
-        """Clears the conversation."""
-        self.messages.clear()

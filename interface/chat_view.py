@@ -103,7 +103,7 @@ def draw_buttons(chat: Chat, page: PageState, controls: DeltaGenerator) -> None:
     with controls.container(), st.container(horizontal=True, vertical_alignment="center"):
         st.button("Regenerate", on_click=regenerate, args=(chat, page), icon=":material/refresh:")
         st.button("Edit", on_click=setattr, args=(page, "is_editing", True), icon=":material/edit:")
-        st.button("Clear", on_click=chat.reset, icon=":material/delete:")
+        st.button("Clear", on_click=chat.messages.clear, icon=":material/delete:")
         st.download_button(
             "Download",
             json.dumps({"messages": page.messages}, ensure_ascii=False) + "\n",

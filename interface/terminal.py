@@ -191,9 +191,9 @@ def chat(text_model: TextModel, config: SamplingConfig) -> None:
 
 def answer(conversation: Chat, message: str) -> None:
     """Streams the answer to a message, on a terminal behind a label. Ctrl-C stops it; the text so far is kept."""
-    if sys.stdout.isatty():
-        sys.stdout.write(f"{BOLD}model> {RESET}{CYAN}")
     try:
+        if sys.stdout.isatty():
+            sys.stdout.write(f"{BOLD}model> {RESET}{CYAN}")
         print_stream(conversation.reply(message))
     except KeyboardInterrupt:
         pass
@@ -213,7 +213,7 @@ def obey(conversation: Chat, command: str, argument: str) -> str:
         case "help":
             return HELP_OF_CHAT
         case "reset":
-            conversation.reset()
+            conversation.messages.clear()
             return "conversation cleared"
         case "undo" | "retry":
             message = conversation.undo()

@@ -182,3 +182,14 @@ def test_output_into_a_closed_pipe_is_no_error(toy):
     process.stdout.close()
     stderr = process.stderr.read().decode()
     assert process.wait(60) == 1 and "Traceback" not in stderr and "Exception" not in stderr, stderr
+
+
+def test_writing_does_not_import_the_compiler(toy):
+    """`torch._dynamo` takes about a second to import, and only `--compile on` needs it."""
+    program = (
+        "import sys; from generation.config import SamplingConfig; from generation.text_model import TextModel; "
+        "TextModel.load('checkpoints/toy.pt', 'cpu').write([1], SamplingConfig(max_new_tokens=2)); "
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}
+    assert subprocess.run([sys.executable, "-c", program], cwd=toy, env=environment, timeout=60).returncode == 0

@@ -9,8 +9,8 @@ from conftest import run_script
 
 from prepare_sft_data import Config, main
 from system.errors import UserError
-from text.conversations import check_messages, oasst1_conversations, open_conversations, read_file, usable
-from text.sources import Notes
+from text.conversations import COLUMNS, check_messages, oasst1_conversations, open_conversations, usable
+from text.sources import Notes, read_rows
 from text.token_files import read_tokens
 from text.tokenizer import gpt2
 
@@ -100,7 +100,7 @@ def test_a_table_of_questions_and_answers_becomes_conversations(tmp_path, column
         table = [list(rows[0]), *(row.values() for row in rows)]
         content = "".join('"' + '","'.join(fields) + '"\n' for fields in table).encode()
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    assert list(read_file(tmp_path / name, Notes())) == [
+    assert list(usable(read_rows(str(tmp_path / name), COLUMNS), Notes())) == [
         [{**turn("user", f"What is {i},\u2028 really?"), "input": ""}, turn("assistant", "yes")] for i in (1, 2)
     ]
 

@@ -12,8 +12,8 @@ from gpt_config import GPTConfig
 from system.errors import UserError
 from system.files import atomic_folder, atomic_write, read_utf8, read_utf8_lines
 from text import lessons, pydocs
-from text.conversations import read_file
-from text.sources import Notes
+from text.conversations import COLUMNS, usable
+from text.sources import Notes, read_rows
 from text.token_files import files_by_split, read_token_meta, read_tokens, require_ids_below
 from training.loader import Windows
 
@@ -64,7 +64,7 @@ def all_lessons():
 
 
 def test_bundled_conversations_are_in_order(all_lessons):
-    conversations = list(read_file(REPOSITORY / "data/samples/chat.jsonl", Notes()))
+    conversations = list(usable(read_rows(str(REPOSITORY / "data/samples/chat.jsonl"), COLUMNS), Notes()))
     bundled = [lesson for lesson in all_lessons if lesson.conversation in conversations]
     assert len(conversations) >= 350 and [lesson.conversation for lesson in bundled] == conversations
     assert sum(len(messages) > 2 for messages in conversations) >= 30

@@ -194,7 +194,7 @@ def test_classify_reads_arguments_a_file_and_standard_input(classifier):
     assert [line["label"] for line in lines] == expected and [line["text"] for line in lines] == texts
     assert all(line["probability"] == max(line["probabilities"].values()) for line in lines)
     empty = run_script(classifier, "classify.py", stdin="\n\n")
-    assert (empty.returncode, empty.stdout) == (0, "")  # empty lines are skipped
+    assert (empty.returncode, empty.stdout) == (0, "") and "2 empty lines" in empty.stderr
 
 
 def test_neither_padding_nor_text_beyond_the_context_changes_a_prediction(classifier):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pyarrow
 from app_page import choose, complete, open_page, pick
-from streamlit.testing.v1 import AppTest
 
 from system.files import locked
 from weights import checkpoint
@@ -39,7 +38,7 @@ def test_for_a_classifier_the_page_names_classify_py(page_folder):
     assert "classify.py" in open_page("spam.pt").info[0].value
 
 
-def metrics(page: AppTest) -> dict[str, str]:
+def metrics(page) -> dict[str, str]:
     return {metric.label: metric.value for metric in page.metric}
 
 

@@ -148,11 +148,6 @@ def joined(conversations: list[Conversation], seed: int) -> Iterator[Conversatio
         yield from (list(chain(*shuffled[i : i + n])) for i in range(0, len(shuffled), n))
 
 
-def read_file(file: str | Path, notes: Notes) -> Iterator[Conversation]:
-    """Yields the `usable` conversations of a .json, .jsonl, .csv, .tsv or .parquet file, perhaps compressed."""
-    return usable(read_rows(str(file), COLUMNS), notes)
-
-
 def usable(rows: Iterable[Row], notes: Notes) -> Iterator[Conversation]:
     """Yields the conversations that can be trained on, from rows with their places; `notes` counts the others.
 

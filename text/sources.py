@@ -1,4 +1,4 @@
-"""Where text and conversations come from: named data sets, the Hugging Face Hub, files, folders and URLs.
+"""Text and conversations from named data sets, the Hugging Face Hub, files, folders and URLs.
 
 `fsspec` opens files and URLs, and `datasets` streams from the Hub. Nothing is stored on the disk. Credentials come
 from the usual places of the library that talks to the store.

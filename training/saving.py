@@ -98,8 +98,9 @@ class Checkpointer(Callback):
 
     def on_end(self, state: TrainingState, reason: StopReason) -> None:
         if reason is StopReason.INTERRUPTED and state.processes.rank == 0:
-            torchrun = "torchrun, its options, and: " if state.processes.world_size > 1 else ""
-            print(f"continue with:\n  {torchrun}{command_line('--resume', drop=('--overwrite',))}")
+            command = command_line("--resume", drop=("--overwrite",))
+            starter = "torchrun OPTIONS" if state.processes.world_size > 1 else "python"
+            print(f"continue with:\n  {command.replace('python', starter, 1)}")
 
     def wait(self) -> None:
         """Waits until all files are written. Raises OSError if one was not."""

@@ -19,6 +19,7 @@ from system.errors import UserError
 from system.files import read_utf8_lines
 from text.sources import hub_rows
 from training.evaluation import bits_per_byte, mean_loss
+from training.examples import plain_text
 from training.loader import Batch, Conversations, stack, strided
 from training.parallel import Processes
 
@@ -118,7 +119,6 @@ def exact_match_report(text_model: TextModel, data: Path, split: str, n: int = 5
     share = 100 * n_exact // len(exchanges)
     lines = [f"{n_exact} of {len(exchanges)} answered word for word ({share}%), for example:"]
     for ids, _ in exchanges[:n_shown]:
-        question = text_model.tokenizer.decode(i for i in ids if i < text_model.tokenizer.end_of_text).strip()
         answer = text_model.write(ids, SamplingConfig(greedy=True, max_new_tokens=60), strip=True)
-        lines.append(f"> {question}\n  {answer}")
+        lines.append(f"> {plain_text(ids, text_model.tokenizer)}\n  {answer}")
     return "\n".join(lines)
