@@ -40,7 +40,7 @@ def complete(page: Page) -> None:
     """Completes a text with the base model, and chooses a token."""
     page.choose_model("demo/pretrained.pt")
     page.type("1", "[data-testid=stNumberInput] input")
-    page.type("Return a copy of the", "[data-testid=stTextArea] textarea", enter=False)
+    page.type("This module provides", "[data-testid=stTextArea] textarea", enter=False)
     page.driver.set_window_size(1200, 1500)
     page.click("Complete")
     wait(lambda: len(page.chips()) > 20)
