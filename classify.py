@@ -26,6 +26,8 @@ class Config:
     """print one JSON object per text: text, label, probability, and the probabilities of all labels"""
     device: str = "auto"
     """auto, cpu, cuda, mps"""
+    device_check: bool = True
+    """before all else, compute a few tokens on the GPU and on the CPU, and compare"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """precision; auto is bfloat16 on a GPU that supports it, float32 on the CPU"""
 
@@ -40,7 +42,8 @@ def main(config: Config) -> None:
     from training.classifier import Classifier
     from weights.describe import newest
 
-    classifier = Classifier.load(config.model or newest("classifier"), config.device, config.dtype)
+    name = config.model or newest("classifier")
+    classifier = Classifier.load(name, config.device, config.dtype, config.device_check)
     texts, to_print = tee(config.texts or skip_empty(read_utf8_lines(config.input)))
     is_typed = not config.texts and config.input is None and sys.stdin.isatty()
     batch_size = 1 if is_typed else 32  # who types wants an answer after every line

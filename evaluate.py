@@ -34,6 +34,8 @@ class Config:
     """print one JSON object"""
     device: str = "auto"
     """auto, cpu, cuda, mps"""
+    device_check: bool = True
+    """before all else, compute a few tokens on the GPU and on the CPU, and compare"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """precision; auto takes bfloat16 if the GPU has it, float32 on the CPU"""
 
@@ -56,7 +58,9 @@ def main(config: Config) -> None:
     from weights.describe import newest
 
     name = config.model or newest("language model")
-    text_model = TextModel.load(name, config.device, config.dtype, convert_weights=False)
+    text_model = TextModel.load(
+        name, config.device, config.dtype, convert_weights=False, device_check=config.device_check
+    )
     tokenizer = text_model.tokenizer
     if config.hellaswag is not None:
         figures = evaluate_hellaswag(text_model, read_hellaswag(*config.hellaswag))

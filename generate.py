@@ -40,6 +40,8 @@ class Config(SamplingConfig):
     """int8 stores the weights in 8 bits: on the CPU about twice as fast, and a little less exact"""
     device: str = "auto"
     """auto, cpu, cuda, mps"""
+    device_check: bool = True
+    """before the first token, compute a few on the GPU and on the CPU, and compare"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """precision; auto is bfloat16 on a GPU that supports it, float32 on the CPU"""
 
@@ -70,9 +72,8 @@ def main(config: Config) -> None:
         return
     is_chat = config.chat or config.instruction is not None
     name = config.model or describe.newest("chat model" if is_chat else "language model")
-    text_model = TextModel.load(
-        name, config.device, config.dtype, quantize=config.quantize, compile=config.compile == "on"
-    )
+    options = {"quantize": config.quantize, "compile": config.compile == "on", "device_check": config.device_check}
+    text_model = TextModel.load(name, config.device, config.dtype, **options)
     write = partial(terminal.write, num_samples=config.num_samples, top_logprobs=config.logprobs, as_json=config.json)
     complete = terminal.print_lens if config.lens else write
     if is_chat and not text_model.template:

@@ -24,6 +24,8 @@ class Config(TrainerConfig):
     """probability that training drops an input of an adapter"""
     dropout: float = 0.0
     """probability that training drops an activation"""
+    question_noise: float = 0.0
+    """probability that training replaces a token of a question by a random one; helps with questions in other words"""
     learning_rate: float = 2e-5
     min_lr: float = 2e-6
     warmup_steps: int | None = None  # type: ignore[assignment]
@@ -49,8 +51,8 @@ class Config(TrainerConfig):
         super().__post_init__()
         require_at_least(1, self, "epochs")
         require_at_least(0, self, "lora_rank")
-        dropouts = (self.dropout, self.lora_dropout)
-        require(all(0 <= p < 1 for p in dropouts), "--dropout and --lora-dropout must be at least 0 and below 1")
+        for name in ("dropout", "lora_dropout", "question_noise"):
+            require(0 <= getattr(self, name) < 1, f"--{name.replace('_', '-')} must be at least 0 and below 1")
 
 
 FEW_STEPS = 100
@@ -68,6 +70,7 @@ PRESETS = {
         learning_rate=5e-3,
         min_lr=0.0,
         warmup_steps=10,
+        question_noise=0.05,
         beta2=0.99,
         eval_every=300,
         eval_tokens=20_000,
@@ -130,7 +133,9 @@ def main(config: Config) -> None:
         config, choice = with_steps(config, len(read("train", batch_size=1)))
         processes.print(choice)
         assert config.batch_size
-        train_data, val_data = (read(split, batch_size=config.batch_size) for split in ("train", "val"))
+        noise: dict[str, Any] = {"noise": config.question_noise, "n_text": tokenizer.end_of_text}
+        train_data = read("train", batch_size=config.batch_size, **noise)
+        val_data = read("val", batch_size=config.batch_size)
         examine = answers(tokenizer, val_data.first_exchanges(5))
         if config.sample_prompt:
             examine = continuations(tokenizer, meta["template"], config.sample_prompt)

@@ -91,7 +91,7 @@ def correctness(c: Config, device: torch.device) -> Figures:
         ours = model(tokens, targets) / tokens.numel()
     gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in (exact, ours)]
     pairs = zip(*gradients, strict=True)
-    _, step = training_step(c, device, ["fused head and loss", "float16" if on_cuda else "bfloat16"])
+    _, step = training_step(c, device, ["fused head and loss", "fused AdamW", "float16" if on_cuda else "bfloat16"])
     losses = [step(tokens, targets).item() for _ in range(8)]
     return {
         "loss_error": abs(ours.item() / exact.item() - 1),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -150,11 +151,16 @@ def next_token_logits(model: GPT, hidden: Tensor) -> Tensor:
     return model.lm_head(hidden[:, -1])[:, : model.config.n_tokens]
 
 
+MAX_SIZES = 8
+"""Numbers of rows for which a `CompiledDecoder` keeps a cache and a compiled function."""
+
+
 @dataclass
 class StaticStep:
-    """What a decoding step of N sequences reads and writes. A CUDA graph repeats the addresses of its capture, so these
-    tensors are filled and never replaced."""
+    """A decoding step of N sequences, and what it reads and writes. A CUDA graph repeats the addresses of its capture,
+    so these tensors are filled and never replaced."""
 
+    decode_one: Callable[[GPT, Tensor, Tensor, KVCache], Tensor]
     cache: KVCache
     token: Tensor  # int64 (N, 1)
     position: Tensor  # int64 (1,)
@@ -165,17 +171,21 @@ class StaticStep:
 class CompiledDecoder:
     """`decode_one`, compiled. On CUDA one launch replays the whole step as a graph.
 
-    The first tokens of each number of rows wait for the compiler. A graph reads the weights where they lay when it was
-    captured: make a new decoder after moving or converting the model.
+    The first tokens of each number of rows wait for the compiler; the last few numbers are kept. A graph reads the
+    weights where they lay when it was captured: make a new decoder after moving or converting the model.
     """
 
     def __init__(self, model: GPT):
         self.model = model
         # With this option, products with one row become reductions, which fuse with the GELU or the addition that
         # follows. They read a matrix at the full bandwidth only if their block sizes are tuned.
-        options: dict[str, Any] = {"coordinate_descent_tuning": True} if model.ln_f.weight.is_cuda else {}
-        self.decode_one = torch.compile(decode_one, fullgraph=True, dynamic=False, options=options)
+        self.options: dict[str, Any] = {"coordinate_descent_tuning": True} if model.ln_f.weight.is_cuda else {}
         self.static_steps: dict[int, StaticStep] = {}
+
+    def compile(self) -> Callable[[GPT, Tensor, Tensor, KVCache], Tensor]:
+        """Compiles a copy of `decode_one`: PyTorch limits how often one function is compiled, and frees nothing."""
+        copy = types.FunctionType(decode_one.__code__.replace(), decode_one.__globals__)
+        return torch.compile(copy, fullgraph=True, dynamic=False, options=self.options)
 
     def take_over(self, cache: KVCache) -> KVCache:
         """Copies a cache into the static one for its number of rows, and returns that one."""
@@ -185,7 +195,9 @@ class CompiledDecoder:
             for _, values in static.layers:
                 values.zero_()  # attention multiplies unused values by 0, so they must be finite
             token = torch.zeros(n, 1, dtype=torch.int64, device=self.model.wte.weight.device)
-            self.static_steps[n] = StaticStep(static, token, token.new_zeros(1))
+            if len(self.static_steps) == MAX_SIZES:
+                del self.static_steps[next(iter(self.static_steps))]
+            self.static_steps[n] = StaticStep(self.compile(), static, token, token.new_zeros(1))
         static, static.length = self.static_steps[n].cache, cache.length
         for mine, other in zip(static.layers, cache.layers, strict=True):
             for target, source in zip(mine, other, strict=True):
@@ -202,11 +214,11 @@ class CompiledDecoder:
         if static.graph and static.logits is not None:
             static.graph.replay()
             return static.logits.clone()  # the next replay overwrites them
-        logits = self.decode_one(self.model, static.token, static.position, cache)
+        logits = static.decode_one(self.model, static.token, static.position, cache)
         if token.is_cuda:  # after the call above, which compiled and tuned: both are forbidden during a capture
             static.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(static.graph):  # records the kernels without running them
-                static.logits = self.decode_one(self.model, static.token, static.position, cache)
+                static.logits = static.decode_one(self.model, static.token, static.position, cache)
         return logits
 
 
@@ -228,7 +240,7 @@ def sample(logits: Tensor, config: SamplingConfig, generator: torch.Generator | 
         return logits.argmax(dim=-1)
     probabilities, ids = filtered_probabilities(logits, config)
     # The draw of torch.multinomial, which would make the host wait for a GPU.
-    waiting_time = torch.empty_like(probabilities).exponential_(generator=generator)
+    waiting_time = torch.empty_like(probabilities).exponential_(generator=generator).clamp_(min=1e-30)  # MPS draws 0
     choice = (probabilities / waiting_time).argmax(dim=-1, keepdim=True)  # (B, 1)
     return (choice if ids is None else ids.gather(-1, choice))[:, 0]
 

@@ -25,7 +25,7 @@ from generation.decoding import (
     penalize,
 )
 from model import GPT
-from system.device import autocast, choose_device, choose_dtype
+from system.device import autocast
 from system.errors import UserError
 from text.chat import Message, encode_prompt
 from text.tokenizer import Tokenizer, unix_line_ends
@@ -127,22 +127,23 @@ class TextModel:
         quantize: str = "none",
         convert_weights: bool = True,
         compile: bool = False,
+        device_check: bool = True,
     ) -> TextModel:
         """Makes a checkpoint that was read from `path` ready to write.
 
         `quantize="int8"` stores the weights in 8 bits: on the CPU about twice as fast, and a little less exact.
         `convert_weights=False` keeps the weights in float32 and computes under autocast, as training does. `compile`
-        compiles the decoding of one token. Raises UserError if there is no such device, or for int8 on a GPU.
+        compiles the decoding of one token. Raises UserError as `checkpoint.place` does, or for int8 on a GPU.
         """
-        torch_device = choose_device(device)
-        torch_dtype = choose_dtype(dtype, torch_device)
-        if quantize == "int8" and (torch_device.type != "cpu" or torch_dtype != torch.float32):
+        is_int8 = quantize == "int8"
+        convert = convert_weights and not is_int8
+        model, torch_device, torch_dtype = checkpoint.place(state, device, dtype, device_check, convert)
+        if is_int8 and (torch_device.type != "cpu" or torch_dtype != torch.float32):
             raise UserError("--quantize int8 works on the CPU in float32: add --device cpu --dtype float32")
-        model = checkpoint.build(state, torch_device)
-        if quantize == "int8":
+        if is_int8:
             quantize_weights(model)
-        elif convert_weights:
-            speed_up_decoding(model.to(torch_dtype))
+        elif convert:
+            speed_up_decoding(model)
         tokenizer, description = checkpoint.tokenizer_of(state), f"{path}: {describe.introduction(state)}"
         compiled = CompiledDecoder(model) if compile else None
         return cls(model, tokenizer, state.get("template"), description, torch_dtype, compiled)

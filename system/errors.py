@@ -27,5 +27,5 @@ def require_at_least(minimum: float, config: object, *names: str) -> None:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Returns whether an error says that the memory of the machine, or of its GPU, is full."""
-    signs = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "ALLOC_FAILED")
+    signs = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "ALLOC_FAILED", "NVML_SUCCESS == r")
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)

@@ -101,7 +101,7 @@ def test_a_seed_gives_the_same_tokens_with_any_cache(fields, how, num_samples):
     model = random_model(**fields)
     speed_up_decoding(model)
     static = CompiledDecoder(model)
-    static.decode_one = decode_one  # the function itself, not compiled
+    static.compile = lambda: decode_one  # the function itself, not compiled
 
     config = SamplingConfig(**{"max_new_tokens": 90, "top_k": None, **how})
 
@@ -135,6 +135,9 @@ def test_a_compiled_step_has_the_logits_of_the_usual_one(dtype):
         assert found.dtype == dtype and static.length == usual.length
         tolerance = 1e-4 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(found.float(), expected.float(), rtol=tolerance, atol=tolerance * 10)
+    with torch._dynamo.config.patch(recompile_limit=1):  # another number of rows has a function of its own
+        usual.repeat(2)
+        assert decoder.step(token.repeat(2, 1), decoder.take_over(usual)).shape == (4, 300)
 
 
 def test_the_next_step_begins_before_the_caller_reads_a_token():

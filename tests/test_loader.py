@@ -11,7 +11,8 @@ import torch
 
 from model import IGNORE_INDEX
 from system.errors import UserError
-from training.loader import Batch, Conversations, Sequences, Windows, micro_batches, stack, step_seed
+from training.loader import Batch, Conversations, Sequences, Windows, micro_batches, stack
+from training.trainer import step_seed
 
 BLOCK, WINDOWS = 8, 24 + 42  # of the two files below
 
@@ -173,6 +174,18 @@ def test_conversations_have_loss_on_the_assistants_tokens_only(conversations):
     no = IGNORE_INDEX
     assert [row.targets[0].tolist() for row in rows] == [[no, no, 7, 8], [no, 7], [no, no, no, 7, 8]]
     assert data.first_exchanges(2) == [([9, 1, 2], [7, 8]), ([9, 3], [7])]
+
+
+def test_noise_replaces_some_tokens_of_questions_and_nothing_else(conversations):
+    plain, noisy = (Conversations(conversations, "train", 8, 3, 0, noise, n_text=9) for noise in (0.0, 0.5))
+    was_replaced = []
+    for step in range(100):
+        assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(noisy.batch(step), noisy.batch(step), strict=True))
+        for a, b in zip(plain.batch(step), noisy.batch(step), strict=True):
+            is_question = (a.targets == IGNORE_INDEX) & (a.tokens < 9)
+            assert torch.equal(a.targets, b.targets) and torch.equal(a.tokens[~is_question], b.tokens[~is_question])
+            was_replaced += (a.tokens != b.tokens)[is_question].tolist()
+    assert np.mean(was_replaced) == pytest.approx(0.5 * 8 / 9, abs=0.06)
 
 
 @pytest.mark.parametrize(("index", "message"), [([0, 8, 5, 14], "belong together"), ([0, 14], "of 14 tokens, longer")])

@@ -12,6 +12,7 @@ import torch
 from conftest import fine_tune, log, pretrain
 
 from model import GPT, GPTConfig
+from system.device import choose_device
 from system.errors import UserError
 from text.labelled import Example
 from text.tokenizer import load_tokenizer
@@ -31,7 +32,7 @@ def new_trainer(folder: Path, shape: GPTConfig = SHAPE, **options: object) -> Tr
     torch.manual_seed(0)
     config = TrainerConfig(**{"device": "cpu", "batch_size": 4, "warmup_steps": 0, "eval_tokens": 200, **options})
     data = Windows([folder / "data/toy/train.bin"], shape.block_size, config.batch_size, config.seed)
-    return Trainer(TrainingState.create(GPT(shape), config, Processes()), data, data)
+    return Trainer(TrainingState.create(GPT(shape), config, Processes(choose_device(config.device))), data, data)
 
 
 def losses(out: str) -> list[float]:
@@ -119,20 +120,6 @@ def test_learning_rate_warms_up_then_falls_along_a_cosine_or_a_line():
     assert cooled[:11] == rates[:11] and set(cooled[10:56]) == {1.0} and cooled[110] == pytest.approx(0.1)
     falls = [a - b for a, b in zip(cooled[55:], cooled[56:], strict=False)]
     assert falls == pytest.approx([0.9 / 55] * 55)
-
-
-def test_a_step_asks_the_device_for_no_number(toy, monkeypatch):
-    """On the meta device, every operation that the host would have to wait for raises."""
-    monkeypatch.setattr("model.compute_dtype", lambda x: x.dtype)  # autocast does not know this device
-    trainer = new_trainer(toy, grad_accum_steps=2)
-    state, batch = trainer.state, trainer.load_batch(0)
-    state.processes = Processes(torch.device("meta"))
-    state.model = trainer.forward = GPT(dataclasses.replace(SHAPE, dropout=0.1)).to("meta").train()
-    state.optimizers = [Muon([p for p in state.model.h.parameters() if p.dim() == 2], lr=1e-2)]
-    loss = trainer.forward_backward(batch.micro_batches, batch.total_weight)
-    values = torch.stack([loss, trainer.update_weights(1e-3)])
-    with pytest.raises(RuntimeError, match="meta"):
-        values.tolist()
 
 
 STOPS = [  # options, the step at which the run stops, why

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model import GPT, IGNORE_INDEX
-from system.device import autocast, choose_device, choose_dtype
+from system.device import autocast
 from system.errors import UserError, require
 from text.labelled import Example
 from text.tokenizer import Tokenizer, unix_line_ends
@@ -89,11 +89,11 @@ class Classifier:
     dtype: torch.dtype = torch.float32
 
     @classmethod
-    def load(cls, path: str | Path, device: str = "auto", dtype: str = "auto") -> Classifier:
-        """Loads a checkpoint of train_classifier.py. Raises UserError if there is none, or no such device."""
-        state, chosen = load_checkpoint(path, kinds=("classifier",)), choose_device(device)
-        model = checkpoint.build(state, chosen)
-        return cls(model, checkpoint.tokenizer_of(state), state["labels"], chosen, choose_dtype(dtype, chosen))
+    def load(cls, path: str | Path, device: str = "auto", dtype: str = "auto", device_check: bool = True) -> Classifier:
+        """Loads a checkpoint of train_classifier.py. Raises UserError if there is none, or as `checkpoint.place`."""
+        state = load_checkpoint(path, kinds=("classifier",))
+        model, chosen, precision = checkpoint.place(state, device, dtype, device_check)
+        return cls(model, checkpoint.tokenizer_of(state), state["labels"], chosen, precision)
 
     def probabilities(self, texts: Iterable[str], batch_size: int = 32) -> Iterator[Tensor]:
         """Yields for each text the float32 probabilities (n_classes,) of the labels, on the CPU.
@@ -131,7 +131,7 @@ def test(config: TrainerConfig, examples: list[Example]) -> None:
     """
     from sklearn import metrics
 
-    classifier = Classifier.load(config.out, config.device, config.dtype)
+    classifier = Classifier.load(config.out, config.device, config.dtype, config.device_check)
     labels, expected = classifier.labels, [example.label for example in examples]
     predicted = [labels[int(p.argmax())] for p in classifier.probabilities(example.text for example in examples)]
     options = {"labels": labels, "zero_division": 0.0}

@@ -14,6 +14,8 @@ class TrainerConfig:
     # hardware
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
+    device_check: bool = True
+    """before the first step, compute a few tokens on the GPU and on the CPU, and compare"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """precision of the forward pass; auto takes bfloat16 if the GPU has it, or if the CPU is faster in it"""
     compile: Literal["auto", "on", "off"] = "auto"

@@ -235,12 +235,17 @@ class Sequences(ABC):
 class Conversations(Sequences):
     """Whole conversations, each from position 0, with loss on the assistant's tokens."""
 
-    def __init__(self, folder: Path, split: str, block_size: int, batch_size: int, seed: int):
-        """Reads `sft_{split}.bin`, its loss mask and its index. Raises UserError if they do not belong together."""
+    def __init__(
+        self, folder: Path, split: str, block_size: int, batch_size: int, seed: int, noise: float = 0.0, n_text: int = 0
+    ):
+        """Reads `sft_{split}.bin`, its loss mask and its index. Raises UserError if they do not belong together.
+
+        `noise` is the probability that `batch` replaces a token without loss by one of the first `n_text` ids.
+        """
         self.tokens = read_tokens(folder / f"sft_{split}.bin")
         self.mask = memory_map(folder / f"sft_{split}_mask.bin", np.uint8)
         self.offsets = np.array(memory_map(folder / f"sft_{split}_index.bin", np.uint64), dtype=np.int64)
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.noise, self.n_text = batch_size, seed, noise, n_text
         self.lengths = np.diff(self.offsets)
         n = len(self.tokens)
         if len(self.mask) != n or [*self.offsets[:1], *self.offsets[-1:]] != [0, n] or (self.lengths <= 0).any():
@@ -256,6 +261,15 @@ class Conversations(Sequences):
         row = _row(self.tokens[span])
         is_counted = torch.from_numpy(np.array(self.mask[span][1:], dtype=bool))[None]
         return replace(row, targets=row.targets.where(is_counted, IGNORE_INDEX))
+
+    def batch(self, step: int) -> list[Batch]:
+        rows, random = super().batch(step), np.random.default_rng((self.seed, step))
+        for i, row in enumerate(rows if self.noise else []):
+            is_text = (row.targets == IGNORE_INDEX) & (row.tokens < self.n_text)
+            is_replaced = is_text & torch.from_numpy(random.random(row.tokens.shape) < self.noise)
+            others = torch.from_numpy(random.integers(self.n_text, size=row.tokens.shape))
+            rows[i] = replace(row, tokens=others.where(is_replaced, row.tokens))
+        return rows
 
     def first_exchanges(self, n: int) -> list[tuple[list[int], list[int]]]:
         """Returns, for each of the first `n` conversations, the ids before the assistant's first answer, and the ids of
@@ -331,8 +345,3 @@ def micro_batches(
     share = rows[rank::world_size] or [replace(rows[0], targets=torch.full_like(rows[0].targets, IGNORE_INDEX))]
     size = -(-len(share) // n) or 1
     return [stack(share[i : i + size], max_length) for i in range(0, len(share), size)]
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Returns the seed of a step's dropout: like the batch, a function of where the run stands."""
-    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])

@@ -77,6 +77,9 @@ class Muon(torch.optim.Optimizer):
     it orthogonalizes all matrices of one shape as one batch, and in any precision, since bfloat16 is slow on many CPUs.
     """
 
+    _step_supports_amp_scaling = True
+    """Tells `GradScaler` to set `found_inf`, which is 1 if a gradient overflowed, and not to wait for its value."""
+
     def __init__(
         self,
         params: Iterable[nn.Parameter],
@@ -94,7 +97,8 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Updates every parameter that has a gradient."""
+        """Updates every parameter that has a gradient. Changes nothing if a gradient overflowed in float16."""
+        overflowed = getattr(self, "found_inf", None)
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for p in group["params"]:
@@ -106,6 +110,8 @@ class Muon(torch.optim.Optimizer):
                         self.state[p]["momentum"] = torch.zeros_like(p)
                 gradients = self.local([p.grad for p in params if p.grad is not None])
                 momenta = self.local([self.state[p]["momentum"] for p in params])
+                if overflowed is not None:
+                    gradients = [g.where(overflowed == 0, m) for g, m in zip(gradients, momenta, strict=True)]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
                 nesterov = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"])).to(self.dtype)
                 if self.sharding:  # (n, rows of this process, columns)
@@ -113,9 +119,11 @@ class Muon(torch.optim.Optimizer):
                 else:  # (n, rows, columns)
                     updates = self.orthogonalize(nesterov)
                 weights = self.local(params)
-                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-                step_size = group["lr"] * 0.2 * max(shape) ** 0.5
-                torch._foreach_add_(weights, list(updates.to(weights[0].dtype)), alpha=-step_size)
+                updates, decay = updates.to(weights[0].dtype), group["lr"] * group["weight_decay"]
+                if overflowed is not None:
+                    updates, decay = updates * (1 - overflowed), decay * (1 - overflowed)
+                torch._foreach_mul_(weights, 1 - decay)
+                torch._foreach_add_(weights, list(updates), alpha=-0.2 * group["lr"] * max(shape) ** 0.5)
 
     def local(self, tensors: list[Tensor]) -> list[Tensor]:
         """Returns the tensors themselves, or this process's slices of them."""

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from gpt_config import Shape
 from system.cli import command_line, plain
-from system.device import copy_to_host, queued_work
+from system.device import copied
 from system.errors import UserError
 from system.files import locked
 from training.config import TrainerConfig
@@ -117,17 +118,14 @@ class Checkpointer(Callback):
         history, options = list(state.history), plain(state.config)
         metadata = {**self.metadata, **progress, "train_config": options, "history": history}
         packed = checkpoint.pack(state.model, **metadata, **more)
-        if state.sharding:
-            copied = state.sharding.gathered(packed)  # all ranks take part
-        else:
-            copied = tree_map_only(torch.Tensor, copy_to_host, packed)
-        wait_for_copies, earlier = queued_work(state.processes.device), list(self.jobs)
+        gather = state.sharding.gathered if state.sharding else partial(tree_map_only, torch.Tensor, copied)
+        on_host = gather(packed)  # all ranks of a sharded model take part
+        earlier = list(self.jobs)
 
         def write_file() -> None:
-            wait_for_copies()
             for job in earlier:
                 job.result()  # no file is written after one that failed
-            checkpoint.save(path, copied)
+            checkpoint.save(path, on_host)
 
         if state.processes.rank == 0:
             self.jobs.append(self.writer.submit(write_file))

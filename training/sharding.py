@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from model import GPT, chunk_loss
-from system.device import choose_dtype, copy_to_host, uses_compile
+from system.device import choose_dtype, copied, uses_compile
 from system.errors import require
 from training.config import TrainerConfig
 from training.parallel import Processes
@@ -49,7 +49,7 @@ class Sharding:
         if compiled:
             model.compiled = model.hidden, torch.compile(chunk_loss)
 
-    def gathered(self, state: Any, copy: Callable[[Tensor], Tensor] = copy_to_host) -> Any:
+    def gathered(self, state: Any, copy: Callable[[Tensor], Tensor] = copied) -> Any:
         """Returns nested dicts and lists with whole tensors on rank 0, each copied by `copy`, and None on other ranks.
 
         One tensor is whole at a time. All ranks take part.
@@ -65,7 +65,7 @@ class Sharding:
         """Returns a whole copy of the model on the device of rank 0, in evaluation mode and the dtype of the forward
         pass; on other ranks None. All ranks take part."""
         packed = self.gathered(checkpoint.pack(model, kind="base"), lambda tensor: tensor.to(self.dtype))
-        return checkpoint.build(packed, self.mesh.device_type) if dist.get_rank() == 0 else None
+        return checkpoint.build(packed).to(self.mesh.device_type) if dist.get_rank() == 0 else None
 
     def local(self, tensor: Tensor) -> Tensor:
         """Returns this process's shard of a tensor, as a view."""

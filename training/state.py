@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from model import GPT
-from system.device import choose_dtype, keep_memory, uses_compile
+from system.device import Probe, autocast, choose_dtype, keep_memory, uses_compile
 from system.errors import UserError
 from training.config import TrainerConfig
 from training.optim import build_optimizers
@@ -76,9 +78,15 @@ class TrainingState:
         device, dtype = processes.device, choose_dtype(config.dtype, processes.device)
         if device.type == "cpu":
             keep_memory()
+        if config.device_check and device.type != "cpu" and not sharding:
+            expected = Probe.of(model, contextlib.nullcontext(), gradient=True)
+            found = Probe.of(model.to(device), autocast(device, dtype), gradient=True)
+            is_chosen = config.device != "auto" or processes.world_size > 1
+            if not found.agrees(device, dtype, expected, is_chosen):
+                return cls.create(model, dataclasses.replace(config, device="cpu"), Processes())
         model = model.train().to(device)
         model.gradient_checkpointing = config.grad_checkpointing
-        muon_dtype = torch.bfloat16 if device.type == "cuda" else dtype
+        muon_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         optimizers = build_optimizers(model, config, muon_dtype, uses_compile(config.compile, device), sharding)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         n = 1 if config.grad_accum_steps == "auto" else config.grad_accum_steps

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from system.cli import stop_signals
 from system.device import autocast, fast_attention, free_memory, peak_memory, to_host, total_memory
 from system.errors import UserError, is_out_of_memory
 from training.evaluation import bits_per_byte, compile_evaluation, mean_loss
-from training.loader import Batch, Sequences, StepBatch, Windows, micro_batches, require_known_ids, step_seed
+from training.loader import Batch, Sequences, StepBatch, Windows, micro_batches, require_known_ids
 from training.optim import learning_rate_at, set_learning_rate
 from training.parallel import local_gradients, replicate
 from training.state import Callback, Entry, Examine, StopReason, TrainingState
@@ -46,6 +47,8 @@ class Trainer:
         self.train_data, self.val_data = train_data, val_data
         self.callbacks: Sequence[Callback] = ()
         self.load_batch(0)  # unusable data fails before anything is written
+        if state.is_compiled and train_data.is_padded:  # it recompiles when a batch passes a size
+            torch._inductor.config.triton.mix_order_reduction = False
         if state.is_compiled and not state.sharding:
             state.model.compile_training()
         is_whole = state.model.compiled and not state.sharding
@@ -240,6 +243,11 @@ class Trainer:
         if processes.world_size > 1 and not self.state.is_due(self.config.log_every):
             return False
         return processes.any(bool(received))
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Returns the seed of a step's dropout: like the batch, a function of where the run stands."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
 
 
 def fewest_micro_batches(

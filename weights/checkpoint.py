@@ -3,6 +3,7 @@
 Files are read with `weights_only=True`, so nothing in them is executed.
 """
 
+import contextlib
 import dataclasses
 import zipfile
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from gpt_config import GPTConfig
 from model import GPT
+from system.device import Probe, autocast, choose_device, choose_dtype
 from system.errors import UserError, is_out_of_memory
 from system.files import atomic_write
 from text import tokenizer as tokenizers
@@ -141,10 +143,10 @@ def pack(model: GPT, *, kind: str, **metadata: object) -> Checkpoint:
     return {"kind": kind, "model": weights, "config": model.config, **metadata}
 
 
-def build(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> GPT:
-    """Builds the model of a loaded checkpoint, in evaluation mode.
+def build(checkpoint: Checkpoint) -> GPT:
+    """Builds the model of a loaded checkpoint on the CPU, in evaluation mode.
 
-    On the CPU, its weights are pages of the file: they are read at their first use, and copied when written to.
+    Its weights are pages of the file: they are read at their first use, and copied when written to.
     """
     config, weights = checkpoint["config"], checkpoint["model"]
     model = empty_model(config)
@@ -153,7 +155,26 @@ def build(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> GPT:
     model.load_state_dict(weights, assign=True)
     if config.tie_weights:
         model.lm_head.weight = model.wte.weight
-    return model.eval().to(device)
+    return model.eval()
+
+
+def place(
+    checkpoint: Checkpoint, device: str, dtype: str, check: bool = True, convert: bool = False
+) -> tuple[GPT, torch.device, torch.dtype]:
+    """Builds a model on the named device; returns it, the device and the precision to compute in.
+
+    `convert` converts the weights to that precision. With `check`, a GPU computes a few tokens beside the CPU first. If
+    they disagree, an "auto" device becomes the CPU. Raises UserError for another device then, or if there is none.
+    """
+    chosen = choose_device(device)
+    precision, model = choose_dtype(dtype, chosen), build(checkpoint)
+    expected = Probe.of(model, contextlib.nullcontext()) if check and chosen.type != "cpu" else None
+    model.to(chosen, precision if convert else None)
+    if expected:
+        context = contextlib.nullcontext() if convert else autocast(chosen, precision)
+        if not Probe.of(model, context).agrees(chosen, precision, expected, is_chosen=device != "auto"):
+            return place(checkpoint, "cpu", dtype, convert=convert)
+    return model, chosen, precision
 
 
 def empty_model(config: GPTConfig) -> GPT:
