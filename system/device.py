@@ -31,7 +31,7 @@ def choose_device(name: str) -> torch.device:
         name = next(candidate for candidate, is_available in available.items() if is_available)
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device) + 1  # a GPU that this PyTorch has no kernels for fails here
     except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"no device {name!r} on this machine ({shorten(str(error), 200)}): try --device auto, or cpu"

@@ -207,7 +207,7 @@ def test_a_batch_that_does_not_fit_is_reported(toy, gpu):
 
 
 def test_a_device_that_cannot_allocate_is_named_with_its_error(gpu):
-    gpu.faults["empty"] = lambda *_, **__: torch.zeros(-1)
+    gpu.faults["ones"] = lambda *_, **__: torch.zeros(-1)
     for name in ("auto", "cuda"):
         with pytest.raises(UserError, match="^no device 'cuda' on this machine .*must be non-negative"):
             choose_device(name)

@@ -122,6 +122,21 @@ def test_learning_rate_warms_up_then_falls_along_a_cosine_or_a_line():
     assert falls == pytest.approx([0.9 / 55] * 55)
 
 
+@pytest.mark.parametrize("grad_clip", [0.0, 1.0])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("name", ["wte.weight", "h.0.mlp.c_fc.weight"])  # AdamW's and Muon's
+def test_no_optimizer_steps_if_a_gradient_overflowed(toy, name, value, grad_clip):
+    trainer = new_trainer(toy, optimizer="muon", dtype="float16", grad_clip=grad_clip)
+    model, batch = trainer.state.model, trainer.load_batch(0)
+    for is_broken in (False, True):
+        before = [p.detach().clone() for p in model.parameters()]
+        trainer.forward_backward(batch.micro_batches, batch.total_weight)
+        if is_broken:
+            model.get_parameter(name).grad[0, 0] = value
+        trainer.update_weights(1e-2)
+        assert all(torch.equal(p, q) == is_broken for p, q in zip(model.parameters(), before, strict=True))
+
+
 STOPS = [  # options, the step at which the run stops, why
     ({"max_steps": 7}, 7, StopReason.DONE),
     ({"max_steps": 100, "log_every": 2, "target_loss": 1e6}, 3, StopReason.TARGET_LOSS),

@@ -163,6 +163,9 @@ class Trainer:
         set_learning_rate(state.optimizers, learning_rate)
         for optimizer in state.optimizers:
             state.scaler.unscale_(optimizer)
+        if state.scaler.is_enabled():  # an overflow anywhere spoils the common norm: all optimizers skip the step
+            flags = [flag for o in state.optimizers for flag in state.scaler._found_inf_per_device(o).values()]
+            torch._foreach_copy_(flags, [torch.stack(flags).amax()] * len(flags))
         with_gradient = [p for p in state.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(with_gradient, self.config.grad_clip or math.inf)
         if state.sharding:
