@@ -17,20 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import streamlit as st
 import torch
 import torch.nn.functional as F
 from app_page import complete, open_page
-from conftest import (
-    ENVIRONMENT,
-    REPOSITORY,
-    command,
-    contents,
-    fine_tune,
-    log,
-    pretrain,
-    random_model,
-    run_fresh,
-)
+from conftest import ENVIRONMENT, REPOSITORY, command, contents, fine_tune, log, pretrain, random_model, run_fresh
 from gpu_lines import ExecutedLines
 from pretended_gpu import PretendedGpu
 from test_training import SHAPE, new_trainer
@@ -273,9 +264,9 @@ def test_chat_and_samples_are_those_of_the_cpu(toy, kind):
 
 
 def test_the_page_completes_a_prompt(page_folder, gpu):
-    page = open_page("toy.pt")
-    assert complete(page, "What is", Length=20, Temperature=0.0)
+    assert complete(open_page("toy.pt"), "What is", Length=20, Temperature=0.0)
     assert gpu.waits
+    st.cache_resource.clear()  # no other test gets this model
 
 
 FAULTS = {  # of the device: a function, and what it computes instead
