@@ -15,7 +15,7 @@ from torch import Tensor
 
 from generation.config import SamplingConfig
 from model import GPT, GPTConfig
-from system.device import copy_to_host, queued_work
+from system.device import copy_to_host
 
 Step = tuple[Tensor, Tensor, int]
 """New ids, int64 (N,); the model's logits (N, n_tokens) before penalty and temperature; the number of tokens that the
@@ -73,7 +73,7 @@ def one_step_ahead(steps: Iterator[Step]) -> Iterator[Step]:
     The GPU need not wait for the host: each step takes its token from the GPU's memory. If the caller stops early, one
     step is wasted.
     """
-    copied = ((copy_to_host(ids), queued_work(ids.device), logits, n) for ids, logits, n in steps)
+    copied = ((*copy_to_host(ids), logits, n) for ids, logits, n in steps)
     step = next(copied, None)
     while step:
         next_step = next(copied, None)  # queues it on the GPU

@@ -25,7 +25,7 @@ from generation.decoding import (
     penalize,
 )
 from model import GPT
-from system.device import autocast
+from system.device import autocast, choose_device, choose_dtype
 from system.errors import UserError
 from text.chat import Message, encode_prompt
 from text.tokenizer import Tokenizer, unix_line_ends
@@ -135,18 +135,18 @@ class TextModel:
         `convert_weights=False` keeps the weights in float32 and computes under autocast, as training does. `compile`
         compiles the decoding of one token. Raises UserError as `checkpoint.place` does, or for int8 on a GPU.
         """
-        is_int8 = quantize == "int8"
-        convert = convert_weights and not is_int8
-        model, torch_device, torch_dtype = checkpoint.place(state, device, dtype, device_check, convert)
-        if is_int8 and (torch_device.type != "cpu" or torch_dtype != torch.float32):
+        chosen = choose_device(device)
+        if quantize == "int8" and (chosen.type != "cpu" or choose_dtype(dtype, chosen) != torch.float32):
             raise UserError("--quantize int8 works on the CPU in float32: add --device cpu --dtype float32")
-        if is_int8:
+        convert = convert_weights and quantize == "none"
+        model, precision = checkpoint.place(state, device, dtype, device_check, convert)
+        if quantize == "int8":
             quantize_weights(model)
         elif convert:
             speed_up_decoding(model)
         tokenizer, description = checkpoint.tokenizer_of(state), f"{path}: {describe.introduction(state)}"
         compiled = CompiledDecoder(model) if compile else None
-        return cls(model, tokenizer, state.get("template"), description, torch_dtype, compiled)
+        return cls(model, tokenizer, state.get("template"), description, precision, compiled)
 
     @property
     def device(self) -> torch.device:

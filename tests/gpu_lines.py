@@ -12,7 +12,7 @@ import coverage
 from conftest import REPOSITORY
 from test_house import PACKAGES
 
-WORDS = re.compile(r"\b(cuda|is_cuda|mps|pin_memory|pinned|Event|CUDAGraph|graph)\b")
+WORDS = re.compile(r"\b(cuda|is_cuda|mps|pin_memory|pinned|Event|CUDAGraph|graph)\b|!= 'cpu'")
 FOLDERS = [".", *sorted(PACKAGES.keys() - {"benchmarks"})]
 """A benchmark runs on real GPUs only."""
 SOURCE: dict[str, Any] = {"source": [str(REPOSITORY)], "omit": ["*/tests/*", "*/.venv/*"]}

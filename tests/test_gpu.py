@@ -150,12 +150,13 @@ def test_a_run_is_interrupted_resumed_and_saves_the_cpus_weights(here, kind):
         calls = itertools.count()
 
         def embedding(*args, **kwargs):
-            if next(calls) == 5:
+            if Path("gpu.jsonl").exists() and next(calls) == 5:
                 os.kill(os.getpid(), signal.SIGINT)
             return F.embedding(*args, **kwargs)
 
         gpu.faults["embedding"] = embedding
         options = {"out": Path("gpu.pt"), "device": "auto", "dtype": "float32", **fast}
+        pretrain(**options, plan=True)
         pretrain(**options)
         stopped_at = contents("gpu.last.pt")["step"]
         pretrain(**options, resume=True)

@@ -92,8 +92,8 @@ class Classifier:
     def load(cls, path: str | Path, device: str = "auto", dtype: str = "auto", device_check: bool = True) -> Classifier:
         """Loads a checkpoint of train_classifier.py. Raises UserError if there is none, or as `checkpoint.place`."""
         state = load_checkpoint(path, kinds=("classifier",))
-        model, chosen, precision = checkpoint.place(state, device, dtype, device_check)
-        return cls(model, checkpoint.tokenizer_of(state), state["labels"], chosen, precision)
+        model, precision = checkpoint.place(state, device, dtype, device_check)
+        return cls(model, checkpoint.tokenizer_of(state), state["labels"], model.wte.weight.device, precision)
 
     def probabilities(self, texts: Iterable[str], batch_size: int = 32) -> Iterator[Tensor]:
         """Yields for each text the float32 probabilities (n_classes,) of the labels, on the CPU.

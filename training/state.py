@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -83,7 +82,7 @@ class TrainingState:
             found = Probe.of(model.to(device), autocast(device, dtype), gradient=True)
             is_chosen = config.device != "auto" or processes.world_size > 1
             if not found.agrees(device, dtype, expected, is_chosen):
-                return cls.create(model, dataclasses.replace(config, device="cpu"), Processes())
+                return cls.create(model, config, Processes())
         model = model.train().to(device)
         model.gradient_checkpointing = config.grad_checkpointing
         muon_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32

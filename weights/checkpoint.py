@@ -160,8 +160,8 @@ def build(checkpoint: Checkpoint) -> GPT:
 
 def place(
     checkpoint: Checkpoint, device: str, dtype: str, check: bool = True, convert: bool = False
-) -> tuple[GPT, torch.device, torch.dtype]:
-    """Builds a model on the named device; returns it, the device and the precision to compute in.
+) -> tuple[GPT, torch.dtype]:
+    """Builds a model on the named device; returns it and the precision to compute in.
 
     `convert` converts the weights to that precision. With `check`, a GPU computes a few tokens beside the CPU first. If
     they disagree, an "auto" device becomes the CPU. Raises UserError for another device then, or if there is none.
@@ -174,7 +174,7 @@ def place(
         context = contextlib.nullcontext() if convert else autocast(chosen, precision)
         if not Probe.of(model, context).agrees(chosen, precision, expected, is_chosen=device != "auto"):
             return place(checkpoint, "cpu", dtype, convert=convert)
-    return model, chosen, precision
+    return model, precision
 
 
 def empty_model(config: GPTConfig) -> GPT:
