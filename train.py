@@ -65,9 +65,9 @@ SMALL = dataclasses.replace(  # trains on a CPU in minutes
 )
 PRESETS = {
     "gpt2": Config(),
-    "gpt2-medium": Config(preset="gpt2-medium", n_layer=24, n_head=16, n_embd=1024, learning_rate=3e-4, min_lr=3e-5),
-    "gpt2-large": Config(preset="gpt2-large", n_layer=36, n_head=20, n_embd=1280, learning_rate=2.5e-4, min_lr=2.5e-5),
-    "gpt2-xl": Config(preset="gpt2-xl", n_layer=48, n_head=25, n_embd=1600, learning_rate=2e-4, min_lr=2e-5),
+    "gpt2-medium": Config(preset="gpt2-medium", n_layer=24, n_head=16, n_embd=1024, learning_rate=3e-4),
+    "gpt2-large": Config(preset="gpt2-large", n_layer=36, n_head=20, n_embd=1280, learning_rate=2.5e-4),
+    "gpt2-xl": Config(preset="gpt2-xl", n_layer=48, n_head=25, n_embd=1600, learning_rate=2e-4),
     "modern": MODERN,
     "shakespeare": dataclasses.replace(
         SMALL,
@@ -130,6 +130,11 @@ def main(config: Config) -> None:
         tokenizer = tokenizer_of_data(folder, meta)
 
         torch.manual_seed(config.seed)
+        if config.init_from != "scratch" and config.learning_rate == PRESETS[config.preset].learning_rate:
+            config = dataclasses.replace(config, learning_rate=config.learning_rate / 10)
+            processes.print(
+                f"a model that is trained already needs smaller steps: --learning-rate {config.learning_rate:g}"
+            )
         if start:
             expected = checkpoint.tokenizer_of(start).name
             require_same_tokenizer(expected, tokenizer.name, folder, "prepare the data with the model's tokenizer")

@@ -27,9 +27,8 @@ class Config(TrainerConfig):
     question_noise: float = 0.0
     """probability that training replaces a token of a question by a random one; helps with questions in other words"""
     learning_rate: float = 2e-5
-    min_lr: float = 2e-6
     warmup_steps: int | None = None  # type: ignore[assignment]
-    """steps over which the learning rate rises from 0; by default a tenth of the steps, and at most 100"""
+    """steps over which the learning rate rises from 0, at most a fifth of all; by default a tenth, and at most 100"""
     eval_every: int = 200
     save_every: int = 200
     batch_size: int | None = None  # type: ignore[assignment]
@@ -56,10 +55,12 @@ class Config(TrainerConfig):
 
 
 FEW_STEPS = 100
+NOISE_OF_PARAPHRASES = 0.3
+"""If all questions are taught, this share of random tokens makes them as hard as a paraphrase."""
 
 PRESETS = {
     "gpt2": Config(),
-    "lora": Config(preset="lora", out=Path("checkpoints/lora.pt"), lora_rank=16, learning_rate=2e-4, min_lr=2e-5),
+    "lora": Config(preset="lora", out=Path("checkpoints/lora.pt"), lora_rank=16, learning_rate=2e-4),
     "demo": Config(
         preset="demo",
         model=Path("checkpoints/demo/pretrained.pt"),
@@ -84,6 +85,7 @@ def main(config: Config) -> None:
     """Fine-tunes one model."""
     import torch
 
+    from generation.text_model import TextModel
     from text.conversations import prepare_conversations
     from text.sources import CONVERSATIONS
     from text.token_files import read_sft_meta
@@ -94,8 +96,10 @@ def main(config: Config) -> None:
     from training.prepared import prepared
     from training.run import train
     from training.saving import claim_output
+    from training.scores import min_confidence
+    from training.state import StopReason
     from weights import checkpoint, lora
-    from weights.loading import load_base, load_checkpoint
+    from weights.loading import load_base, load_checkpoint, load_file
 
     kind = "lora" if config.lora_rank else "sft"
     processes = Processes.join(config.device)
@@ -139,7 +143,13 @@ def main(config: Config) -> None:
         examine = answers(tokenizer, val_data.first_exchanges(5))
         if config.sample_prompt:
             examine = continuations(tokenizer, meta["template"], config.sample_prompt)
-        train(model, train_data, val_data, config, processes, metadata, resumed=resumed, examine=examine)
+        reason = train(model, train_data, val_data, config, processes, metadata, resumed=resumed, examine=examine)
+        if processes.rank == 0 and not config.plan and reason is not StopReason.INTERRUPTED:
+            options = {} if metadata["is_held_out"] else {**noise, "noise": NOISE_OF_PARAPHRASES}
+            questions = read("val" if metadata["is_held_out"] else "train", batch_size=1, **options)
+            least, what_it_marks = min_confidence(TextModel.load(config.out, config.device, config.dtype), questions)
+            checkpoint.save(config.out, {**load_file(config.out), "min_confidence": least})
+            print(what_it_marks)
 
 
 def with_steps(config: Config, n: int) -> tuple[Config, str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import codecs
 import contextlib
 import dataclasses
-from collections.abc import Generator, Iterable, Iterator
+import math
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +32,9 @@ from text.chat import Message, encode_prompt
 from text.tokenizer import Tokenizer, unix_line_ends
 from weights import checkpoint, describe
 from weights.loading import load_checkpoint
+
+CONFIDENCE_TOKENS = 8
+"""The first tokens of an answer, whose probabilities say how sure the model is."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,8 @@ class TextModel:
     """precision of the computation; if the weights have another, under autocast"""
     compiled: CompiledDecoder | None = None
     """decodes single tokens with a compiled function"""
+    min_confidence: float = 0.0
+    """below this `confidence`, an answer is a guess; 0 if fine-tuning measured none"""
 
     @classmethod
     def load(cls, path: str | Path, device: str = "auto", dtype: str = "auto", **options: Any) -> TextModel:
@@ -146,7 +152,8 @@ class TextModel:
             speed_up_decoding(model)
         tokenizer, description = checkpoint.tokenizer_of(state), f"{path}: {describe.introduction(state)}"
         compiled = CompiledDecoder(model) if compile else None
-        return cls(model, tokenizer, state.get("template"), description, precision, compiled)
+        template, min_confidence = state.get("template"), float(state.get("min_confidence", 0))
+        return cls(model, tokenizer, template, description, precision, compiled, min_confidence)
 
     @property
     def device(self) -> torch.device:
@@ -168,6 +175,10 @@ class TextModel:
         block_size = self.model.config.block_size
         max_tokens = block_size - min(config.max_new_tokens, block_size // 4)
         return encode_prompt(messages, self.tokenizer, self.template, max_tokens)
+
+    def is_guess(self, answer: Sequence[Token]) -> bool:
+        """Returns whether the model was unsure of an answer. Its tokens need log-probabilities."""
+        return bool(self.min_confidence) and confidence(answer) < self.min_confidence
 
     def stream(
         self, ids: list[int], config: SamplingConfig, n: int = 1, top_logprobs: int | None = None, strip: bool = False
@@ -282,6 +293,12 @@ class TextModel:
         return [Token(*row) for row in zip(*columns, strict=True)]
 
 
+def confidence(answer: Sequence[Token]) -> float:
+    """Returns the geometric mean of the probabilities of an answer's first tokens; later ones follow from them."""
+    logprobs = [token.logprob for token in answer[:CONFIDENCE_TOKENS] if token.logprob is not None]
+    return math.exp(sum(logprobs) / len(logprobs)) if logprobs else 0.0
+
+
 def sampling_probabilities(logits: Tensor, ids: list[int], config: SamplingConfig) -> Tensor:
     """Returns the probabilities (n_tokens,) with which a config draws the token that follows `ids`: those of the logits
     (n_tokens,) after the repetition penalty, temperature and filters."""
@@ -310,6 +327,8 @@ class Chat:
         """
         question, answer = {"role": "user", "content": text}, {"role": "assistant", "content": ""}
         ids = self.text_model.answer_ids([*self.messages, question], self.config)
+        if self.text_model.min_confidence:
+            top_logprobs = top_logprobs or 0
         self.messages += [question, answer]
         for [sample] in self.text_model.stream(ids, self.config, top_logprobs=top_logprobs, strip=True):
             answer["content"] = sample.text

@@ -53,6 +53,8 @@ def draw_messages(text_model: TextModel, file: CheckpointFile, page: PageState) 
                 draw_answer(text_model, page, answers[i], i)
             else:
                 st.text(message["content"])
+            if i in answers:
+                note_guess(text_model, answers[i])
 
 
 def draw_answer(text_model: TextModel, page: PageState, answer: Text, i: int) -> None:
@@ -82,6 +84,14 @@ def answer_message(
     current_page().answers.append(answer)
     if not show_stream(answer, chat.reply(message, top_logprobs=0), placeholder).text:
         placeholder.caption("The model gave an empty answer.")
+    with history:
+        note_guess(chat.text_model, answer)
+
+
+def note_guess(text_model: TextModel, answer: Text) -> None:
+    """Says below an answer if the model was not sure of it."""
+    if text_model.is_guess(answer.tokens[answer.n_prompt :]):
+        st.caption("A guess: the model is not sure.")
 
 
 def edit_form(chat: Chat, page: PageState, controls: DeltaGenerator) -> None:

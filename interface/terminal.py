@@ -194,7 +194,9 @@ def answer(conversation: Chat, message: str) -> None:
     try:
         if sys.stdout.isatty():
             sys.stdout.write(f"{BOLD}model> {RESET}{CYAN}")
-        print_stream(conversation.reply(message))
+        sample = print_stream(conversation.reply(message))
+        if conversation.text_model.is_guess(sample.tokens):
+            print_note("(a guess: the model is not sure)")
     except KeyboardInterrupt:
         pass
     finally:

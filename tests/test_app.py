@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from app_page import bars, choose, complete, drawn, new_page, open_page, pick, press, said, say, slider, state
-from conftest import REPOSITORY
+from conftest import REPOSITORY, contents
 from streamlit.testing.v1 import AppTest
 
 from generation.config import SamplingConfig
@@ -113,6 +113,16 @@ def test_the_tokens_of_an_answer_are_chips_too(page_folder):
     page.run()
     assert not page.exception and answers[i].ids[-1] in [row[0] for row in bars(page)]
     pick(page, "toy.pt")  # its tokenizer may be another
+
+
+def test_an_answer_that_the_model_is_not_sure_of_is_marked(page_folder):
+    for least in (0.0, 1.0):
+        torch.save({**contents("checkpoints/sft.pt"), "min_confidence": least}, "checkpoints/sft.pt")
+        page = open_page("sft.pt")
+        say(page, "Hello")
+        for tokens in (False, True):
+            assert [caption.value.startswith("A guess") for caption in page.caption].count(True) == least
+            page.toggle(key="tokens").set_value(not tokens).run()
 
 
 def test_a_base_model_completes_and_does_not_chat(page_folder):

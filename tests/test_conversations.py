@@ -107,7 +107,7 @@ def test_a_table_of_questions_and_answers_becomes_conversations(tmp_path, column
 
 @pytest.mark.parametrize(
     ("n", "val_fraction", "n_train", "n_val"),
-    [(99, None, 99 + 50 + 33, 99), (100, None, 95, 5), (200, 0, 200, 200), (5, 0.1, 4, 1)],
+    [(99, None, 99 + 15 * (99 + 50 + 33), 99), (100, None, 95, 5), (200, 0, 200, 200), (5, 0.1, 4, 1)],
 )
 def test_of_few_conversations_none_is_held_out(tmp_path, capsys, n, val_fraction, n_train, n_val):
     counts, _ = prepare(tmp_path, [{"prompt": str(i), "response": "yes"} for i in range(n)], val_fraction=val_fraction)
@@ -116,7 +116,7 @@ def test_of_few_conversations_none_is_held_out(tmp_path, capsys, n, val_fraction
     assert meta["is_held_out"] == (n_val < n) == ("all conversations are trained on" not in capsys.readouterr().out)
 
 
-def test_few_conversations_of_one_exchange_are_joined_to_longer_ones_too(tmp_path):
+def test_few_conversations_of_one_exchange_are_also_trained_as_people_type_them_and_joined(tmp_path):
     def questions(*rows, joins=True):
         """The first letters of the questions of each conversation, by split."""
         (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -128,13 +128,16 @@ def test_few_conversations_of_one_exchange_are_joined_to_longer_ones_too(tmp_pat
         return found
 
     three, longer = [chat(name, "yes") for name in "abc"], chat("c", "yes", "d", "yes")
+    sentence = chat("Is this A?", "yes")
     assert questions(*three, joins=False) == {"train": ["a", "b", "c"], "val": ["a", "b", "c"]}
     found = questions(*three)
     assert found["val"] == found["train"][:3] == ["a", "b", "c"]
-    assert [len(joined) for joined in found["train"][3:]] == [2, 1, 3]
-    assert sorted("".join(found["train"][3:])) == ["a", "a", "b", "b", "c", "c"]  # each twice
+    assert sorted(map(len, found["train"][3:])) == 60 * [1] + 15 * [2] + 15 * [3]  # of two, one is left over
+    assert sorted("".join(found["train"][3:])) == sorted("abc" * 45)
+    typed = questions(three[0], sentence)["train"][2:]
+    assert any("is this A?" in text for text in typed) and any("Thanks!" in text for text in typed)
     mixed = questions(*three[:2], longer)  # somebody asks twice already
-    assert mixed["val"] == ["a", "b", "cd"] and all(set(joined) == {"a", "b"} for joined in mixed["train"][3:])
+    assert mixed["val"] == ["a", "b", "cd"] and all(set(joined) <= {"a", "b"} for joined in mixed["train"][3:])
     assert len(questions(three[0], longer)["train"]) == 2
 
 

@@ -25,7 +25,7 @@ from text.labelled import Example, read_examples, split
 from training.classifier import Classifier, LabelledTexts
 from training.evaluation import mean_loss
 from training.loader import Conversations
-from training.scores import answers_exactly, exact_match_report
+from training.scores import answers_exactly, exact_match_report, min_confidence
 from weights import checkpoint
 from weights.loading import load_checkpoint
 from weights.lora import add_adapter, restore_adapter
@@ -94,9 +94,12 @@ def test_a_file_of_chats_is_prepared_as_the_model_needs_it_and_learnt_by_heart(h
     model, config = TextModel.load(SFT, "cpu"), SamplingConfig(greedy=True, max_new_tokens=20)
     ids = model.answer_ids([{"role": "user", "content": "Who is the red?"}], config)
     assert model.write(ids, config, strip=True) == "I am red."
-    assert exact_match_report(model, Path("data/chats"), "train").startswith("8 of 8 ")
-    question, answer = Conversations(Path("data/chats"), "train", 64, 1, 0).first_exchanges(1)[0]
+    assert exact_match_report(model, Path("data/chats"), "val").startswith("8 of 8 ")
+    questions = Conversations(Path("data/chats"), "val", 64, 1, 0)
+    question, answer = questions.first_exchanges(1)[0]
     assert answers_exactly(model, question, answer) and not answers_exactly(model, question, [*answer, answer[0]])
+    assert (0 < model.min_confidence < 1) == (template == "chat")  # eight questions alone are too few to tell
+    assert min_confidence(model, questions)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The terminal: commands of the chat, lines that the user types, what reaches a terminal."""
 
+import dataclasses
 import io
 import json
 import sys
@@ -9,7 +10,7 @@ import pytest
 from generation.config import SamplingConfig
 from generation.text_model import Chat, TextModel
 from interface import terminal
-from interface.terminal import complete_lines, load_conversation, obey, save_conversation, set_option
+from interface.terminal import answer, complete_lines, load_conversation, obey, save_conversation, set_option
 from system.errors import UserError
 from text.chat import Message
 
@@ -63,6 +64,13 @@ def test_options_take_numbers_and_some_take_none():
     for name, value in (("temperature", "none"), ("temperature", "hot"), ("top-k", "1.5")):
         with pytest.raises(UserError, match=f"/{name} needs a number"):
             set_option(config, name, value)
+
+
+@pytest.mark.parametrize("least", [0.0, 1e-9, 1.0])
+def test_an_answer_that_the_model_is_not_sure_of_is_marked(toy, capsys, least):
+    text_model = dataclasses.replace(TextModel.load(toy / "checkpoints/sft.pt"), min_confidence=least)
+    answer(Chat(text_model, SamplingConfig(greedy=True, max_new_tokens=5)), "Hello")
+    assert ("a guess" in capsys.readouterr().err) == (least == 1.0)
 
 
 def test_the_commands_of_the_chat(toy, tmp_path):

@@ -122,6 +122,13 @@ def test_learning_rate_warms_up_then_falls_along_a_cosine_or_a_line():
     assert falls == pytest.approx([0.9 / 55] * 55)
 
 
+@pytest.mark.parametrize("n_steps", [1, 4, 20])
+def test_a_short_run_neither_ends_in_its_warm_up_nor_above_its_learning_rate(n_steps):
+    config = TrainerConfig(max_steps=n_steps, learning_rate=3e-5)  # 2,000 warm-up steps
+    rates = [learning_rate_at(step, config) for step in range(n_steps + 1)]
+    assert max(rates) == rates[n_steps // 5] == pytest.approx(3e-5) and rates[-1] == pytest.approx(3e-6)
+
+
 @pytest.mark.parametrize("grad_clip", [0.0, 1.0])
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 @pytest.mark.parametrize("name", ["wte.weight", "h.0.mlp.c_fc.weight"])  # AdamW's and Muon's

@@ -1,7 +1,6 @@
 """Conversations for fine-tuning: from the Hub, files of chats or instructions, and Python's own documentation."""
 
 import json
-import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
@@ -73,7 +72,7 @@ def prepare_conversations(
         n_joined = counts["train"]["conversations"] - counts["val"]["conversations"]
         lines.append("all conversations are trained on, and the validation loss is theirs (see --val-fraction)")
         if n_joined:
-            lines.append(f"{n_joined:,} more join two or three of them: chats go on after the first answer")
+            lines.append(f"{n_joined:,} more are the same, as people might type them, alone or two or three in a row")
     return [*lines, *notes.lines(), f"wrote {out}, tokenizer {tokenizer.name}, template {template}"]
 
 
@@ -115,8 +114,8 @@ def open_conversations(
     """Returns the conversations of a file, or without it those of a data set, and whether some are held out.
 
     If none is held out, all are in both splits: so it is with a `val_fraction` of 0, and without one if they are fewer
-    than FEW. With `joins`, few conversations of one exchange are also `joined` for training. Raises UserError if only
-    one is usable.
+    than FEW. With `joins`, few conversations of one exchange are also trained as lessons: as people type them, and one
+    after another. Raises UserError if only one is usable.
     """
     hub_name = CONVERSATIONS.get(dataset, dataset)
     if not file and dataset == "oasst1":
@@ -132,20 +131,10 @@ def open_conversations(
         val_fraction = VAL_FRACTION if len(conversations) >= FEW else 0
     if val_fraction > 0:
         return draw_held_out(conversations, max(val_fraction, 1 / len(conversations)), seed), True
-    short = [conversation for conversation in conversations if len(conversation) <= 2]
-    longer = list(joined(short, seed)) if joins and len(conversations) < FEW and len(short) > 1 else []
-    return [*(("val", c) for c in conversations), *(("train", c) for c in [*conversations, *longer])], False
-
-
-def joined(conversations: list[Conversation], seed: int) -> Iterator[Conversation]:
-    """Yields conversations of two and of three of the given ones, in random orders, each once in either.
-
-    People ask one question after another. A model that saw only first questions answers the later ones worse.
-    """
-    rng = random.Random(seed)
-    for n in (2, 3):
-        shuffled = rng.sample(conversations, len(conversations))
-        yield from (list(chain(*shuffled[i : i + n])) for i in range(0, len(shuffled), n))
+    short = [c for c in conversations if len(c) <= 2] if joins and len(conversations) < FEW else []
+    asked = [lessons.Lesson(conversation, [conversation[0]["content"]], []) for conversation in short]
+    more = lessons.conversations(asked, seed) if len(short) > 1 else []
+    return chain((("val", c) for c in conversations), (("train", c) for c in conversations), more), False
 
 
 def usable(rows: Iterable[Row], notes: Notes) -> Iterator[Conversation]:

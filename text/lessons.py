@@ -70,7 +70,7 @@ class Lesson:
 
     def asked(self, question: str) -> list[Message]:
         """Returns the conversation with another first question."""
-        return [{"role": "user", "content": question}, *self.conversation[1:]]
+        return [{**self.conversation[0], "content": question}, *self.conversation[1:]]
 
 
 def as_typed(question: str, rng: random.Random) -> str:

@@ -52,10 +52,10 @@ class TrainerConfig:
     """muon trains the matrices inside the blocks with Muon, everything else with AdamW"""
     learning_rate: float = 6e-4
     """peak learning rate"""
-    min_lr: float = 6e-5
-    """learning rate at the last step"""
+    min_lr: float | None = None
+    """learning rate at the last step; by default a tenth of --learning-rate"""
     warmup_steps: int = 2_000
-    """steps over which the learning rate rises from 0"""
+    """steps over which the learning rate rises from 0, at most a fifth of all"""
     cooldown: float = 0.0
     """share of the steps, at the end, over which the learning rate falls linearly; 0 for a cosine over all steps"""
     embedding_lr_scale: float = 1.0

@@ -274,13 +274,15 @@ class Conversations(Sequences):
     def first_exchanges(self, n: int) -> list[tuple[list[int], list[int]]]:
         """Returns, for each of the first `n` conversations, the ids before the assistant's first answer, and the ids of
         that answer."""
-        exchanges = []
-        for i in range(min(n, len(self))):
-            tokens, mask = (array[self.offsets[i] : self.offsets[i + 1]] for array in (self.tokens, self.mask))
-            start = int(np.argmax(mask))
-            end = start + int(np.argmin(np.append(mask[start:], 0)))
-            exchanges.append((tokens[:start].tolist(), tokens[start:end].tolist()))
-        return exchanges
+        return [first_exchange(self.row(i)) for i in range(min(n, len(self)))]
+
+
+def first_exchange(conversation: Batch) -> tuple[list[int], list[int]]:
+    """Returns the ids of a conversation of one row before the assistant's first answer, and those of that answer."""
+    is_counted = conversation.targets[0] != IGNORE_INDEX
+    start = int(is_counted.int().argmax())
+    n = int(is_counted[start:].int().cumprod(0).sum())
+    return conversation.tokens[0, : start + 1].tolist(), conversation.targets[0, start : start + n].tolist()
 
 
 def _row(ids: np.ndarray) -> Batch:

@@ -53,14 +53,16 @@ def learning_rate_at(step: int, config: TrainerConfig) -> float:
     The way is a cosine over all remaining steps (GPT-3, Brown et al. 2020); or with `cooldown` a straight line over the
     last steps, and a constant rate before them (Hägele et al. 2024).
     """
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
+    n_warmup = min(config.warmup_steps, config.max_steps // 5)
+    lowest = config.learning_rate / 10 if config.min_lr is None else config.min_lr
+    if step < n_warmup:
+        return config.learning_rate * (step + 1) / (n_warmup + 1)
     if config.cooldown:
         left = min(1.0, (config.max_steps - step) / (config.cooldown * config.max_steps))
     else:
-        progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+        progress = (step - n_warmup) / max(1, config.max_steps - n_warmup)
         left = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return config.min_lr + left * (config.learning_rate - config.min_lr)
+    return lowest + left * (config.learning_rate - lowest)
 
 
 def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], learning_rate: float) -> None:

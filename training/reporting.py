@@ -93,7 +93,12 @@ class Console(Callback):
             return
         figures = ", ".join(f"{name} {value}" for name, value in evaluation(self.metadata, kept).items())
         print(f"model in {config.out}, of step {kept['step']:,}: {figures}")
-        if kind == "base" and state.step == state.history[-1]["step"] and kept["step"] < 0.7 * state.step:
+        before = state.history[0]
+        if before["step"] == 0 and before["val_loss"] <= kept["val_loss"]:
+            print(
+                f"it was better before, with a validation loss of {before['val_loss']:.4f}: try a lower --learning-rate"
+            )
+        elif kind == "base" and state.step == state.history[-1]["step"] and kept["step"] < 0.7 * state.step:
             print(f"after step {kept['step']:,} it only memorized: --max-steps {kept['step']} gives a better model")
         elif kind == "base":
             per_parameter = state.tokens / state.model.n_parameters()

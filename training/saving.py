@@ -143,7 +143,7 @@ def changed_options(config: TrainerConfig, resumed: dict[str, Any], data: list[s
     run, or if an option differs that a resumed run cannot change.
     """
     new, old = plain(config), resumed.get("train_config", {})
-    names = [name for name in new if name in old and new[name] != old[name] and name not in _FREE]
+    names = [name for name in new if name in old and new[name] not in (None, old[name]) and name not in _FREE]
     changes = {name: f"--{name.replace('_', '-')} {new[name]} (was {old[name]})" for name in names}
     if fixed := [change for name, change in changes.items() if name in _FIXED]:
         raise UserError(f"a resumed run cannot change {', '.join(fixed)}: resume with the flags of that run")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from generation.config import SamplingConfig
-from generation.text_model import TextModel
+from generation.text_model import CONFIDENCE_TOKENS, TextModel, confidence
 from model import IGNORE_INDEX
 from system.cli import progress
 from system.device import autocast
@@ -20,11 +20,12 @@ from system.files import read_utf8_lines
 from text.sources import hub_rows
 from training.evaluation import bits_per_byte, mean_loss
 from training.examples import plain_text
-from training.loader import Batch, Conversations, stack, strided
+from training.loader import Batch, Conversations, first_exchange, stack, strided
 from training.parallel import Processes
 
 Question = tuple[str, list[str], int]
 """HellaSwag's context, its four endings, and the index of the true one."""
+FEWEST_RIGHT, RIGHT_MARKED = 20, 0.05  # of `min_confidence`
 
 
 def evaluate_text(
@@ -104,6 +105,32 @@ def answers_exactly(text_model: TextModel, question: list[int], answer: list[int
     """
     tokens = text_model.score(question + answer, top_logprobs=1)[len(question) :]
     return all(token.candidates[0][0] == token.id for token in tokens)
+
+
+def min_confidence(text_model: TextModel, conversations: Conversations, n: int = 300) -> tuple[float, str]:
+    """Asks the first questions of up to `n` conversations in random order (their batch size is 1).
+
+    Returns the confidence below which an answer is to be marked as a guess, so that RIGHT_MARKED of those that are
+    right word for word are marked, and what that marks, in words. Returns 0 if too few are right to tell.
+    """
+    greedy = SamplingConfig(greedy=True, max_new_tokens=CONFIDENCE_TOKENS)
+    right: list[float] = []
+    wrong: list[float] = []
+    for step in progress(range(min(n, len(conversations))), unit="question"):
+        [conversation] = conversations.batch(step)
+        question, answer = first_exchange(conversation)
+        *_, [sample] = text_model.stream(question, greedy, top_logprobs=0)
+        (right if answers_exactly(text_model, question, answer) else wrong).append(confidence(sample.tokens))
+        if len(right) < FEWEST_RIGHT <= len(wrong) / 2:
+            break
+    if len(right) < FEWEST_RIGHT:
+        return 0.0, "too few questions are answered word for word to tell guesses from knowledge"
+    least = sorted(right)[int(RIGHT_MARKED * len(right))]
+    marked = " and ".join(
+        f"{sum(value < least for value in values)} of {len(values)} that are {name}"
+        for name, values in (("wrong", wrong), ("right", right))
+    )
+    return least, f"answers with a confidence below {least:.2f} are marked as guesses: {marked}"
 
 
 def exact_match_report(text_model: TextModel, data: Path, split: str, n: int = 500, n_shown: int = 5) -> str:

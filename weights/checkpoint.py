@@ -32,8 +32,9 @@ Checkpoint = dict[str, Any]
 """A checkpoint in memory. `kind` is "base", "sft", "classifier" or "lora", `model` maps the names of parameters to
 float32 tensors, `config` is the GPTConfig, and `tokenizer` is the text that `text.tokenizer.from_spec` reads. Optional:
 `template`, `labels` (of a classifier), `lora` (of an adapter), `step`, `tokens`, `history`, `train_config`, `created`,
-`data` (fingerprints of the training and validation data), `is_held_out` (whether these differ), `prompts` (short texts
-like its training data), and in a `.last.pt` file the state of the optimizer."""
+`data` (fingerprints of the training and validation data), `is_held_out` (whether these differ), `min_confidence` (below
+it, an answer is a guess), `prompts` (short texts like its training data), and in a `.last.pt` file the state of the
+optimizer."""
 
 
 def save(path: str | Path, checkpoint: Checkpoint) -> None:
@@ -101,6 +102,8 @@ def checked(checkpoint: Checkpoint, path: str | Path) -> Checkpoint:
         raise ValueError(f"kind {kind!r} with template {template!r}")
     if (kind == "classifier") != (config.n_classes > 0) or len(set(labels)) != config.n_classes:
         raise ValueError(f"kind {kind!r} with {config.n_classes} classes and the labels {labels!r}")
+    if not 0 <= checkpoint.get("min_confidence", 0) <= 1:
+        raise ValueError(f"min_confidence {checkpoint['min_confidence']!r}")
     if kind == "lora" and not {"base", "base_sha256", "rank", "alpha"} <= checkpoint["lora"].keys():
         raise ValueError("the adapter does not name its base model")
     try:
