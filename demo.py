@@ -3,7 +3,6 @@
 Its models are small and know little. Every step is real, and its result is measured.
 """
 
-import re
 import shlex
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from generation.config import SamplingConfig
 from system.cli import duration, run
 from system.errors import UserError, require
 from text.lessons import lessons
-from train import PRESETS
 
 HERE, DATA = Path(__file__).parent, Path("data/demo")
 PROMPTS = [
@@ -25,11 +23,10 @@ PROMPTS = [
     "The optional argument specifies",
     "A class that represents",
 ]
-WHOLE_STEPS = 3_500
-"""How many steps of pre-training take as long as the whole demo: 1,500, then 1,258 longer ones of fine-tuning, then the
-evaluations and the 1,000 questions."""
-STARTS_SECONDS = 60
-"""What the demo takes besides: Python starts six times, text becomes tokens, steps are measured."""
+PRETRAINING_SHARE = 0.45
+"""of the demo's minutes"""
+FINE_TUNING_STEPS = 2_000
+"""How many steps of pre-training take as long as fine-tuning on all answers, with its evaluations and the questions."""
 MEMORIZING = """\
 There are few answers, each with many paraphrases of its question, so the model memorizes them. The training loss falls
 towards 0. The validation loss, on paraphrases that it does not train on, falls at first and may rise later, when the
@@ -45,9 +42,9 @@ class Config:
     vocab_size: int = 2045
     """tokens of the vocabulary, a BPE trained on the text"""
     minutes: float = 5.5
-    """minutes to take: on a slow machine the demo trains fewer steps, and teaches fewer answers"""
+    """minutes to take: they choose the size of the model, its steps, and how many answers it is taught"""
     max_steps: int | None = None
-    """steps of pre-training, instead of as many as the minutes allow"""
+    """steps of pre-training, instead of as many as the minutes allow; all answers are taught then"""
     sft_steps: int | None = None
     """steps of fine-tuning, instead of as many as the answers need"""
 
@@ -59,21 +56,22 @@ def main(config: Config) -> None:
     """Runs the steps and prints their results."""
     from generation.text_model import TextModel
     from text.token_files import read_sft_meta
+    from training.reporting import read_log
     from training.scores import exact_match_report
     from weights.loading import load_checkpoint
 
     start, out = time.perf_counter(), ["--out", DATA, "--overwrite"]
     corpus = ["--input", *config.input] if config.input else ["--dataset", "pydocs"]
-    # Python's documentation repeats itself, so four passes over it help.
-    pretraining = ["train.py", "--preset", "demo", "--overwrite", *([] if config.input else ["--max-epochs", "0"])]
 
     title("1. Raw text becomes tokens")
     script("prepare_data.py", *corpus, *out, "--vocab-size", config.vocab_size, "--val-fraction", "0.05")
     title("2. A GPT learns to predict the next token")
-    n_steps, n_answers = (config.max_steps, None) if config.max_steps else affordable(config, pretraining)
     print("It begins with random weights. At every evaluation it continues the same words, so you see it learn.")
     sample_prompt = [] if config.input else ["--sample-prompt", PROMPTS[0]]
-    script(*pretraining, *sample_prompt, *flag("--max-steps", n_steps))
+    length = ["--minutes", f"{PRETRAINING_SHARE * config.minutes:.2f}"]
+    if config.max_steps:
+        length = ["--max-steps", str(config.max_steps), "--max-epochs", "0"]
+    script("train.py", "--preset", "demo", "--overwrite", *sample_prompt, *length)
 
     title("3. It completes texts")
     prompts = load_checkpoint("checkpoints/demo/pretrained.pt")["prompts"] if config.input else PROMPTS
@@ -84,6 +82,9 @@ def main(config: Config) -> None:
         print(f"> {prompt} | {' '.join(paragraph.split())}")
 
     title("4. Questions and answers become tokens, with a mask that hides the questions from the loss")
+    left = 60 * config.minutes - (time.perf_counter() - start)
+    last = read_log(Path("checkpoints/demo/pretrained.jsonl"))[-1]
+    n_answers = None if config.max_steps or config.chats else affordable_answers(left, last["seconds"] / last["step"])
     answers = ["--dataset", "builtins-qa", *flag("--max-conversations", n_answers)]
     conversations = ["--input", config.chats] if config.chats else answers
     script("prepare_sft_data.py", *conversations, "--block-size", "128", *out)
@@ -112,25 +113,17 @@ def title(text: str) -> None:
     print(f"\n=== {text}", flush=True)
 
 
-def affordable(config: Config, pretraining: list[str]) -> tuple[int | None, int | None]:
-    """Measures this machine; returns how many steps and answers fit into the minutes, or twice None if all of them do.
+def affordable_answers(seconds: float, step: float) -> int | None:
+    """Returns how many answers fine-tuning can teach in what is left of the minutes, or None for all of them.
 
-    Both are cut by the same factor, so the model sees each answer as often as in the whole demo. Own chats are all
-    taught.
+    A step of pre-training took `step` seconds. The model sees each answer as often, however many there are.
     """
-    plan = script(*pretraining, "--plan", captured=True)
-    print(plan, end="")
-    step = re.search(r"^speed +(\S+) s a step", plan, re.MULTILINE)
-    whole = STARTS_SECONDS + WHOLE_STEPS * float(step[1]) if step else 0.0
-    if whole <= 60 * config.minutes:
-        return None, None
-    share = max(0.1, (60 * config.minutes - STARTS_SECONDS) / (whole - STARTS_SECONDS))
-    print(
-        f"The whole demo would take about {whole / 60:.0f} minutes here. To end after {config.minutes:g} minutes, it "
-        f"trains {share:.0%} of the steps{'' if config.chats else f' and teaches {share:.0%} of the answers'} "
-        f"(make demo MINUTES={whole / 60 + 1:.0f} does all)."
-    )
-    return int(share * PRESETS["demo"].max_steps), int(share * len(list(lessons(builtins_only=True))))
+    whole = FINE_TUNING_STEPS * step
+    if whole <= seconds:
+        return None
+    share = max(0.1, seconds / whole)
+    print(f"In the minutes that are left, it is taught {share:.0%} of the answers (make demo MINUTES=12 teaches all).")
+    return int(share * len(list(lessons(builtins_only=True))))
 
 
 def flag(name: str, value: object) -> list[object]:

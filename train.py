@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from gpt_config import Shape
 from system.cli import run
@@ -18,6 +20,9 @@ class Config(TrainerConfig, Shape):
     """shard parameters, gradients and optimizer state over torchrun's processes, for models too large for one GPU"""
     sample_prompt: str = ""
     """continue this text at every evaluation"""
+    minutes: float = 0.0
+    """take about so many minutes, from the start on: chooses the steps, with --preset demo or shakespeare also layers,
+    width and dropout; 0 leaves that to the other flags"""
     max_epochs: float = 0.0
     """passes over the text, at most: a short text gets fewer steps than --max-steps, but at least 100; 0 is no limit"""
     vocab_size: int | None = None
@@ -34,6 +39,8 @@ class Config(TrainerConfig, Shape):
         TrainerConfig.__post_init__(self)
         Shape.__post_init__(self)
         require(self.max_epochs >= 0, "--max-epochs must be at least 0")
+        require(self.minutes >= 0, "--minutes must be at least 0")
+        require(not (self.minutes and self.fsdp), "--minutes works without --fsdp")
 
 
 FEWEST_STEPS = 100  # of a run that --max-epochs makes shorter
@@ -95,60 +102,41 @@ PRESETS = {
 
 def main(config: Config) -> None:
     """Trains one model."""
-    import torch
-
-    from model import GPT, GPTConfig
-    from text.corpus import open_corpus
-    from text.prepare import prepare
-    from text.sources import TEXTS
     from text.token_files import read_token_meta
     from text.tokenizer import gpt2, require_same_tokenizer, tokenizer_of_data
     from training.examples import continuations
     from training.loader import Windows
     from training.parallel import Processes
-    from training.prepared import prepared
-    from training.run import train
+    from training.plan import fit_into_minutes
+    from training.prepared import prepared_text
+    from training.run import build_model, train
     from training.saving import claim_output
     from weights import checkpoint
     from weights.loading import load_checkpoint
 
+    started = time.monotonic()
     processes = Processes.join(config.device)
     with claim_output(config, processes, "base", inputs=(Path(config.data), Path(config.init_from))) as resumed:
         start = resumed
         if not resumed and config.init_from != "scratch":
             start = checkpoint.grow_vocabulary(load_checkpoint(config.init_from))
-        small = [name for name, dataset in TEXTS.items() if not dataset.hub]
-
-        def prepare_text(data: str, folder: Path, overwrite: bool) -> list[str]:
-            corpus = open_corpus(data) if data in small else open_corpus(data, [data])
-            tokenizer = checkpoint.tokenizer_of(start) if start else config.vocab_size or gpt2()
-            return prepare(corpus, tokenizer, folder, overwrite=overwrite)
-
-        folder = prepared(config.data, small, "meta.json", config, processes, prepare_text)
-        config = dataclasses.replace(config, data=str(folder))
+        wanted = checkpoint.tokenizer_of(start) if start else config.vocab_size or gpt2()
+        folder = prepared_text(config, wanted, processes)
         meta = read_token_meta(folder)
         tokenizer = tokenizer_of_data(folder, meta)
-
-        torch.manual_seed(config.seed)
-        if config.init_from != "scratch" and config.learning_rate == PRESETS[config.preset].learning_rate:
-            config = dataclasses.replace(config, learning_rate=config.learning_rate / 10)
-            processes.print(
-                f"a model that is trained already needs smaller steps: --learning-rate {config.learning_rate:g}"
-            )
+        config = with_smaller_steps(dataclasses.replace(config, data=str(folder)), processes.print)
         if start:
             expected = checkpoint.tokenizer_of(start).name
             require_same_tokenizer(expected, tokenizer.name, folder, "prepare the data with the model's tokenizer")
-            start["config"] = dataclasses.replace(start["config"], dropout=config.dropout)
-            model = checkpoint.build(start)
-        else:
-            shape: dict[str, Any] = {field.name: getattr(config, field.name) for field in dataclasses.fields(Shape)}
-            model = GPT(GPTConfig(**shape, vocab_size=tokenizer.padded_vocab_size, n_tokens=tokenizer.n_tokens))
+
+        build = partial(build_model, tokenizer=tokenizer, start=start)
+        model = build(config)
         options = (model.config, config.batch_size, config.seed)
-        train_data, val_data = (Windows.from_folder(folder, meta, split, *options) for split in ("train", "val"))
-        limit = max(FEWEST_STEPS, math.ceil(config.max_epochs * train_data.batches_per_epoch))
-        if config.max_epochs and limit < config.max_steps:
-            processes.print(f"{limit:,} steps instead of {config.max_steps:,}, for so short a text (--max-epochs)")
-            config = dataclasses.replace(config, max_steps=limit)
+        data = train_data, val_data = [Windows.from_folder(folder, meta, split, *options) for split in ("train", "val")]
+        if config.minutes:
+            config = fit_into_minutes(config, build, data, processes, started, start)
+            model = build(config)
+        config = with_few_epochs(config, train_data.batches_per_epoch, processes.print)
         sharding = None
         if config.fsdp:
             from training.sharding import Sharding  # half a second
@@ -156,8 +144,34 @@ def main(config: Config) -> None:
             sharding = Sharding(model, config, processes)
         metadata = {"kind": "base", "tokenizer": tokenizer.spec, "template": None}
         examine = continuations(tokenizer, None, config.sample_prompt)
-        data = train_data, val_data
-        train(model, *data, config, processes, metadata, resumed=resumed, sharding=sharding, examine=examine)
+        train(
+            model,
+            train_data,
+            val_data,
+            config,
+            processes,
+            metadata,
+            resumed=resumed,
+            sharding=sharding,
+            examine=examine,
+        )
+
+
+def with_smaller_steps(config: Config, say: Callable[[str], None]) -> Config:
+    """Returns the config to train a model further: the preset's learning rate would undo what the model knows."""
+    if config.init_from == "scratch" or config.learning_rate != PRESETS[config.preset].learning_rate:
+        return config
+    say(f"the model is trained already, so the learning rate is a fifth of the preset's: {config.learning_rate / 5:g}")
+    return dataclasses.replace(config, learning_rate=config.learning_rate / 5)
+
+
+def with_few_epochs(config: Config, batches_per_epoch: float, say: Callable[[str], None]) -> Config:
+    """Returns the config with no more steps than `--max-epochs` allows, but at least 100."""
+    limit = max(FEWEST_STEPS, math.ceil(config.max_epochs * batches_per_epoch))
+    if not config.max_epochs or limit >= config.max_steps:
+        return config
+    say(f"{limit:,} steps instead of {config.max_steps:,}, for so short a text (--max-epochs)")
+    return dataclasses.replace(config, max_steps=limit)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,6 @@ def main(config: Config) -> None:
     """Fine-tunes one model."""
     import torch
 
-    from generation.text_model import TextModel
     from text.conversations import prepare_conversations
     from text.sources import CONVERSATIONS
     from text.token_files import read_sft_meta
@@ -96,31 +95,28 @@ def main(config: Config) -> None:
     from training.prepared import prepared
     from training.run import train
     from training.saving import claim_output
-    from training.scores import min_confidence
+    from training.scores import mark_guesses
     from training.state import StopReason
     from weights import checkpoint, lora
-    from weights.loading import load_base, load_checkpoint, load_file
+    from weights.loading import load_base, load_checkpoint
 
     kind = "lora" if config.lora_rank else "sft"
     processes = Processes.join(config.device)
     with claim_output(config, processes, kind, inputs=(config.model, config.data)) as resumed:
-        if resumed:
-            start = resumed if kind == "sft" else load_base(resumed, config.out)
-        else:
-            start = checkpoint.grow_vocabulary(load_checkpoint(config.model))
+        start = load_base(resumed, config.out) if resumed and kind == "lora" else resumed
+        start = start or checkpoint.grow_vocabulary(load_checkpoint(config.model))
         tokenizer = checkpoint.tokenizer_of(start)
 
         def prepare_chats(data: str, folder: Path, overwrite: bool) -> list[str]:
-            shape = {"template": start.get("template") or "chat", "block_size": start["config"].block_size}
-            file = None if data in CONVERSATIONS else data
-            return prepare_conversations(data, file, tokenizer, folder, overwrite=overwrite, **shape)
+            options = {"template": start.get("template") or "chat", "block_size": start["config"].block_size}
+            source = data, None if data in CONVERSATIONS else data
+            return prepare_conversations(*source, tokenizer, folder, overwrite=overwrite, **options)
 
         folder = prepared(config.data, CONVERSATIONS, "sft_meta.json", config, processes, prepare_chats)
         config = dataclasses.replace(config, data=folder)
         meta = read_sft_meta(folder)
         remedy = f"prepare the conversations with its tokenizer: prepare_sft_data.py --tokenizer {config.model}"
         require_same_tokenizer(tokenizer.name, meta["tokenizer"], folder, remedy)
-
         torch.manual_seed(config.seed)
         start["config"] = dataclasses.replace(start["config"], dropout=config.dropout)
         model = checkpoint.build(start)
@@ -129,27 +125,22 @@ def main(config: Config) -> None:
         if kind == "lora":
             new = {"rank": config.lora_rank, "alpha": config.lora_alpha, "base": str(config.model)}
             metadata["lora"] = resumed["lora"] if resumed else {**new, "base_sha256": lora.sha256_of(config.model)}
-            rank, alpha = metadata["lora"]["rank"], metadata["lora"]["alpha"]
-            lora.add_adapter(model, rank, alpha, config.lora_dropout, tokenizer.user)
+            lora.add_adapter(model, metadata["lora"], config.lora_dropout, tokenizer.user)
             if resumed:
                 lora.restore_adapter(model, resumed, config.out)
-        read = partial(Conversations, folder, block_size=model.config.block_size, seed=config.seed)
+        n_text, block_size, seed = tokenizer.end_of_text, model.config.block_size, config.seed
+        read = partial(Conversations, folder, block_size=block_size, seed=seed, n_text=n_text)
         config, choice = with_steps(config, len(read("train", batch_size=1)))
         processes.print(choice)
         assert config.batch_size
-        noise: dict[str, Any] = {"noise": config.question_noise, "n_text": tokenizer.end_of_text}
-        train_data = read("train", batch_size=config.batch_size, **noise)
+        train_data = read("train", batch_size=config.batch_size, noise=config.question_noise)
         val_data = read("val", batch_size=config.batch_size)
-        examine = answers(tokenizer, val_data.first_exchanges(5))
-        if config.sample_prompt:
-            examine = continuations(tokenizer, meta["template"], config.sample_prompt)
+        prompt, questions = config.sample_prompt, val_data.first_exchanges(5)
+        examine = continuations(tokenizer, meta["template"], prompt) if prompt else answers(tokenizer, questions)
         reason = train(model, train_data, val_data, config, processes, metadata, resumed=resumed, examine=examine)
         if processes.rank == 0 and not config.plan and reason is not StopReason.INTERRUPTED:
-            options = {} if metadata["is_held_out"] else {**noise, "noise": NOISE_OF_PARAPHRASES}
-            questions = read("val" if metadata["is_held_out"] else "train", batch_size=1, **options)
-            least, what_it_marks = min_confidence(TextModel.load(config.out, config.device, config.dtype), questions)
-            checkpoint.save(config.out, {**load_file(config.out), "min_confidence": least})
-            print(what_it_marks)
+            noise = 0 if metadata["is_held_out"] else NOISE_OF_PARAPHRASES
+            print(mark_guesses(config, read("train" if noise else "val", batch_size=1, noise=noise)))
 
 
 def with_steps(config: Config, n: int) -> tuple[Config, str]:

@@ -63,7 +63,7 @@ def test_an_adapter_is_saved_alone_and_equals_the_merged_model(here):
 
     live = checkpoint.build(checkpoint.grow_vocabulary(load_checkpoint(BASE)))
     tokenizer = checkpoint.tokenizer_of(adapter)
-    add_adapter(live, 4, 8.0, 0.5, tokenizer.user)
+    add_adapter(live, {"rank": 4, "alpha": 8.0}, 0.5, tokenizer.user)
     restore_adapter(live, adapter, "x")
     tokens = torch.randint(tokenizer.n_tokens, (3, 64))
     merged = load_checkpoint(SFT)

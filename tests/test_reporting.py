@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import fine_tune, log, pretrain
 
+import train
+from model import GPT, GPTConfig
 from system.errors import UserError
 from training import plan
 from training.config import TrainerConfig
+from training.loader import Windows
+from training.parallel import Processes
 from training.reporting import read_log
 
 
@@ -124,3 +131,48 @@ def test_a_plan_that_cannot_fit_says_so_without_trying(here, monkeypatch, capsys
     out = capsys.readouterr().out
     assert re.search(r"^does not fit  the memory: [\d.]+ [MG]B of 10.0 MB; try larger --grad", out, re.MULTILINE)
     assert re.search(r"steps measured with \d of 64 sequences", out)
+
+
+def test_minutes_choose_the_steps_and_a_resumed_run_keeps_them(here, capsys):
+    n = pretrain(minutes=0.03)["train_config"]["max_steps"]
+    out = capsys.readouterr().out
+    assert n >= 20 and f"in 0.03 minutes: 2 layers of width 32, {n:,} steps of" in out
+    assert f"done at step {n:,}" in out and out.count("validation loss") == 7  # at the start, five times, the summary
+    pretrain(minutes=9, resume=True)
+    out = capsys.readouterr().out
+    assert "in 9 minutes" not in out and f"done at step {n:,}" in out
+
+
+def test_more_minutes_choose_a_larger_model_and_more_dropout(tmp_path, capsys):
+    np.random.default_rng(0).integers(400, size=10**6, dtype=np.uint16).tofile(tmp_path / "random.bin")
+    data = Windows([tmp_path / "random.bin"], 32, 4, seed=0)
+
+    def build(config):
+        return GPT(GPTConfig(32, config.n_layer, config.n_head, config.n_embd, vocab_size=448, n_tokens=448))
+
+    for minutes, chosen in ((0.1, (1, 64, 1, 0.0, 0.01)), (900, (4, 256, 4, 0.2, 0.005))):
+        config = train.Config(
+            n_layer=1,
+            n_embd=64,
+            n_head=1,
+            batch_size=4,
+            learning_rate=0.01,
+            minutes=minutes,
+            eval_tokens=99,
+            device="cpu",
+        )
+        sizes = ((1, 64), (4, 256))
+        fitted = plan.fit_into_minutes(config, build, (data, data), Processes(), time.monotonic(), sizes=sizes)
+        assert (fitted.n_layer, fitted.n_embd, fitted.n_head, fitted.dropout, fitted.learning_rate) == chosen
+        assert (
+            20 <= fitted.max_steps <= math.ceil(40 * data.batches_per_epoch)
+            and f"{fitted.max_steps:,} steps of" in capsys.readouterr().out
+        )
+
+
+def test_the_expected_loss_values_size_and_new_text_and_repeated_text_less():
+    loss = plan.expected_loss
+    assert loss(2e6, 1e6, 1e6) < loss(1e6, 1e6, 1e6) > loss(1e6, 2e6, 2e6)
+    gain = [loss(1e6, n * 1e6, 1e6) - loss(1e6, 2 * n * 1e6, 1e6) for n in (1, 2, 40)]
+    new = loss(1e6, 1e6, 1e6) - loss(1e6, 2e6, 2e6)
+    assert gain[0] == pytest.approx(new, rel=0.1) and gain[0] > gain[1] > 0 and gain[2] < 0.05 * new

@@ -1,21 +1,113 @@
-"""`--plan`: what a training run would take, from a few of its real steps. Writes nothing."""
+"""What a few real steps tell about a run: `--plan`, what it would take; `--minutes`, what fits into some minutes."""
 
+import copy
+import dataclasses
 import math
 import shutil
 import statistics
 import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
+import torch
+
+from model import GPT
 from system.cli import duration
-from system.device import peak_memory, total_memory
-from training.loader import StepBatch, micro_batches
+from system.device import multiplies_faster_in_bfloat16, peak_memory, total_memory
+from training.config import TrainerConfig
+from training.loader import StepBatch, Windows, micro_batches
 from training.optim import learning_rate_at
+from training.parallel import Processes
+from training.state import TrainingState
 from training.trainer import Trainer
 from weights import checkpoint
+
+C = TypeVar("C", bound=TrainerConfig)
 
 COMPUTE_OPTIMAL = 20
 """Training tokens per parameter (Hoffmann et al. 2022)."""
 
+SIZES = ((4, 128), (3, 192), (4, 256), (6, 384), (8, 512), (12, 768))
+"""Layers and widths that `--minutes` chooses from, the fastest first. Heads are 64 wide."""
+N_EVALUATIONS = 5
+MAX_EPOCHS = 40
+"""More passes over a text teach nothing (Muennighoff et al. 2023)."""
+DROPOUT = ((4, 0.0), (12, 0.1), (math.inf, 0.2))
+"""Up to so many epochs, this much dropout."""
+
+_CHOSEN = {"n_layer", "n_embd", "n_head", "dropout", "learning_rate", "max_steps", "max_epochs", "patience"}
+_CHOSEN |= {"eval_every", "save_every"}
 _FEWEST_STEPS, _MOST_STEPS, _MAX_SECONDS = 8, 50, 3.0
+
+
+def fit_into_minutes(
+    config: Any,
+    build: Callable[[Any], GPT],
+    data: Sequence[Windows],
+    processes: Processes,
+    started: float,
+    start: dict[str, Any] | None = None,
+    sizes: Sequence[tuple[int, int]] = SIZES,
+) -> Any:
+    """Returns the config of `train.py` with as many steps as fit into its minutes, which began at `started`
+    (`time.monotonic`), and with as large a model.
+
+    A new model that has the first of the `sizes` may grow: steps of each are measured, and the one with the lowest
+    `expected_loss` is taken. Wider models learn more slowly, as the root of their width, and a text that repeats calls
+    for dropout. `start` is the checkpoint to go on from: a run that resumes keeps its choice.
+    """
+    if start and "optimizer" in start:
+        return dataclasses.replace(config, **{name: start["train_config"][name] for name in _CHOSEN})
+    config = with_cpu_precision(config, config.n_embd, processes, None)
+    grows = not start and (config.n_layer, config.n_embd) == sizes[0]
+    chosen, least, choice = config, math.inf, ""
+    for n_layer, n_embd in sizes if grows else [(config.n_layer, config.n_embd)]:
+        shape = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_embd // 64} if grows else {}
+        rate = config.learning_rate * math.sqrt(config.n_embd / n_embd)
+        tried = dataclasses.replace(config, **shape, learning_rate=rate)
+        trainer = Trainer(TrainingState.create(copy.deepcopy(build(tried)), tried, processes), data[0], data[1])
+        seconds = torch.tensor(measure_steps(trainer, rows_to_measure(trainer)[0], max_seconds=1.0)[0])
+        processes.sum_in_place(seconds)
+        step, n_text, per_epoch = float(seconds) / processes.world_size, data[0].n_tokens, data[0].batches_per_epoch
+        left = 60 * config.minutes - (time.monotonic() - started)
+        n_fitting = int(0.95 * left / step - evaluation_steps(trainer, 1 + N_EVALUATIONS))
+        n_steps = max(20, min(n_fitting, math.ceil(MAX_EPOCHS * per_epoch)))
+        epochs, every, model = n_steps / per_epoch, -(-n_steps // N_EVALUATIONS), trainer.state.model
+        loss = expected_loss(model.n_parameters(), epochs * n_text, n_text)
+        if loss >= least:
+            break
+        dropout = max(config.dropout, next(p for most, p in DROPOUT if epochs <= most))
+        steps = {"max_steps": n_steps, "max_epochs": 0.0, "eval_every": every, "save_every": every, "patience": 0}
+        chosen, least = dataclasses.replace(tried, **steps, dropout=dropout), loss
+        choice = f"in {config.minutes:g} minutes: {model.config.n_layer} layers of width {model.config.n_embd}, "
+        choice += f"{n_steps:,} steps of {step:.2g} s, {epochs:.2g} epochs, dropout {dropout:g}"
+    processes.print(choice)
+    return chosen
+
+
+def with_cpu_precision(config: C, width: int, processes: Processes, resumed: dict[str, Any] | None) -> C:
+    """Returns the config, for a run on the CPU with the precision of the run to resume, or for a new one bfloat16 if it
+    is faster on every process for this width. A run of a version that did not choose was in float32."""
+    if config.dtype != "auto" or processes.device.type != "cpu":
+        return config
+    if resumed:
+        is_faster = resumed.get("train_config", {}).get("dtype") == "bfloat16"
+    else:
+        is_faster = not processes.any(not multiplies_faster_in_bfloat16(width))
+        if is_faster:
+            processes.print("training in bfloat16, in which this processor is faster (--dtype float32 chooses that)")
+    return dataclasses.replace(config, dtype="bfloat16" if is_faster else "float32")
+
+
+def expected_loss(n_parameters: float, n_tokens: float, n_unique: float) -> float:
+    """Returns how far, in nats per token, training is expected to stay above the entropy of text, to compare models.
+
+    This is the law of Hoffmann et al. (2022) for so many tokens, of which `n_unique` differ, with the constants and the
+    falling value of repeated tokens of Muennighoff et al. (2023). Its figures are those of large models on the Web.
+    """
+    n_repeats = max(0.0, n_tokens / n_unique - 1)
+    worth = min(n_tokens, n_unique) + n_unique * 15.4 * (1 - math.exp(-n_repeats / 15.4))
+    return float(521 / n_parameters**0.353 + 1488 / worth**0.353)
 
 
 def print_plan(trainer: Trainer, kind: str) -> None:
@@ -32,8 +124,7 @@ def print_plan(trainer: Trainer, kind: str) -> None:
     tokens, epochs = tokens_per_step * config.max_steps, config.max_steps / data.batches_per_epoch
     memory, limit = max(memory, peak_memory(state.processes.device)), total_memory(state.processes.device)
     n_evaluations = 1 + math.ceil(config.max_steps / config.eval_every)
-    share = min(1.0, config.eval_tokens / max(1, trainer.val_data.n_tokens))
-    evaluations = n_evaluations * max(1.0, share * trainer.val_data.batches_per_epoch) * seconds / 3  # forward alone
+    evaluations = evaluation_steps(trainer, n_evaluations) * seconds
     part = "" if n_rows >= config.batch_size else f" with {n_rows} of {config.batch_size} sequences"
     split = f", in {state.n_micro_batches} micro-batches" if state.n_micro_batches > 1 else ""
     precision = f"{str(state.dtype).removeprefix('torch.')} on {state.processes.device.type}"
@@ -91,15 +182,21 @@ def rows_to_measure(trainer: Trainer) -> tuple[int, int]:
         n = n_next
 
 
-def measure_steps(trainer: Trainer, n_rows: int) -> tuple[float, int]:
-    """Takes steps with the first `n_rows` sequences of each batch. Returns the median seconds of a step with the whole
-    batch, and of how many steps; the first ones, which compile and allocate memory, do not count."""
+def evaluation_steps(trainer: Trainer, n_evaluations: int) -> float:
+    """Returns how many training steps take as long as evaluations: a forward pass alone is a third of a step."""
+    share = min(1.0, trainer.config.eval_tokens / max(1, trainer.val_data.n_tokens))
+    return n_evaluations * max(1.0, share * trainer.val_data.batches_per_epoch) / 3
+
+
+def measure_steps(trainer: Trainer, n_rows: int, max_seconds: float = _MAX_SECONDS) -> tuple[float, int]:
+    """Takes steps with the first `n_rows` sequences of each batch, for about `max_seconds`. Returns the median seconds
+    of a step with the whole batch, and of how many; the first ones, which compile and allocate memory, do not count."""
     state, config = trainer.state, trainer.config
     scale = max(1.0, config.batch_size / n_rows)
     n_warmup = 3 if state.is_compiled else 1
     seconds: list[float] = []
     for step in range(n_warmup + _MOST_STEPS):
-        if step >= n_warmup + _FEWEST_STEPS and state.processes.any(sum(seconds) > _MAX_SECONDS):
+        if step >= n_warmup + _FEWEST_STEPS and state.processes.any(sum(seconds) > max_seconds):
             break  # all ranks at once
         batch = trainer.load_batch(step)
         if scale > 1:

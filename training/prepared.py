@@ -5,13 +5,29 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 from system.cli import without_secrets
 from system.errors import UserError
-from text.sources import is_url
+from text.corpus import open_corpus
+from text.prepare import prepare
+from text.sources import TEXTS, is_url
 from text.token_files import read_meta
+from text.tokenizer import Tokenizer
 from training.config import TrainerConfig
 from training.parallel import Processes
+
+
+def prepared_text(config: Any, tokenizer: Tokenizer | int, processes: Processes) -> Path:
+    """Returns the folder of prepared text that `--data` of `train.py` stands for, as `prepared` does. `tokenizer` is
+    that of text to prepare, or the size of one to train."""
+    small = [name for name, dataset in TEXTS.items() if not dataset.hub]
+
+    def prepare_text(data: str, folder: Path, overwrite: bool) -> list[str]:
+        corpus = open_corpus(data) if data in small else open_corpus(data, [data])
+        return prepare(corpus, tokenizer, folder, overwrite=overwrite)
+
+    return prepared(config.data, small, "meta.json", config, processes, prepare_text)
 
 
 def prepared(

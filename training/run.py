@@ -6,21 +6,34 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from gpt_config import GPTConfig, Shape
 from model import GPT
-from system.device import multiplies_faster_in_bfloat16
-from text.tokenizer import from_spec
+from text.tokenizer import Tokenizer, from_spec
 from training.config import TrainerConfig
 from training.examples import example_prompts
 from training.loader import Sequences, Windows
 from training.parallel import Processes
-from training.plan import print_plan
+from training.plan import print_plan, with_cpu_precision
 from training.reporting import Console, Log, Report
 from training.saving import ORDER, Checkpointer, changed_options, restore
 from training.state import Examine, StopReason, TrainingState
 from training.trainer import Trainer
+from weights import checkpoint
 
 if TYPE_CHECKING:
     from training.sharding import Sharding  # half a second to import, needed for --fsdp only
+
+
+def build_model(config: Any, tokenizer: Tokenizer, start: dict[str, Any] | None) -> GPT:
+    """Returns the model of `train.py`: with the weights of the checkpoint `start`, or a random one of its seed."""
+    torch.manual_seed(config.seed)
+    if start:
+        start["config"] = dataclasses.replace(start["config"], dropout=config.dropout)
+        return checkpoint.build(start)
+    shape: dict[str, Any] = {field.name: getattr(config, field.name) for field in dataclasses.fields(Shape)}
+    return GPT(GPTConfig(**shape, vocab_size=tokenizer.padded_vocab_size, n_tokens=tokenizer.n_tokens))
 
 
 def train(
@@ -43,8 +56,8 @@ def train(
     """
     if config.patience:  # needs an evaluation in each epoch
         config = dataclasses.replace(config, eval_every=min(config.eval_every, math.ceil(train_data.batches_per_epoch)))
-    if config.dtype == "auto" and processes.device.type == "cpu" and not sharding:
-        config = with_cpu_precision(config, model, processes, resumed)
+    if not sharding:
+        config = with_cpu_precision(config, model.config.n_embd, processes, resumed)
     metadata = {**metadata, "data": [train_data.fingerprint(), val_data.fingerprint()], "order": ORDER}
     metadata["prompts"] = example_prompts(val_data, from_spec(metadata["tokenizer"]))
     if resumed:
@@ -66,17 +79,3 @@ def train(
         return trainer.run([Checkpointer(metadata)] if sharding else [])
     log = Log()
     return trainer.run([Console(log, train_data, metadata), log, Checkpointer(metadata), Report(log, metadata)])
-
-
-def with_cpu_precision(
-    config: TrainerConfig, model: GPT, processes: Processes, resumed: dict[str, Any] | None
-) -> TrainerConfig:
-    """Returns the config with the precision of the run to resume, or for a new run bfloat16 if it is faster on every
-    process. A run of a version that did not choose was in float32."""
-    if resumed:
-        is_faster = resumed.get("train_config", {}).get("dtype") == "bfloat16"
-    else:
-        is_faster = not processes.any(not multiplies_faster_in_bfloat16(model.config.n_embd))
-        if is_faster:
-            processes.print("training in bfloat16, in which this processor is faster (--dtype float32 chooses that)")
-    return dataclasses.replace(config, dtype="bfloat16" if is_faster else "float32")

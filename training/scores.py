@@ -18,10 +18,13 @@ from system.device import autocast
 from system.errors import UserError
 from system.files import read_utf8_lines
 from text.sources import hub_rows
+from training.config import TrainerConfig
 from training.evaluation import bits_per_byte, mean_loss
 from training.examples import plain_text
 from training.loader import Batch, Conversations, first_exchange, stack, strided
 from training.parallel import Processes
+from weights import checkpoint
+from weights.loading import load_file
 
 Question = tuple[str, list[str], int]
 """HellaSwag's context, its four endings, and the index of the true one."""
@@ -131,6 +134,13 @@ def min_confidence(text_model: TextModel, conversations: Conversations, n: int =
         for name, values in (("wrong", wrong), ("right", right))
     )
     return least, f"answers with a confidence below {least:.2f} are marked as guesses: {marked}"
+
+
+def mark_guesses(config: TrainerConfig, questions: Conversations) -> str:
+    """Measures and stores `min_confidence` in the chat model of a run that ended; returns what that marks, in words."""
+    least, what_it_marks = min_confidence(TextModel.load(config.out, config.device, config.dtype), questions)
+    checkpoint.save(config.out, {**load_file(config.out), "min_confidence": least})
+    return what_it_marks
 
 
 def exact_match_report(text_model: TextModel, data: Path, split: str, n: int = 500, n_shown: int = 5) -> str:

@@ -9,6 +9,7 @@ sum of its base model.
 import hashlib
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -52,16 +53,16 @@ class RoleRows(nn.Module):
         return torch.cat((embedding[: self.first], self.rows, embedding[self.first + len(self.rows) :]))
 
 
-def add_adapter(model: GPT, rank: int, alpha: float, dropout: float, first_role: int) -> None:
+def add_adapter(model: GPT, adapter: dict[str, Any], dropout: float, first_role: int) -> None:
     """Freezes a model and adds an adapter; afterwards only the adapter's tensors require a gradient.
 
-    `first_role` is the id of `<|user|>`; the id of `<|assistant|>` is the next one.
+    `adapter` has its rank and alpha; `first_role` is the id of `<|user|>`; the id of `<|assistant|>` is the next one.
     """
     model.requires_grad_(False)
     for module in list(model.h.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
-                setattr(module, name, LoRALinear(child, rank, alpha, dropout))
+                setattr(module, name, LoRALinear(child, adapter["rank"], adapter["alpha"], dropout))
     model.role_rows = nn.Parameter(model.wte.weight[first_role : first_role + 2].clone())
     for layer in (model.wte, model.lm_head) if model.config.tie_weights else (model.wte,):
         parametrize.register_parametrization(layer, "weight", RoleRows(model.role_rows, first_role))
