@@ -33,6 +33,13 @@ _TAUGHT_FOR_ALL = (
     "We talked about {} yesterday, and now I want to know more.", "You surely know {}, so tell me a little about it.",
     "Which problem does {} solve?", "Please show me how {} behaves.", "The name {} means what?",
     "So what is the idea behind {}?", "If you had to teach {} to a child, what would you say?",
+    "I came across {} while reading. What is it good for?", "I keep seeing {} everywhere, so tell me what it is.",
+    "I never understood {}. Can you explain it?", "I would like to understand {}.", "I wonder what {} is.",
+    "I am not sure what {} is for.", "{} confuses me.", "Have you heard of {}?", "Could you sum up {}?",
+    "A colleague uses {} all the time, and I do not know why.", "An example in my book uses {}. What for?",
+    "People talk about {}. What is that?", "What role does {} play?", "When somebody writes {}, what follows?",
+    "What would I do with {}?", "Is there anything to know about {}?", "What is the point of {}?", "Why {}?",
+    "The name {} stands in a file that I opened, and I ask myself what it does.", "Let us talk about {}.",
 )  # fmt: skip
 _TAUGHT = {
     "function": ("What does {} return?", "Why would I need {}?", "I want to use {}. How?"),

@@ -41,7 +41,9 @@ class Processes:
         if world_size == 1:
             return cls(choose_device(device_name))
         if device_name in ("auto", "cuda") and torch.cuda.is_available():
-            device_name = f"cuda:{os.environ['LOCAL_RANK']}"
+            device_name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        elif device_name == "auto":
+            device_name = "cpu"  # gloo exchanges nothing between Apple's GPUs
         device = choose_device(device_name)
         gpu = device if device.type == "cuda" else None
         try:

@@ -32,7 +32,7 @@ SIZES = ((4, 128), (3, 192), (4, 256), (6, 384), (8, 512), (12, 768))
 N_EVALUATIONS = 5
 MAX_EPOCHS = 40
 """More passes over a text teach nothing (Muennighoff et al. 2023)."""
-DROPOUT = ((4, 0.0), (12, 0.1), (math.inf, 0.2))
+DROPOUT = ((5, 0.0), (10, 0.1), (math.inf, 0.2))
 """Up to so many epochs, this much dropout."""
 
 _CHOSEN = {"n_layer", "n_embd", "n_head", "dropout", "learning_rate", "max_steps", "max_epochs", "patience"}
@@ -60,27 +60,32 @@ def fit_into_minutes(
         return dataclasses.replace(config, **{name: start["train_config"][name] for name in _CHOSEN})
     config = with_cpu_precision(config, config.n_embd, processes, None)
     grows = not start and (config.n_layer, config.n_embd) == sizes[0]
+    n_text, per_epoch = data[0].n_tokens, data[0].batches_per_epoch
     chosen, least, choice = config, math.inf, ""
     for n_layer, n_embd in sizes if grows else [(config.n_layer, config.n_embd)]:
         shape = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_embd // 64} if grows else {}
         rate = config.learning_rate * math.sqrt(config.n_embd / n_embd)
         tried = dataclasses.replace(config, **shape, learning_rate=rate)
-        trainer = Trainer(TrainingState.create(copy.deepcopy(build(tried)), tried, processes), data[0], data[1])
-        seconds = torch.tensor(measure_steps(trainer, rows_to_measure(trainer)[0], max_seconds=1.0)[0])
-        processes.sum_in_place(seconds)
-        step, n_text, per_epoch = float(seconds) / processes.world_size, data[0].n_tokens, data[0].batches_per_epoch
-        left = 60 * config.minutes - (time.monotonic() - started)
-        n_fitting = int(0.95 * left / step - evaluation_steps(trainer, 1 + N_EVALUATIONS))
-        n_steps = max(20, min(n_fitting, math.ceil(MAX_EPOCHS * per_epoch)))
-        epochs, every, model = n_steps / per_epoch, -(-n_steps // N_EVALUATIONS), trainer.state.model
+        for _ in range(2):  # the second time with the dropout of so many epochs, which takes time too
+            trainer = Trainer(TrainingState.create(copy.deepcopy(build(tried)), tried, processes), data[0], data[1])
+            seconds = torch.tensor(measure_steps(trainer, rows_to_measure(trainer)[0], max_seconds=1.0)[0])
+            processes.sum_in_place(seconds)
+            step, left = float(seconds) / processes.world_size, 60 * config.minutes - (time.monotonic() - started)
+            n_fitting = int(0.95 * left / step - evaluation_steps(trainer, 1 + N_EVALUATIONS))
+            n_steps = max(20, min(n_fitting, math.ceil(MAX_EPOCHS * per_epoch)))
+            epochs = n_steps / per_epoch
+            dropout = next(p for most, p in DROPOUT if epochs <= most)
+            if dropout <= tried.dropout:
+                break
+            tried = dataclasses.replace(tried, dropout=dropout)
+        every, model = -(-n_steps // N_EVALUATIONS), trainer.state.model
         loss = expected_loss(model.n_parameters(), epochs * n_text, n_text)
         if loss >= least:
             break
-        dropout = max(config.dropout, next(p for most, p in DROPOUT if epochs <= most))
         steps = {"max_steps": n_steps, "max_epochs": 0.0, "eval_every": every, "save_every": every, "patience": 0}
-        chosen, least = dataclasses.replace(tried, **steps, dropout=dropout), loss
+        chosen, least = dataclasses.replace(tried, **steps), loss
         choice = f"in {config.minutes:g} minutes: {model.config.n_layer} layers of width {model.config.n_embd}, "
-        choice += f"{n_steps:,} steps of {step:.2g} s, {epochs:.2g} epochs, dropout {dropout:g}"
+        choice += f"{n_steps:,} steps of {step:.2g} s, {epochs:.2g} epochs, dropout {tried.dropout:g}"
     processes.print(choice)
     return chosen
 
