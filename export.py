@@ -27,7 +27,7 @@ def main(config: Config) -> None:
 
     from generation.config import SamplingConfig
     from weights import checkpoint as checkpoints
-    from weights import describe, huggingface
+    from weights import describe, to_huggingface
     from weights.loading import load_checkpoint
 
     out, is_file = config.out, config.out.suffix == ".pt"
@@ -36,7 +36,7 @@ def main(config: Config) -> None:
         if out.exists() and not config.overwrite:
             raise UserError(f"{out} exists: add --overwrite to replace it")
     else:
-        huggingface.check_export_folder(out, config.overwrite)
+        to_huggingface.check_export_folder(out, config.overwrite)
     name = config.model or describe.newest("model")
     checkpoint = load_checkpoint(name, verify=True, kinds=("base", "sft", "classifier"))
     if is_file:
@@ -47,7 +47,7 @@ def main(config: Config) -> None:
     sampling, card = SamplingConfig(), describe.model_card(checkpoint, out.resolve().name)
     generation = {"temperature": sampling.temperature, "top_k": sampling.top_k}
     generation["max_new_tokens"] = min(sampling.max_new_tokens, checkpoint["config"].block_size // 2)
-    huggingface.write_folder(checkpoint, out, getattr(torch, config.dtype), card, **generation)
+    to_huggingface.write_folder(checkpoint, out, getattr(torch, config.dtype), card, **generation)
     print(f"wrote {out}: " + ", ".join(sorted(path.name for path in out.iterdir())))
 
 

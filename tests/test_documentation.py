@@ -23,7 +23,7 @@ from torch.distributed import run as torchrun
 from model import GPT, GPTConfig
 from system import cli
 from text.tokenizer import gpt2
-from weights import checkpoint, huggingface
+from weights import checkpoint, to_huggingface
 
 DOCS = sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))
 PAGES = ["README.md", *DOCS, "CONTRIBUTING.md", "CHANGELOG.md"]
@@ -157,7 +157,7 @@ def write_files(folder: Path) -> None:
     model = GPT(GPTConfig(block_size=64, n_layer=1, n_head=2, n_embd=32))
     packed = checkpoint.pack(model, kind="base", tokenizer=gpt2().spec, template=None)
     for name in ("gpt2", "gpt2-xl"):
-        huggingface.write_folder(packed, folder / name)
+        to_huggingface.write_folder(packed, folder / name)
 
 
 @pytest.fixture(scope="module")

@@ -1,21 +1,23 @@
-"""Models in the format of Hugging Face's `transformers`: reads a folder or a model of the Hub, and writes a folder."""
+"""Models in the format of Hugging Face's `transformers`, in a folder or on the Hub. `to_huggingface.py` writes them.
+
+The GPT-2 of 2019 is its GPT-2. The modern recipe is its Persimmon: rotary positions over whole heads, LayerNorm of
+queries and keys, a squared ReLU.
+"""
 
 import functools
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gpt_config import GPTConfig
 from system.cli import shorten
 from system.errors import UserError, is_out_of_memory
-from system.files import atomic_folder, read_json
+from system.files import read_json
 from text import tokenizer as tokenizers
 from text.chat import jinja_template
-from weights.checkpoint import Checkpoint, checked, grow_vocabulary, tokenizer_of
+from weights.checkpoint import Checkpoint, checked
 
 HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")} | {
     "distilgpt2": "distilbert/distilgpt2"
@@ -29,12 +31,8 @@ FILES_READ = [
     *("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     *("model.safetensors", "model-*.safetensors"),
 ]
-FILES_WRITTEN = {
-    *("README.md", "config.json", "generation_config.json"),
-    *("model.safetensors", "tokenizer.json", "tokenizer_config.json"),
-}
 MODERN_FIELDS = ("rotary", "qk_norm", "squared_relu")
-"""Fields of GPTConfig that the GPT-2 of `transformers` does not have."""
+"""Fields of GPTConfig that Persimmon has, all of them, and GPT-2 none."""
 
 
 def find_folder(name: str | Path) -> Path | None:
@@ -80,21 +78,15 @@ def read_folder(folder: Path) -> Checkpoint:
 
     try:
         hf_config = read_json(folder / "config.json")
-        _require_gpt2(hf_config, folder)
-        weights: dict[str, Tensor] = {}
+        stored: dict[str, Tensor] = {}
         for file in weight_files(folder):
-            weights |= {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
-        if "score.weight" in weights:
+            stored |= load_file(file)
+        if "score.weight" in stored:
             raise UserError(f"{folder} holds a classifier: only language models are read from such a folder")
-        weights = {name: tensor.mT if name.endswith(CONV1D) else tensor for name, tensor in weights.items()}
+        is_persimmon = hf_config.get("model_type") == "persimmon"
+        weights, shape = (_from_persimmon if is_persimmon else _from_gpt2)(stored, hf_config, folder)
         vocab_size, tokenizer, template = len(weights["wte.weight"]), _read_tokenizer(folder), _read_template(folder)
-        config = GPTConfig(
-            block_size=len(weights["wpe.weight"]),
-            vocab_size=vocab_size,
-            n_tokens=min(vocab_size, tokenizer.n_tokens),
-            **{name: hf_config[name] for name in ("n_layer", "n_head", "n_embd")},
-            tie_weights=hf_config.get("tie_word_embeddings", True),
-        )
+        config = GPTConfig(vocab_size=vocab_size, n_tokens=min(vocab_size, tokenizer.n_tokens), **shape)
         metadata = {"kind": "sft" if template else "base", "tokenizer": tokenizer.spec, "template": template}
         return checked({**metadata, "model": weights, "config": config}, folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
@@ -104,7 +96,10 @@ def read_folder(folder: Path) -> Checkpoint:
         raise UserError(f"cannot read a GPT-2 from {folder} ({problem}): download or export the model again") from None
 
 
-def _require_gpt2(hf_config: dict[str, Any], folder: Path) -> None:
+def _from_gpt2(
+    stored: dict[str, Tensor], hf_config: dict[str, Any], folder: Path
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns the weights of a GPT-2 under our names, and its shape."""
     accepted: dict[str, tuple[object, ...]] = {
         "model_type": ("gpt2",),
         "activation_function": ("gelu_new", "gelu_pytorch_tanh", None),
@@ -114,10 +109,73 @@ def _require_gpt2(hf_config: dict[str, Any], folder: Path) -> None:
         "scale_attn_weights": (True, None),
         "add_cross_attention": (False, None),
     }
+    _require(accepted, hf_config, folder, "a GPT-2 like OpenAI's")
+    weights = {name.removeprefix("transformer."): tensor for name, tensor in stored.items()}
+    weights = {name: tensor.mT if name.endswith(CONV1D) else tensor for name, tensor in weights.items()}
+    shape = {name: hf_config[name] for name in ("n_layer", "n_head", "n_embd")}
+    return weights, {
+        **shape, "block_size": len(weights["wpe.weight"]), "tie_weights": hf_config.get("tie_word_embeddings", True)
+    }  # fmt: skip
+
+
+def _from_persimmon(
+    stored: dict[str, Tensor], hf_config: dict[str, Any], folder: Path
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns the weights of a Persimmon under our names, and its shape."""
+    rope = {**hf_config, **(hf_config.get("rope_parameters") or {})}
+    accepted: dict[str, tuple[object, ...]] = {
+        "hidden_act": ("relu2", None),
+        "layer_norm_eps": (1e-5, None),
+        "qk_layernorm": (True, None),
+        "intermediate_size": (4 * hf_config.get("hidden_size", 0),),
+        "rope_type": ("default", None),
+        "rope_theta": (10000.0,),
+        "partial_rotary_factor": (1.0,),
+    }
+    _require(accepted, rope, folder, "a Persimmon like ours")
+    n_head = hf_config["num_attention_heads"]
+    names = {theirs: ours for ours, theirs in persimmon_names(hf_config["num_hidden_layers"]).items()}
+    weights = {}
+    for name, tensor in stored.items():
+        if name.endswith(("q_layernorm.weight", "k_layernorm.weight", "q_layernorm.bias", "k_layernorm.bias")):
+            if (tensor != float(name.endswith("weight"))).any():
+                raise UserError(f"{folder} is not a Persimmon like ours: {name} has values; choose another model")
+        else:
+            layer, _, kind = name.rpartition(".")
+            ours = names[layer]
+            if ours.endswith("c_attn"):  # (head, q or k or v, hs, ...)
+                tensor = tensor.unflatten(0, (n_head, 3, -1)).transpose(0, 1).flatten(0, 2)
+            weights[f"{ours}.{kind}"] = tensor
+    return weights, {
+        **dict.fromkeys(MODERN_FIELDS, True),
+        **{ours: hf_config[theirs] for ours, theirs in (
+            ("n_layer", "num_hidden_layers"), ("n_head", "num_attention_heads"), ("n_embd", "hidden_size"),
+            ("block_size", "max_position_embeddings"),
+        )},
+        "tie_weights": hf_config.get("tie_word_embeddings", False),
+    }  # fmt: skip
+
+
+def persimmon_names(n_layer: int) -> dict[str, str]:
+    """Returns Persimmon's names of our layers."""
+    parts = {
+        "ln_1": "input_layernorm",
+        "ln_2": "post_attention_layernorm",
+        "attn.c_attn": "self_attn.query_key_value",
+        "attn.c_proj": "self_attn.dense",
+        "mlp.c_fc": "mlp.dense_h_to_4h",
+        "mlp.c_proj": "mlp.dense_4h_to_h",
+    }
+    outside = {"wte": "model.embed_tokens", "ln_f": "model.final_layernorm", "lm_head": "lm_head"}
+    inside = {f"h.{i}.{ours}": f"model.layers.{i}.{theirs}" for i in range(n_layer) for ours, theirs in parts.items()}
+    return outside | inside
+
+
+def _require(accepted: dict[str, tuple[object, ...]], hf_config: dict[str, Any], folder: Path, what: str) -> None:
     for name, values in accepted.items():
         if hf_config.get(name) not in values:
             found = shorten(repr(hf_config.get(name)), 100)
-            raise UserError(f"{folder} is not a GPT-2 like OpenAI's: its {name} is {found}; choose another model")
+            raise UserError(f"{folder} is not {what}: its {name} is {found}; choose another model")
 
 
 def _read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
@@ -136,109 +194,3 @@ def _read_template(folder: Path) -> str | None:
     if template.is_file():
         found = template.read_text(encoding="utf-8")
     return next((name for name in ("chat", "alpaca") if found == jinja_template(name)), None)
-
-
-def check_export_folder(folder: Path, overwrite: bool) -> None:
-    """Raises UserError unless `folder` is missing or empty, or `overwrite` is given and it holds only an export."""
-    names = {path.name for path in folder.glob("*") if not path.name.startswith(".config.json.")}  # of a killed export
-    if names and not overwrite:
-        raise UserError(f"{folder} is not empty: choose another --out, or add --overwrite to replace an earlier export")
-    if names and not {"README.md", "model.safetensors"} <= names <= FILES_WRITTEN:
-        raise UserError(f"{folder} holds more than an export: choose another --out")
-
-
-def write_folder(
-    checkpoint: Checkpoint, folder: Path, dtype: torch.dtype = torch.float32, card: str = "", **generation: object
-) -> None:
-    """Writes a checkpoint (base, sft or classifier) as a folder that `transformers` loads, whole or not at all.
-
-    `card` is the text of README.md. `generation` holds further settings for generation_config.json. Raises UserError if
-    `transformers` cannot express the model, or the disk is full.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    if modern := [name for name in MODERN_FIELDS if getattr(checkpoint["config"], name)]:
-        flags = " ".join(f"--no-{name.replace('_', '-')}" for name in modern)
-        raise UserError(f"the GPT-2 of transformers has no setting for {', '.join(modern)}: train a model with {flags}")
-    is_classifier = checkpoint["kind"] == "classifier"
-    if is_classifier:
-        checkpoint = grow_vocabulary(checkpoint)  # <|user|> becomes its padding token
-    tokenizer, n_tokens = tokenizer_of(checkpoint), checkpoint["config"].n_tokens
-    settings = {"config.json": _model_config(checkpoint, tokenizer, dtype)}
-    settings["tokenizer_config.json"] = _tokenizer_config(checkpoint, tokenizer)
-    if not is_classifier:
-        settings["generation_config.json"] = {**_generation_config(checkpoint["config"], tokenizer), **generation}
-    texts = {file: json.dumps(values, indent=2) + "\n" for file, values in settings.items()}
-    texts["tokenizer.json"] = tokenizers.to_json(tokenizer, n_tokens, ends_texts=is_classifier)
-    texts["README.md"] = card
-    try:
-        with atomic_folder(folder, "config.json") as temporary:
-            weights = temporary / "model.safetensors"
-            save_file(_with_hf_names(checkpoint, dtype), weights, metadata={"format": "pt"})
-            weights.chmod(0o644)  # safetensors lets only the owner read the file
-            for name, text in texts.items():
-                (temporary / name).write_text(text, encoding="utf-8")
-    except SafetensorError as error:  # the disk is full
-        raise UserError(f"cannot write to {folder}: {error}; the old files, if any, are unchanged") from None
-    for name in FILES_WRITTEN - texts.keys() - {"model.safetensors"}:
-        (folder / name).unlink(missing_ok=True)
-
-
-def _with_hf_names(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Returns the weights under the names of `transformers`: matrices as (in, out), missing biases as zeros."""
-    config, weights = checkpoint["config"], {}
-    for name, tensor in checkpoint["model"].items():
-        hf_name = f"transformer.{name}"
-        if name == "lm_head.weight":
-            hf_name = "score.weight" if config.n_classes else name
-        if not config.bias and name.endswith((*CONV1D, "ln_1.weight", "ln_2.weight", "ln_f.weight")):
-            weights[hf_name.removesuffix("weight") + "bias"] = torch.zeros(len(tensor), dtype=dtype)
-        weights[hf_name] = (tensor.t() if name.endswith(CONV1D) else tensor).to(dtype).contiguous()
-    return weights
-
-
-def _model_config(checkpoint: Checkpoint, tokenizer: tokenizers.Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
-    config, labels = checkpoint["config"], checkpoint.get("labels", [])
-    hf_config = {
-        "architectures": ["GPT2ForSequenceClassification" if labels else "GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        **{name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")},
-        **dict.fromkeys(("n_positions", "n_ctx"), config.block_size),
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
-        "tie_word_embeddings": bool(labels) or config.tie_weights,
-        **dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text),
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
-    if labels:
-        hf_config |= {"pad_token_id": tokenizer.user, "problem_type": "single_label_classification"}
-        hf_config |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    return hf_config
-
-
-def _generation_config(config: GPTConfig, tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
-    """Returns settings for sampling: each control token ends a text, and padding ids are never sampled."""
-    padding = list(range(config.n_tokens, config.vocab_size))
-    return {
-        **dict.fromkeys(("bos_token_id", "pad_token_id"), tokenizer.end_of_text),
-        "eos_token_id": list(range(tokenizer.end_of_text, config.n_tokens)),
-        "do_sample": True,
-        **({"suppress_tokens": padding} if padding else {}),
-    }
-
-
-def _tokenizer_config(checkpoint: Checkpoint, tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
-    config, end_of_text, template = checkpoint["config"], tokenizers.END_OF_TEXT, checkpoint.get("template")
-    n_roles = max(0, config.n_tokens - tokenizer.user)
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config.block_size,
-        "clean_up_tokenization_spaces": False,
-        "bos_token": end_of_text,
-        "eos_token": end_of_text,
-        "pad_token": tokenizers.USER if checkpoint["kind"] == "classifier" else end_of_text,
-        "additional_special_tokens": [tokenizers.USER, tokenizers.ASSISTANT][:n_roles],
-        **({"chat_template": jinja_template(template)} if template else {}),
-    }
