@@ -50,6 +50,7 @@ REDUCED = [  # what a command of a script has, what it lacks, and further flags 
     ("prepare_sft_data.py", "", "--input|--dataset", "--input chats.jsonl"),
     ("train.py", "--preset shakespeare", "", "--data book.txt --vocab-size 400"),
     ("train.py", r"--data \w+\.txt", "--init-from", "--vocab-size 400"),
+    ("train.py", "--minutes", "", "--minutes 0.01"),
     ("evaluate.py", "--hellaswag", "", "--hellaswag hellaswag_val.jsonl"),
 ]
 
