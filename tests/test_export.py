@@ -169,6 +169,14 @@ def test_the_model_card_says_how_the_model_was_trained(tmp_path):
     assert defaults.max_new_tokens == state["config"].block_size // 2
 
 
+@pytest.mark.parametrize("fields", [("rotary",), ("qk_norm", "squared_relu")])
+def test_a_model_without_an_architecture_is_refused(tmp_path, fields):
+    saved(tmp_path / "x.pt", **dict.fromkeys(fields, True))
+    with pytest.raises(UserError, match=f"^no architecture of transformers has {', '.join(fields)} alone"):
+        exported(tmp_path / "x.pt")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adapter_is_merged(tmp_path):
     shutil.copy(SAMPLES / "base.pt", tmp_path)
     adapter = torch.load(SAMPLES / "lora.pt", weights_only=True)

@@ -28,7 +28,7 @@ from weights.loading import load_file
 
 Question = tuple[str, list[str], int]
 """HellaSwag's context, its four endings, and the index of the true one."""
-FEWEST_RIGHT, RIGHT_MARKED = 20, 0.05  # of `min_confidence`
+FEWEST_RIGHT, RIGHT_MARKED = 20, 0.07  # of `min_confidence`
 
 
 def evaluate_text(

@@ -1,5 +1,6 @@
 """Writes a model as a folder that Hugging Face's `transformers` loads."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt_config import GPTConfig
+from gpt_config import GPTConfig, Shape
 from system.errors import UserError
 from system.files import atomic_folder
 from text import tokenizer as tokenizers
@@ -15,6 +16,8 @@ from text.chat import jinja_template
 from weights.checkpoint import Checkpoint, grow_vocabulary, tokenizer_of
 from weights.huggingface import CONV1D, MODERN_FIELDS, persimmon_names
 
+EXPRESSIBLE = {"block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "tie_weights", *MODERN_FIELDS}
+"""Fields of `Shape` that both architectures have, and Persimmon's."""
 FILES_WRITTEN = {
     *("README.md", "config.json", "generation_config.json"),
     *("model.safetensors", "tokenizer.json", "tokenizer_config.json"),
@@ -41,11 +44,14 @@ def write_folder(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    modern = [name for name in MODERN_FIELDS if getattr(checkpoint["config"], name)]
-    if 0 < len(modern) < len(MODERN_FIELDS):
-        flags = " ".join(f"--no-{name.replace('_', '-')}" for name in modern)
-        problem = f"transformers has no architecture with {', '.join(modern)} alone"
-        raise UserError(f"{problem}: train a model with {flags}, or with the other parts of the modern recipe")
+    config = checkpoint["config"]
+    modern = [name for name in MODERN_FIELDS if getattr(config, name)]
+    used = {field.name for field in dataclasses.fields(Shape) if getattr(config, field.name) != field.default}
+    lacking = sorted(used - EXPRESSIBLE) or (modern if 0 < len(modern) < len(MODERN_FIELDS) else [])
+    if lacking:
+        flags = " ".join(f"--no-{name.replace('_', '-')}" for name in lacking)
+        problem = f"no architecture of transformers has {', '.join(lacking)} alone"
+        raise UserError(f"{problem}: train a model with {flags}, or with the whole modern recipe and nothing else")
     is_classifier = checkpoint["kind"] == "classifier"
     if is_classifier:
         checkpoint = grow_vocabulary(checkpoint)  # <|user|> becomes its padding token
