@@ -32,7 +32,7 @@ SIZES = ((4, 128), (3, 192), (4, 256), (6, 384), (8, 512), (12, 768))
 N_EVALUATIONS = 5
 MAX_EPOCHS = 40
 """More passes over a text teach nothing (Muennighoff et al. 2023)."""
-DROPOUT = ((5, 0.0), (10, 0.1), (math.inf, 0.2))
+DROPOUT = ((8, 0.0), (16, 0.1), (math.inf, 0.2))
 """Up to so many epochs, this much dropout."""
 
 _CHOSEN = {"n_layer", "n_embd", "n_head", "dropout", "learning_rate", "max_steps", "max_epochs", "patience"}
