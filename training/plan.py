@@ -68,10 +68,10 @@ def fit_into_minutes(
         tried = dataclasses.replace(config, **shape, learning_rate=rate)
         for _ in range(2):  # the second time with the dropout of so many epochs, which takes time too
             trainer = Trainer(TrainingState.create(copy.deepcopy(build(tried)), tried, processes), data[0], data[1])
-            seconds = torch.tensor(measure_steps(trainer, rows_to_measure(trainer)[0], max_seconds=1.0)[0])
+            seconds = torch.tensor(measure_steps(trainer, rows_to_measure(trainer)[0], max_seconds=2.0)[0])
             processes.sum_in_place(seconds)
             step, left = float(seconds) / processes.world_size, 60 * config.minutes - (time.monotonic() - started)
-            n_fitting = int(0.95 * left / step - evaluation_steps(trainer, 1 + N_EVALUATIONS))
+            n_fitting = int(0.9 * left / step - evaluation_steps(trainer, 1 + N_EVALUATIONS))
             n_steps = max(20, min(n_fitting, math.ceil(MAX_EPOCHS * per_epoch)))
             epochs = n_steps / per_epoch
             dropout = next(p for most, p in DROPOUT if epochs <= most)
