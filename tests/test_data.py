@@ -204,6 +204,13 @@ def test_a_damaged_meta_file_is_one_line(tmp_path, content):
         read_token_meta(tmp_path)
 
 
+def test_nanogpts_characters_are_refused(tmp_path):
+    for name in ("train.bin", "val.bin", "meta.pkl"):
+        (tmp_path / name).write_bytes(bytes(100))
+    with pytest.raises(UserError, match=r"holds characters, not tokens, as its meta\.pkl of nanoGPT says"):
+        read_token_meta(tmp_path)
+
+
 def test_ids_outside_a_vocabulary_are_named_with_their_place():
     ids = np.array([1, 2, 3, 4, 5, 6, 9, 7, 8], dtype=np.uint16)
     require_ids_below(ids, 10, "a.bin", "do something")

@@ -173,6 +173,24 @@ def test_a_foreign_tokenizer_file_is_refused(spec):
         tokenizers.from_spec(spec)
 
 
+@pytest.mark.parametrize(
+    ("part", "value", "named"),
+    [
+        ("normalizer", {"type": "NFC"}, "a normalizer"),
+        ("pre_tokenizer", {"type": "Metaspace"}, "another pattern that splits the text"),
+        ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True}, "add_prefix_space"),
+        ("post_processor", {"type": "TemplateProcessing"}, "a post-processor"),
+        ("added_tokens", [{"content": "<|im_start|>"}], "other added tokens"),
+        ("model", {"ignore_merges": True}, "ignore_merges"),
+    ],
+)
+def test_a_tokenizer_file_with_features_that_change_the_ids_is_refused_by_name(trained, part, value, named):
+    parsed = json.loads(trained.spec)
+    parsed[part] = {**parsed["model"], **value} if part == "model" else value
+    with pytest.raises(UserError, match=rf"gives other tokens in its library \({named}\)"):
+        tokenizers.from_spec(json.dumps(parsed))
+
+
 def test_another_tokenizer_is_refused_by_name_and_an_equal_one_is_rebuilt_from_its_spec(trained):
     with pytest.raises(UserError, match=rf"data .* {trained.name}, .* gpt2: prepare it again"):
         tokenizers.require_same_tokenizer("gpt2", trained.name, "data", "prepare it again")

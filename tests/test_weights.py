@@ -10,11 +10,13 @@ import pytest
 import torch
 from conftest import run_script, succeed
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as Library
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from model import GPT
+from model import GPT, GPTConfig
 from system.errors import UserError
-from weights import checkpoint, huggingface
+from text import tokenizer as tokenizers
+from weights import checkpoint, huggingface, to_huggingface
 from weights.loading import load_checkpoint
 
 GPT2: dict[str, Any] = {"n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
@@ -59,6 +61,20 @@ def test_a_folder_of_transformers_gives_the_same_logits(tmp_path, variant):
     assert (state["kind"], config.n_tokens, config.tie_weights) == ("base", 50257, variant != "untied")
     assert checkpoint.tokenizer_of(state).name == "gpt2"
     assert_same_logits(reference, state)
+
+
+def test_a_folder_with_the_two_older_files_has_their_tokenizer(tmp_path):
+    spec = (Path(__file__).parent / "samples/data/tokenizer.json").read_text(encoding="utf-8")
+    bpe, shape = tokenizers.from_spec(spec), {"block_size": 8, "n_layer": 1, "n_head": 1, "n_embd": 8}
+    model = GPT(GPTConfig(**shape, vocab_size=bpe.padded_vocab_size, n_tokens=bpe.n_tokens))
+    to_huggingface.write_folder(checkpoint.pack(model, kind="base", tokenizer=spec), tmp_path / "x")
+    (tmp_path / "x/tokenizer.json").unlink()
+    Library.from_str(spec).model.save(str(tmp_path / "x"))  # vocab.json and merges.txt
+    found = checkpoint.tokenizer_of(load_checkpoint(tmp_path / "x"))
+    assert found.mergeable_ranks == bpe.mergeable_ranks and found.encode("a pack, ß") == bpe.encode("a pack, ß")
+    (tmp_path / "x/merges.txt").unlink()
+    with pytest.raises(UserError, match="cannot read .*vocab.json and merges.txt"):
+        load_checkpoint(tmp_path / "x")
 
 
 def test_models_of_the_hub_load_from_its_cache(folder, tmp_path, monkeypatch):

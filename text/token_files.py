@@ -53,10 +53,14 @@ def read_token_meta(folder: Path) -> dict[str, Any]:
     """Reads the `meta.json` of pre-training data; `files` maps "train" and "val" to names of token files.
 
     Token files without a `meta.json` (nanoGPT, llm.c, datatrove) have the tokenizer in `tokenizer.json`, or GPT-2's.
-    Raises UserError if there are none, or if `meta.json` is damaged.
+    Raises UserError if there are none, if `meta.json` is damaged, or if nanoGPT's `meta.pkl` says that ids are
+    characters.
     """
     found = files_by_split(path.name for path in folder.glob("*"))
     path = folder / "meta.json"
+    if not path.exists() and (folder / "meta.pkl").exists():
+        remedy = "prepare the text itself with prepare_data.py --input TEXT"
+        raise UserError(f"{folder} holds characters, not tokens, as its meta.pkl of nanoGPT says: {remedy}")
     if not path.exists() and all(found.values()):
         own = folder / "tokenizer.json"
         return {"files": found, "tokenizer": load_tokenizer(own).name if own.exists() else "gpt2", "splits": {}}

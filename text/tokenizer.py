@@ -153,7 +153,8 @@ def from_spec(spec: str, name: str = "the tokenizer") -> Tokenizer:
         return gpt2()
     byte_of = _byte_of_character()
     try:
-        vocabulary = json.loads(spec)["model"]["vocab"]
+        parsed = json.loads(spec)
+        vocabulary, foreign = parsed["model"]["vocab"], _foreign_features(parsed)
         ranks = {
             bytes(byte_of[character] for character in token): rank
             for token, rank in vocabulary.items()
@@ -163,9 +164,29 @@ def from_spec(spec: str, name: str = "the tokenizer") -> Tokenizer:
             raise ValueError
     except (ValueError, LookupError, TypeError, AttributeError):
         raise UserError(f"{name} is not a byte-level BPE in the format of the library `tokenizers`") from None
+    if foreign:
+        raise UserError(
+            f"{name} gives other tokens in its library than here ({', '.join(foreign)}): choose another one"
+        )
     if len(ranks) + 3 > 2**16:
         raise UserError(f"{name} has {len(ranks):,} tokens; choose one of at most 65,533: token files have 16 bits")
     return Tokenizer(ranks, spec)
+
+
+def _foreign_features(parsed: dict) -> list[str]:
+    """Returns the features of a `tokenizer.json` that would give other ids here; GPT-2's has none of them."""
+    split, added = parsed.get("pre_tokenizer") or {}, [token["content"] for token in parsed.get("added_tokens") or []]
+    is_gpt2s = split.get("type", "ByteLevel") == "ByteLevel" and split.get("use_regex", True)
+    features = {
+        "a normalizer": parsed.get("normalizer"),
+        "another pattern that splits the text": not is_gpt2s,
+        "add_prefix_space": split.get("add_prefix_space"),
+        "a post-processor": (parsed.get("post_processor") or {}).get("type", "ByteLevel") != "ByteLevel",
+        "other added tokens": set(added) - {END_OF_TEXT, USER, ASSISTANT},
+    }
+    options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
+    features |= {option: parsed["model"].get(option) for option in options}
+    return [name for name, is_there in features.items() if is_there]
 
 
 def to_json(tokenizer: Tokenizer, n_tokens: int, ends_texts: bool = False) -> str:
@@ -223,6 +244,18 @@ def legible(token: bytes) -> str:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Reads a `tokenizer.json`. Raises UserError if it is missing or not one."""
     return from_spec(read_utf8(path), str(path))
+
+
+def from_vocabulary(vocabulary: Path, merges: Path) -> Tokenizer:
+    """Reads the older two files of a byte-level BPE, `vocab.json` and `merges.txt`. Raises UserError as `from_spec`."""
+    from tokenizers import Tokenizer as BPE
+    from tokenizers import models
+
+    try:
+        spec = BPE(models.BPE.from_file(str(vocabulary), str(merges))).to_str()
+    except Exception as error:  # the library raises nothing more specific
+        raise UserError(f"cannot read {vocabulary} and {merges.name} ({error}): get both files again") from None
+    return from_spec(spec, str(vocabulary))
 
 
 def tokenizer_of_data(folder: Path, meta: dict) -> Tokenizer:

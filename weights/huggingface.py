@@ -28,7 +28,7 @@ CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_
 """Matrices that `transformers` stores as (in, out), in its class Conv1D; ours are (out, in)."""
 
 FILES_READ = [
-    *("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    *("config.json", "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "chat_template.jinja"),
     *("model.safetensors", "model-*.safetensors"),
 ]
 MODERN_FIELDS = ("rotary", "qk_norm", "squared_relu")
@@ -179,8 +179,12 @@ def _require(accepted: dict[str, tuple[object, ...]], hf_config: dict[str, Any],
 
 
 def _read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
-    gpt2, path = tokenizers.gpt2(), folder / "tokenizer.json"
-    own = tokenizers.load_tokenizer(path) if path.is_file() else gpt2
+    gpt2, path, vocabulary = tokenizers.gpt2(), folder / "tokenizer.json", folder / "vocab.json"
+    own = gpt2
+    if path.is_file():
+        own = tokenizers.load_tokenizer(path)
+    elif vocabulary.is_file():
+        own = tokenizers.from_vocabulary(vocabulary, folder / "merges.txt")
     return gpt2 if own.mergeable_ranks == gpt2.mergeable_ranks else own
 
 
