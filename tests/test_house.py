@@ -25,7 +25,7 @@ FLOORS = {
     "gpt_config": 0, "model": 0.5, **PACKAGES, **{script.removesuffix(".py"): SCRIPT_FLOOR for script in SCRIPTS}
 }  # fmt: skip
 
-MAX_LINES, MAX_TEST_LINES, MAX_WORDS = 11_100, 7_900, 10_900
+MAX_LINES, MAX_TEST_LINES, MAX_WORDS = 11_100, 7_900, 11_300
 """The sizes of 0.3, and what is new since: the device check, the pretended GPU, `--minutes`, guesses, Persimmon. In
 all, 1,500 lines, 1,000 lines of tests and 1,000 words may come."""
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60

@@ -65,8 +65,9 @@ def fit_into_minutes(
     for n_layer, n_embd in sizes if grows else [(config.n_layer, config.n_embd)]:
         shape = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_embd // 64} if grows else {}
         rate = config.learning_rate * math.sqrt(config.n_embd / n_embd)
-        tried = dataclasses.replace(config, **shape, learning_rate=rate)
-        for _ in range(2):  # the second time with the dropout of so many epochs, which takes time too
+        for most_epochs, dropout in DROPOUT:  # which takes time too
+            dropout = max(config.dropout, dropout)
+            tried = dataclasses.replace(config, **shape, learning_rate=rate, dropout=dropout)
             trainer = Trainer(TrainingState.create(copy.deepcopy(build(tried)), tried, processes), data[0], data[1])
             seconds = torch.tensor(measure_steps(trainer, rows_to_measure(trainer)[0], max_seconds=2.0)[0])
             processes.sum_in_place(seconds)
@@ -74,10 +75,8 @@ def fit_into_minutes(
             n_fitting = int(0.9 * left / step - evaluation_steps(trainer, 1 + N_EVALUATIONS))
             n_steps = max(20, min(n_fitting, math.ceil(MAX_EPOCHS * per_epoch)))
             epochs = n_steps / per_epoch
-            dropout = next(p for most, p in DROPOUT if epochs <= most)
-            if dropout <= tried.dropout:
+            if epochs <= most_epochs:
                 break
-            tried = dataclasses.replace(tried, dropout=dropout)
         every, model = -(-n_steps // N_EVALUATIONS), trainer.state.model
         loss = expected_loss(model.n_parameters(), epochs * n_text, n_text)
         if loss >= least:

@@ -50,7 +50,7 @@ class Console(Callback):
             f"{data.n_tokens:,} training tokens, {data.batches_per_epoch:,.0f} steps of {config.batch_size} sequences "
             f"an epoch; {config.max_steps:,} steps are {n_epochs:,.1f} epochs, at {flops / 1e12:.3g} TFLOP a step"
         )
-        if n_epochs > 10 and isinstance(data, Windows):
+        if n_epochs > 10 and isinstance(data, Windows) and not model.config.dropout:
             print(f"warning: in {n_epochs:,.0f} passes over so little text a model memorizes it: try fewer --max-steps")
         if state.n_micro_batches > 1:
             print(f"each step adds up the gradients of {state.n_micro_batches} micro-batches")
