@@ -167,6 +167,8 @@ def peak_memory(device: torch.device) -> int:
     """Returns the peak memory in bytes: of the GPU, or on other devices the resident memory of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()  # what it keeps, which is about the peak
     import resource  # not on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024

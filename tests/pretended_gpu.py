@@ -177,6 +177,7 @@ class PretendedGpu(TorchDispatchMode):
         if self.device.type == "mps":
             yield torch.backends.mps, "is_available", lambda: True
             yield torch.mps, "recommended_max_memory", lambda: MEMORY
+            yield torch.mps, "driver_allocated_memory", lambda: 0
             yield torch.mps, "empty_cache", lambda: None
             return
         answers = {
