@@ -32,6 +32,8 @@ SIZES = ((4, 128), (3, 192), (4, 256), (6, 384), (8, 512), (12, 768))
 N_EVALUATIONS = 5
 MAX_EPOCHS = 40
 """More passes over a text teach nothing (Muennighoff et al. 2023)."""
+WORTH_OF_REPEATS = 5
+"""All later passes over a text together are worth so many new texts; 15.4 for the large models of that paper."""
 DROPOUT = ((8, 0.0), (16, 0.1), (math.inf, 0.2))
 """Up to so many epochs, this much dropout."""
 
@@ -107,10 +109,10 @@ def expected_loss(n_parameters: float, n_tokens: float, n_unique: float) -> floa
     """Returns how far, in nats per token, training is expected to stay above the entropy of text, to compare models.
 
     This is the law of Hoffmann et al. (2022) for so many tokens, of which `n_unique` differ, with the constants and the
-    falling value of repeated tokens of Muennighoff et al. (2023). Its figures are those of large models on the Web.
+    falling value of repeated tokens of Muennighoff et al. (2023). For short texts it falls faster (docs/log.md).
     """
     n_repeats = max(0.0, n_tokens / n_unique - 1)
-    worth = min(n_tokens, n_unique) + n_unique * 15.4 * (1 - math.exp(-n_repeats / 15.4))
+    worth = min(n_tokens, n_unique) + n_unique * WORTH_OF_REPEATS * (1 - math.exp(-n_repeats / WORTH_OF_REPEATS))
     return float(521 / n_parameters**0.353 + 1488 / worth**0.353)
 
 
