@@ -176,12 +176,13 @@ def from_spec(spec: str, name: str = "the tokenizer") -> Tokenizer:
 def _foreign_features(parsed: dict) -> list[str]:
     """Returns the features of a `tokenizer.json` that would give other ids here; GPT-2's has none of them."""
     split, added = parsed.get("pre_tokenizer") or {}, [token["content"] for token in parsed.get("added_tokens") or []]
+    after = parsed.get("post_processor") or {}
     is_gpt2s = split.get("type", "ByteLevel") == "ByteLevel" and split.get("use_regex", True)
     features = {
         "a normalizer": parsed.get("normalizer"),
         "another pattern that splits the text": not is_gpt2s,
         "add_prefix_space": split.get("add_prefix_space"),
-        "a post-processor": (parsed.get("post_processor") or {}).get("type", "ByteLevel") != "ByteLevel",
+        "a post-processor": after.get("type") == "Sequence" or after.get("special_tokens"),
         "other added tokens": set(added) - {END_OF_TEXT, USER, ASSISTANT},
     }
     options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")

@@ -42,9 +42,7 @@ class Processes:
             return cls(choose_device(device_name))
         if device_name in ("auto", "cuda") and torch.cuda.is_available():
             device_name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        elif device_name == "auto":
-            device_name = "cpu"  # gloo exchanges nothing between Apple's GPUs
-        device = choose_device(device_name)
+        device = choose_device("cpu" if device_name == "auto" else device_name)  # gloo knows no other device
         gpu = device if device.type == "cuda" else None
         try:
             dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
