@@ -32,10 +32,8 @@ SIZES = ((4, 128), (3, 192), (4, 256), (6, 384), (8, 512), (12, 768))
 N_EVALUATIONS = 5
 MAX_EPOCHS = 40
 """More passes over a text teach nothing (Muennighoff et al. 2023)."""
-WORTH_OF_REPEATS = 5
-"""All later passes over a text together are worth so many new texts; 15.4 for the large models of that paper."""
-DROPOUT = ((8, 0.0), (16, 0.1), (math.inf, 0.2))
-"""Up to so many epochs, this much dropout."""
+DROPOUT, MEMORIZING = 0.2, 40
+"""Dropout of a run whose epochs, times parameters per token of text, are more than MEMORIZING (docs/log.md)."""
 
 _CHOSEN = {"n_layer", "n_embd", "n_head", "dropout", "learning_rate", "max_steps", "max_epochs", "patience"}
 _CHOSEN |= {"eval_every", "save_every"}
@@ -67,8 +65,7 @@ def fit_into_minutes(
     for n_layer, n_embd in sizes if grows else [(config.n_layer, config.n_embd)]:
         shape = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_embd // 64} if grows else {}
         rate = config.learning_rate * math.sqrt(config.n_embd / n_embd)
-        for most_epochs, dropout in DROPOUT:  # which takes time too
-            dropout = max(config.dropout, dropout)
+        for dropout in (config.dropout, max(config.dropout, DROPOUT)):  # which takes time too
             tried = dataclasses.replace(config, **shape, learning_rate=rate, dropout=dropout)
             trainer = Trainer(TrainingState.create(copy.deepcopy(build(tried)), tried, processes), data[0], data[1])
             seconds = torch.tensor(measure_steps(trainer, rows_to_measure(trainer)[0], max_seconds=2.0)[0])
@@ -76,10 +73,9 @@ def fit_into_minutes(
             step, left = float(seconds) / processes.world_size, 60 * config.minutes - (time.monotonic() - started)
             n_fitting = int(0.9 * left / step - evaluation_steps(trainer, 1 + N_EVALUATIONS))
             n_steps = max(20, min(n_fitting, math.ceil(MAX_EPOCHS * per_epoch)))
-            epochs = n_steps / per_epoch
-            if epochs <= most_epochs:
+            epochs, every, model = n_steps / per_epoch, -(-n_steps // N_EVALUATIONS), trainer.state.model
+            if epochs * model.n_parameters() / n_text <= MEMORIZING:
                 break
-        every, model = -(-n_steps // N_EVALUATIONS), trainer.state.model
         loss = expected_loss(model.n_parameters(), epochs * n_text, n_text)
         if loss >= least:
             break
@@ -109,10 +105,10 @@ def expected_loss(n_parameters: float, n_tokens: float, n_unique: float) -> floa
     """Returns how far, in nats per token, training is expected to stay above the entropy of text, to compare models.
 
     This is the law of Hoffmann et al. (2022) for so many tokens, of which `n_unique` differ, with the constants and the
-    falling value of repeated tokens of Muennighoff et al. (2023). For short texts it falls faster (docs/log.md).
+    falling value of repeated tokens of Muennighoff et al. (2023). Its figures are those of large models on the Web.
     """
     n_repeats = max(0.0, n_tokens / n_unique - 1)
-    worth = min(n_tokens, n_unique) + n_unique * WORTH_OF_REPEATS * (1 - math.exp(-n_repeats / WORTH_OF_REPEATS))
+    worth = min(n_tokens, n_unique) + n_unique * 15.4 * (1 - math.exp(-n_repeats / 15.4))
     return float(521 / n_parameters**0.353 + 1488 / worth**0.353)
 
 
