@@ -180,6 +180,8 @@ def test_a_foreign_tokenizer_file_is_refused(spec):
         ("pre_tokenizer", {"type": "Metaspace"}, "another pattern that splits the text"),
         ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True}, "add_prefix_space"),
         ("post_processor", {"type": "TemplateProcessing", "special_tokens": {"<s>": 1}}, "a post-processor"),
+        ("post_processor", {"type": "RobertaProcessing", "cls": ["<s>", 1]}, "a post-processor"),
+        ("pre_tokenizer", None, "another pattern that splits the text"),
         ("added_tokens", [{"content": "<|im_start|>"}], "other added tokens"),
         ("model", {"ignore_merges": True}, "ignore_merges"),
     ],

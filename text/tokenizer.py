@@ -164,12 +164,11 @@ def from_spec(spec: str, name: str = "the tokenizer") -> Tokenizer:
             raise ValueError
     except (ValueError, LookupError, TypeError, AttributeError):
         raise UserError(f"{name} is not a byte-level BPE in the format of the library `tokenizers`") from None
-    if foreign:
-        raise UserError(
-            f"{name} gives other tokens in its library than here ({', '.join(foreign)}): choose another one"
-        )
     if len(ranks) + 3 > 2**16:
         raise UserError(f"{name} has {len(ranks):,} tokens; choose one of at most 65,533: token files have 16 bits")
+    if foreign:
+        features = ", ".join(foreign)
+        raise UserError(f"{name} gives other tokens in its library than here ({features}): choose another one")
     return Tokenizer(ranks, spec)
 
 
@@ -177,12 +176,13 @@ def _foreign_features(parsed: dict) -> list[str]:
     """Returns the features of a `tokenizer.json` that would give other ids here; GPT-2's has none of them."""
     split, added = parsed.get("pre_tokenizer") or {}, [token["content"] for token in parsed.get("added_tokens") or []]
     after = parsed.get("post_processor") or {}
-    is_gpt2s = split.get("type", "ByteLevel") == "ByteLevel" and split.get("use_regex", True)
+    is_gpt2s = split.get("type") == "ByteLevel" and split.get("use_regex", True)
+    adds_nothing = after.get("type") in (None, "ByteLevel", "TemplateProcessing") and not after.get("special_tokens")
     features = {
         "a normalizer": parsed.get("normalizer"),
         "another pattern that splits the text": not is_gpt2s,
         "add_prefix_space": split.get("add_prefix_space"),
-        "a post-processor": after.get("type") == "Sequence" or after.get("special_tokens"),
+        "a post-processor": not adds_nothing,
         "other added tokens": set(added) - {END_OF_TEXT, USER, ASSISTANT},
     }
     options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
@@ -250,13 +250,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def from_vocabulary(vocabulary: Path, merges: Path) -> Tokenizer:
     """Reads the older two files of a byte-level BPE, `vocab.json` and `merges.txt`. Raises UserError as `from_spec`."""
     from tokenizers import Tokenizer as BPE
-    from tokenizers import models
+    from tokenizers import models, pre_tokenizers
 
     try:
-        spec = BPE(models.BPE.from_file(str(vocabulary), str(merges))).to_str()
+        bpe = BPE(models.BPE.from_file(str(vocabulary), str(merges)))
     except Exception as error:  # the library raises nothing more specific
         raise UserError(f"cannot read {vocabulary} and {merges.name} ({error}): get both files again") from None
-    return from_spec(spec, str(vocabulary))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return from_spec(bpe.to_str(), str(vocabulary))
 
 
 def tokenizer_of_data(folder: Path, meta: dict) -> Tokenizer:

@@ -69,6 +69,7 @@ def fit_into_minutes(
             tried = dataclasses.replace(config, **shape, learning_rate=rate, dropout=dropout)
             trainer = Trainer(TrainingState.create(copy.deepcopy(build(tried)), tried, processes), data[0], data[1])
             seconds = torch.tensor(measure_steps(trainer, rows_to_measure(trainer)[0], max_seconds=2.0)[0])
+            seconds = seconds.to(processes.device)  # NCCL sums nothing on the host
             processes.sum_in_place(seconds)
             step, left = float(seconds) / processes.world_size, 60 * config.minutes - (time.monotonic() - started)
             n_fitting = int(0.9 * left / step - evaluation_steps(trainer, 1 + N_EVALUATIONS))
@@ -102,10 +103,10 @@ def with_cpu_precision(config: C, width: int, processes: Processes, resumed: dic
 
 
 def expected_loss(n_parameters: float, n_tokens: float, n_unique: float) -> float:
-    """Returns how far, in nats per token, training is expected to stay above the entropy of text, to compare models.
+    """Returns how far above the entropy of text, in nats per token, the loss of a model is expected to end.
 
-    This is the law of Hoffmann et al. (2022) for so many tokens, of which `n_unique` differ, with the constants and the
-    falling value of repeated tokens of Muennighoff et al. (2023). Its figures are those of large models on the Web.
+    The scaling law of Hoffmann et al. (2022). Of `n_tokens`, `n_unique` are new; each repetition is worth less, as
+    Muennighoff et al. (2023) measured, whose constants these are. They trained large models: use it to compare sizes.
     """
     n_repeats = max(0.0, n_tokens / n_unique - 1)
     worth = min(n_tokens, n_unique) + n_unique * 15.4 * (1 - math.exp(-n_repeats / 15.4))
